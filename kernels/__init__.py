@@ -1,0 +1,29 @@
+"""Operators of the routing runtime, one folder each: schema and fake implementation beside the reference.
+
+========================  ==========================================================================
+``visual_scores``         attention of the last prompt row on every visual token, mean over heads
+``select_tokens``         positions of the active tokens: all text, and the best visual tokens
+``compact_tokens``        rows of sequence tensors at the active positions
+``restore_tokens``        rows written back into the residual stream
+========================  ==========================================================================
+
+The reference of an operator is plain PyTorch and defines what the operator means. Importing this
+package registers the operators as ``torch.ops.reroute.*``.
+"""
+
+from .compact_tokens import compact_tokens, compact_tokens_reference
+from .restore_tokens import restore_tokens, restore_tokens_reference
+from .select_tokens import keep_count, select_tokens, select_tokens_reference
+from .visual_scores import visual_scores, visual_scores_reference
+
+__all__ = [
+    "compact_tokens",
+    "compact_tokens_reference",
+    "keep_count",
+    "restore_tokens",
+    "restore_tokens_reference",
+    "select_tokens",
+    "select_tokens_reference",
+    "visual_scores",
+    "visual_scores_reference",
+]

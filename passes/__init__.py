@@ -1,0 +1,40 @@
+"""Graph passes: each takes a `DecoderGraph` and returns it with a `PassResult`.
+
+They know graphs and operators, not models. In the order in which a decoder is routed:
+`RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, `InsertSelection`, `RouteStages`,
+`ExposeOutputs`.
+"""
+
+from .canonicalize_attention import CanonicalizeAttention
+from .decoder_graph import DecoderGraph, Decision, Layer
+from .errors import MatchError, RerouteError
+from .expose_outputs import ExposeOutputs
+from .find_layers import FindLayers
+from .insert_selection import InsertSelection
+from .interface import Pass, PassResult, Rejection
+from .pipeline import DUMP_VARIABLE, run_passes, to_program
+from .prove_causal import ProveCausal
+from .remove_no_ops import RemoveNoOps
+from .route_stages import ACTIONS, RouteStages
+
+__all__ = [
+    "ACTIONS",
+    "DUMP_VARIABLE",
+    "CanonicalizeAttention",
+    "Decision",
+    "DecoderGraph",
+    "ExposeOutputs",
+    "FindLayers",
+    "InsertSelection",
+    "Layer",
+    "MatchError",
+    "Pass",
+    "PassResult",
+    "ProveCausal",
+    "Rejection",
+    "RemoveNoOps",
+    "RerouteError",
+    "RouteStages",
+    "run_passes",
+    "to_program",
+]

@@ -1,0 +1,131 @@
+"""The graph that the passes edit: an exported decoder with what the passes have learnt about it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from .errors import MatchError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The nodes of one decoder layer: between two values of the residual stream, around one attention.
+
+    Attributes:
+        index: position in the decoder, 0-based.
+        start: residual stream at the layer's input, ``[B, S, d]``.
+        end: residual stream at its output.
+        attention: the canonical attention node.
+        nodes: what computes `end` from `start`, with helpers that no other layer reads, in graph order;
+            `start` is not among them.
+    """
+
+    index: int
+    start: fx.Node
+    end: fx.Node
+    attention: fx.Node
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The nodes that score and select before a decision layer.
+
+    Attributes:
+        layer: decision layer, 0-based.
+        pool: positions of the tokens to choose from in the current stream, ``[B, pool]``.
+        scores: ``[B, pool]`` float32.
+        positions: active positions in the current stream, ``[B, S']``.
+        selected: kept tokens, counted in the pool, ``[B, k]``.
+        nodes: everything that was inserted for the decision, in graph order.
+    """
+
+    layer: int
+    pool: fx.Node
+    scores: fx.Node
+    positions: fx.Node
+    selected: fx.Node
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass
+class DecoderGraph:
+    """A copy of an exported decoder's graph, open for editing.
+
+    Attributes:
+        module: graph module with parameters as placeholders, as in `ExportedProgram.graph_module`.
+        parameters: names of the placeholders that hold parameters, buffers and constants.
+        fake_mode: owner of the fake tensors in ``node.meta["val"]``.
+        layers: set by `FindLayers`.
+        decisions: set by `InsertSelection`, updated by `RouteStages`.
+        visual_index: placeholder added by `InsertSelection`.
+        outputs: named outputs added by the passes, in order; they follow the original ones.
+        unused_inputs: inputs that no node reads any more because a pass proved them away.
+    """
+
+    module: fx.GraphModule
+    parameters: frozenset[str]
+    fake_mode: FakeTensorMode
+    layers: tuple[Layer, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    visual_index: fx.Node | None = None
+    outputs: dict[str, fx.Node] = field(default_factory=dict)
+    unused_inputs: tuple[str, ...] = ()
+
+    @classmethod
+    def from_program(cls, program: ExportedProgram) -> "DecoderGraph":
+        """Copy the graph of `program`; the program itself is never changed."""
+        graph = fx.Graph()
+        output = graph.graph_copy(program.graph, {})
+        graph.output(output).meta = dict(program.graph.output_node().meta)  # type: ignore[arg-type]
+        values = [n.meta["val"] for n in graph.nodes if "val" in n.meta]
+        fake_mode = detect_fake_mode(values)
+        if fake_mode is None:
+            raise MatchError(
+                "The exported program carries no fake tensors in node.meta['val']; expected a program as "
+                "torch.export.export returns it."
+            )
+        parameters = frozenset(
+            spec.arg.name
+            for spec in program.graph_signature.input_specs
+            if spec.kind is not InputKind.USER_INPUT
+        )
+        return cls(fx.GraphModule(program.graph_module, graph), parameters, fake_mode)
+
+    @property
+    def fx_graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """Placeholders that the caller fills, in order."""
+        return [n for n in self.fx_graph.find_nodes(op="placeholder") if n.name not in self.parameters]
+
+    def clean_up(self) -> None:
+        """Remove nodes that nothing reads and check the graph. Decisions stay until a pass uses them."""
+        live = {n for d in self.decisions for n in (d.scores, d.positions, d.selected)}
+        self.fx_graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n in live)
+        self.fx_graph.lint()
+
+    def to_text(self) -> str:
+        """The graph in static single assignment form with shapes and dtypes."""
+        return "\n".join(_line(node) for node in self.fx_graph.nodes) + "\n"
+
+
+def _line(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    kind = (
+        f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+        if isinstance(value, torch.Tensor)
+        else str(value)
+    )
+    if node.op == "placeholder":
+        return f"%{node.name} : {kind} = input"
+    arguments = ", ".join(str(a) for a in (*node.args, *(f"{k}={v}" for k, v in node.kwargs.items())))
+    region = node.meta.get("region")
+    return f"%{node.name} : {kind} = {node.target}({arguments})" + (f"  # {region}" if region else "")

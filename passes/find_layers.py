@@ -1,0 +1,182 @@
+"""Find the decoder layers: one region of the residual stream around each attention.
+
+Before: a flat graph.
+After:  the same graph; `DecoderGraph.layers` holds a `Layer` for each attention and its nodes carry
+        ``meta["region"] = "layer.<index>"``.
+
+The residual stream is found by dataflow. A value that every path from the stream's source to the
+output runs through is a *cut*. A cut that adds something to an earlier cut is a residual update. A
+layer reaches from the last residual update before its attention to the last one before the next
+attention. Inside a layer nothing may be read from outside, and an attention must read its query,
+keys and values from its own layer.
+"""
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from .canonicalize_attention import attention_arguments, attentions
+from .decoder_graph import DecoderGraph, Layer
+from .graph_edit import ancestors, aten, descendants, is_op, is_tensor, shape, value
+from .interface import Pass, PassResult, Rejection, refuse
+
+
+class FindLayers(Pass):
+    """Args:
+    num_layers: layers of the decoder; None accepts any number above zero.
+    """
+
+    def __init__(self, num_layers: int | None = None) -> None:
+        self.num_layers = num_layers
+
+    def apply(self, graph: DecoderGraph) -> PassResult:
+        blocks = list(attentions(graph))
+        expected = f"{self.num_layers or 'at least one'} decoder layers"
+        if not blocks:
+            raise refuse("No attention was found", expected, ())
+        stream = _residual_stream(graph, blocks)
+        if stream is None:
+            raise refuse(
+                f"{len(blocks)} attentions were found but no residual stream runs around them",
+                expected,
+                (_why_no_stream(graph, blocks),),
+            )
+        layers, rejected = _split(stream, blocks)
+        rejected += [r for layer in layers if (r := _why_not_closed(layer)) is not None]
+        if rejected or (self.num_layers is not None and len(layers) != self.num_layers):
+            rejected += _longest(layers) if not rejected else []
+            raise refuse(f"{len(layers)} decoder layers were found", expected, tuple(rejected))
+        for layer in layers:
+            for node in layer.nodes:
+                node.meta["region"] = f"layer.{layer.index}"
+        graph.layers = tuple(layers)
+        return PassResult(self.name, matched=len(layers))
+
+
+def _residual_stream(graph: DecoderGraph, blocks: Sequence[fx.Node]) -> list[fx.Node] | None:
+    """Cuts of the stream that all attentions hang on, from its source to the output."""
+    output = graph.fx_graph.output_node()
+    for source in graph.fx_graph.nodes:
+        is_source = source in graph.inputs or is_op(source, aten.embedding)
+        if not is_source or not is_tensor(source) or not value(source).is_floating_point():
+            continue
+        cuts = _cuts(graph, source, output)
+        if len(_updates(cuts)) and all(cuts[0] in ancestors([_value_of(b)]) for b in blocks):
+            return cuts
+    return None
+
+
+def _value_of(block: fx.Node) -> fx.Node:
+    return attention_arguments(block).value
+
+
+def _cuts(graph: DecoderGraph, source: fx.Node, output: fx.Node) -> list[fx.Node]:
+    """Nodes that every path from `source` to `output` runs through, in graph order.
+
+    In topological order these are the nodes that no edge spans.
+    """
+    between = descendants(source) & ancestors([output])
+    ordered = [n for n in graph.fx_graph.nodes if n in between]
+    place = {n: i for i, n in enumerate(ordered)}
+    cuts, reach = [], 0
+    for i, node in enumerate(ordered):
+        if reach <= i and node.op != "output":
+            cuts.append(node)
+        reach = max([reach, *(place[u] for u in node.users if u in place)])
+    return cuts
+
+
+def _updates(cuts: Sequence[fx.Node]) -> list[fx.Node]:
+    """Cuts that add something to an earlier cut."""
+    earlier: set[fx.Node] = set()
+    updates = []
+    for cut in cuts:
+        if is_op(cut, aten.add.Tensor) and any(a in earlier for a in cut.args):
+            updates.append(cut)
+        earlier.add(cut)
+    return updates
+
+
+def _split(cuts: Sequence[fx.Node], blocks: Sequence[fx.Node]) -> tuple[list[Layer], list[Rejection]]:
+    """Assign to each attention the stretch of the stream that it updates."""
+    updates = _updates(cuts)
+    order = {node: i for i, node in enumerate(blocks[0].graph.nodes)}
+    layers: list[Layer] = []
+    rejected: list[Rejection] = []
+    for i, block in enumerate(blocks):
+        before = [u for u in updates if order[u] < order[block]]
+        start = before[-1] if before else _last_before(cuts, block, order)
+        limit = order[blocks[i + 1]] if i + 1 < len(blocks) else len(order)
+        inside = [u for u in updates if order[start] < order[u] < limit and order[u] > order[block]]
+        if not inside:
+            rejected.append(_why_no_update(block, limit, order))
+            continue
+        nodes = _between(start, inside[-1])
+        ordered = tuple(sorted(nodes, key=order.__getitem__))
+        layers.append(Layer(len(layers), start, inside[-1], block, ordered))
+    return layers, rejected
+
+
+def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """What computes `end` from `start`, with the helpers (an unsqueezed cos, say) that nothing else reads."""
+    needed = ancestors([end], stop=start) - {start}
+    nodes = needed & descendants(start)
+    for node in reversed(start.graph.nodes):
+        if node in needed and node.op == "call_function" and nodes.issuperset(node.users):
+            nodes.add(node)
+    return nodes
+
+
+def _last_before(cuts: Sequence[fx.Node], block: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
+    """Where the first layer starts: the first cut that both a norm and an addition read."""
+    for cut in cuts:
+        if order[cut] < order[block] and sum(map(is_tensor, cut.users)) > 1:
+            return cut
+    return cuts[0]
+
+
+def _why_no_update(block: fx.Node, limit: int, order: dict[fx.Node, int]) -> Rejection:
+    for node in sorted(descendants(block), key=order.__getitem__):
+        late = [u for u in node.users if order[u] > limit or u.op == "output"]
+        if order[node] < limit and late:
+            return Rejection(node.name, f"it is inside a layer and also read outside, by %{late[0].name}")
+    return Rejection(block.name, "its result is not added to the residual stream")
+
+
+def _why_not_closed(layer: Layer) -> Rejection | None:
+    """What keeps the region from being moved to another token set."""
+    given = attention_arguments(layer.attention)
+    nodes = set(layer.nodes)
+    for name, source in (("query", given.query), ("keys", given.key), ("values", given.value)):
+        if source not in nodes:
+            reason = f"its {name} %{source.name} come from outside the residual stream (cross-attention?)"
+            return Rejection(layer.attention.name, reason)
+    for node in layer.nodes:
+        outside = [u for u in node.users if u not in nodes]
+        if node is not layer.end and outside:
+            reason = f"it is inside layer {layer.index} and also read outside, by %{outside[0].name}"
+            return Rejection(node.name, reason)
+    return None
+
+
+def _why_no_stream(graph: DecoderGraph, blocks: Sequence[fx.Node]) -> Rejection:
+    output = graph.fx_graph.output_node()
+    candidates = [
+        n for n in graph.inputs if is_tensor(n) and value(n).is_floating_point() and len(shape(n)) == 3
+    ]
+    for source in candidates:
+        cuts = set(_cuts(graph, source, output))
+        for node in descendants(source):
+            if is_op(node, aten.add.Tensor) and node not in cuts and output in node.users:
+                return Rejection(node.name, "an intermediate value is also an output")
+    return Rejection(blocks[0].name, "no chain of residual additions encloses it")
+
+
+def _longest(layers: Sequence[Layer]) -> list[Rejection]:
+    """The layer with the most nodes: with a layer missing, it holds more than one."""
+    usual = sorted(len(layer.nodes) for layer in layers)[len(layers) // 2]
+    layer = max(layers, key=lambda layer: len(layer.nodes))
+    if len(layer.nodes) == usual:
+        return []
+    reason = f"layer {layer.index} around it has {len(layer.nodes)} nodes, most have {usual}"
+    return [Rejection(layer.attention.name, reason)]

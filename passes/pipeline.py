@@ -1,0 +1,128 @@
+"""Run the passes in order and turn the edited graph back into an exported program."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.utils._pytree as pytree
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+
+from .decoder_graph import DecoderGraph
+from .interface import Pass, PassResult
+
+DUMP_VARIABLE = "REROUTE_FX_DUMP"
+
+
+def run_passes(program: ExportedProgram, passes: Sequence[Pass]) -> tuple[DecoderGraph, tuple[PassResult, ...]]:
+    """Run `passes` on a copy of the program's graph.
+
+    With the environment variable ``REROUTE_FX_DUMP=folder`` each pass writes its graph before and after to
+    ``folder/<number>_<pass>.before.txt`` and ``.after.txt``; nothing is deleted.
+
+    Raises:
+        MatchError: from the first pass whose pattern is not there.
+    """
+    graph = DecoderGraph.from_program(program)
+    results = []
+    for step in passes:
+        graph, result = step(graph, dump=_dump_prefix(step))
+        results.append(result)
+    return graph, tuple(results)
+
+
+def _dump_prefix(step: Pass) -> Path | None:
+    folder = os.environ.get(DUMP_VARIABLE)
+    if not folder:
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    number = len(list(Path(folder).glob("*.before.txt")))
+    return Path(folder) / f"{number:03d}_{step.name}"
+
+
+def to_program(graph: DecoderGraph, original: ExportedProgram) -> ExportedProgram:
+    """The edited graph as an `ExportedProgram` that shares the parameters of `original`.
+
+    Its inputs are those of `original` less `graph.unused_inputs`, then ``visual_index`` as a keyword. It
+    returns ``{"output": what the original returned, "routing": {name: tensor}}``.
+    """
+    _drop_unused_inputs(graph)
+    graph.module.recompile()
+    signature = _signature(graph, original.graph_signature)
+    in_spec, out_spec = _in_spec(graph, original), _out_spec(graph, original.call_spec.out_spec)
+    entry = original.module_call_graph[0]
+    assert entry.signature is not None
+    names = _argument_names(graph, entry.signature.forward_arg_names)
+    call = replace(
+        entry.signature, inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec, forward_arg_names=names
+    )
+    return ExportedProgram(
+        root=graph.module,
+        graph=graph.fx_graph,
+        graph_signature=signature,
+        state_dict=original.state_dict,
+        range_constraints=_ranges(graph, original),
+        module_call_graph=[replace(entry, signature=call)],
+        example_inputs=None,
+        constants=original.constants,
+        verifiers=original.verifiers,
+    )
+
+
+def _drop_unused_inputs(graph: DecoderGraph) -> None:
+    for node in graph.inputs:
+        if node.name in graph.unused_inputs:
+            graph.fx_graph.erase_node(node)
+
+
+def _signature(graph: DecoderGraph, original: ExportGraphSignature) -> ExportGraphSignature:
+    present = {n.name for n in graph.fx_graph.find_nodes(op="placeholder")}
+    inputs = [spec for spec in original.input_specs if spec.arg.name in present]
+    if graph.visual_index is not None:
+        argument = TensorArgument(name=graph.visual_index.name)
+        inputs.append(InputSpec(InputKind.USER_INPUT, argument, target=None))
+    # Passes replace nodes, so the names of the original outputs are read from the graph.
+    returned = graph.fx_graph.output_node().args[0]
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=n.name), None) for n in returned]  # type: ignore[union-attr]
+    return ExportGraphSignature(inputs, outputs)
+
+
+def _argument_names(graph: DecoderGraph, original: list[str] | None) -> list[str] | None:
+    if original is None:
+        return None
+    added = [graph.visual_index.name] if graph.visual_index is not None else []
+    return [name for name in original if name not in graph.unused_inputs] + added
+
+
+def _in_spec(graph: DecoderGraph, original: ExportedProgram) -> pytree.TreeSpec:
+    names = [s.arg.name for s in original.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    args, kwargs = pytree.tree_unflatten(names, original.call_spec.in_spec)
+    kept_args = tuple(a for a in args if a not in graph.unused_inputs)
+    kept_kwargs = {k: v for k, v in kwargs.items() if v not in graph.unused_inputs}
+    if graph.visual_index is not None:
+        kept_kwargs["visual_index"] = graph.visual_index.name
+    return pytree.tree_structure((kept_args, kept_kwargs))
+
+
+def _out_spec(graph: DecoderGraph, original: pytree.TreeSpec) -> pytree.TreeSpec:
+    output = pytree.tree_unflatten([0] * original.num_leaves, original)
+    return pytree.tree_structure({"output": output, "routing": dict.fromkeys(graph.outputs, 0)})
+
+
+def _ranges(graph: DecoderGraph, original: ExportedProgram) -> dict:
+    ranges = dict(original.range_constraints)
+    env = graph.fake_mode.shape_env
+    if graph.visual_index is not None and env is not None:
+        tokens = graph.visual_index.meta["val"].shape[1]
+        assert isinstance(tokens, torch.SymInt)
+        ranges[tokens.node.expr] = env.var_to_range[tokens.node.expr]
+    return ranges

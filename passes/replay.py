@@ -1,0 +1,168 @@
+"""Replay part of a graph on another set of tokens.
+
+Replaying copies nodes under a mapping: the residual stream becomes the compact stream, a sequence
+tensor (cos, sin, ...) its compact form, the sequence length the compact length. Sequence tensors
+are recognised by the length symbol in their shape.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch import fx
+
+from .decoder_graph import Layer
+from .errors import MatchError
+from .graph_edit import FULL_SLICE_END, Editor, aten, expression, is_tensor, mentions, sequence_dims, shape, value
+
+
+class TokenSet(Protocol):
+    """Which rows of the stream a replay runs on.
+
+    Attributes:
+        length: number of rows, a node or an int.
+    """
+
+    length: Any
+
+    def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
+        """Rows of a sequence tensor that runs over the stream in dimension `dim`."""
+
+
+class LastRow:
+    """The last row of the stream."""
+
+    length = 1
+
+    def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
+        return edit.call(aten.slice.Tensor, tensor, dim, -1, FULL_SLICE_END)
+
+
+class AllRows:
+    """The stream as it is."""
+
+    length = None
+
+    def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
+        return tensor
+
+
+def is_sequence_tensor(node: fx.Node, length: sympy.Expr, batch: sympy.Expr) -> bool:
+    """Whether one dimension runs over the stream and the one before it over the batch, or all of it (size 1)."""
+    dims = sequence_dims(node, length)
+    if len(dims) != 1 or dims[0] == 0:
+        return False
+    before = expression(shape(node)[dims[0] - 1])
+    return before == batch or (before == 1 and dims[0] == 1)
+
+
+def sequence_inputs(layers: Iterable[Layer]) -> list[fx.Node]:
+    """Sequence tensors that `layers` read besides the residual stream, in graph order."""
+    layers = list(layers)
+    batch, length = (expression(size) for size in shape(layers[0].start)[:2])
+    streams = {layer.start for layer in layers}
+    inside = {node for layer in layers for node in layer.nodes}
+    found: dict[fx.Node, None] = {}
+    stack = [n for node in inside for n in node.all_input_nodes if n not in inside | streams]
+    while stack:
+        node = stack.pop()
+        if not is_tensor(node) or not sequence_dims(node, length):
+            continue
+        if is_sequence_tensor(node, length, batch):
+            found[node] = None
+        else:
+            stack += node.all_input_nodes
+    order = {node: i for i, node in enumerate(layers[0].start.graph.nodes)}
+    return sorted(found, key=order.__getitem__)
+
+
+class Replay:
+    """Copies nodes onto `tokens`, remembering what became of each node.
+
+    Args:
+        edit: where the copies go.
+        tokens: rows to run on.
+        length: symbol of the sequence length in the original graph.
+        batch: its batch size.
+        mapping: nodes whose counterparts are given, the residual stream first of all.
+    """
+
+    def __init__(
+        self,
+        edit: Editor,
+        tokens: TokenSet,
+        length: sympy.Expr,
+        batch: sympy.Expr,
+        mapping: Mapping[fx.Node, Any],
+    ) -> None:
+        self.edit = edit
+        self.tokens = tokens
+        self.symbol = length
+        self.batch = batch
+        self.counterparts: dict[fx.Node, Any] = dict(mapping)
+        self.given = frozenset(mapping)
+        self.sizes: dict[sympy.Expr, Any] = {}
+
+    def run(self, nodes: Iterable[fx.Node]) -> None:
+        """Copy `nodes`, which are in graph order."""
+        for node in nodes:
+            if node not in self.counterparts:
+                self.counterparts[node] = self.edit.copy(node, self, self._substituted(value(node)))
+
+    def _substituted(self, fake: Any) -> Any:
+        """The fake value of a node with the compact length for the full one; None if it must be computed.
+
+        Running every copied node on fake tensors takes most of a routing's time otherwise.
+        """
+        new_length = self.tokens.length
+        only_length_changes = len(self.given) == 1 and isinstance(new_length, fx.Node)
+        if not only_length_changes or not isinstance(fake, torch.Tensor):
+            return None
+        with self.edit.graph.fake_mode:
+            return torch.empty_strided(
+                [self._resized(size) for size in fake.shape],
+                [self._resized(stride) for stride in fake.stride()],
+                dtype=fake.dtype,
+                device=fake.device,
+            )
+
+    def _resized(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt) or not mentions(size, self.symbol):
+            return size
+        old = expression(size)
+        if old not in self.sizes:
+            new = old.subs(self.symbol, expression(value(self.tokens.length)))
+            self.sizes[old] = size.node.shape_env.create_symintnode(new, hint=None)
+        return self.sizes[old]
+
+    def __call__(self, node: fx.Node) -> Any:
+        """Counterpart of a node, made on demand for what comes from outside the copied nodes."""
+        if node not in self.counterparts:
+            self.counterparts[node] = self._outside(node)
+        return self.counterparts[node]
+
+    def _outside(self, node: fx.Node) -> Any:
+        if isinstance(self.tokens, AllRows):
+            return node
+        if not is_tensor(node):
+            return self._size(node)
+        dims = sequence_dims(node, self.symbol)
+        if not dims:
+            return node
+        if is_sequence_tensor(node, self.symbol, self.batch):
+            return self.tokens.rows(self.edit, node, dims[0])
+        if not any(is_tensor(n) and sequence_dims(n, self.symbol) for n in node.all_input_nodes):
+            raise MatchError(
+                f"%{node.name} of shape {list(shape(node))} runs over the sequence in a layout that can't be "
+                f"compacted; expected [..., batch, sequence, ...]."
+            )
+        return self.edit.copy(node, self)
+
+    def _size(self, node: fx.Node) -> Any:
+        size = value(node)
+        if not mentions(size, self.symbol):
+            return node
+        if expression(size) == self.symbol:
+            return self.tokens.length
+        return self.edit.copy(node, self)

@@ -1,0 +1,178 @@
+"""Run each stage on the active tokens only.
+
+Before: ``%h -> layer 7 .. layer 14 -> %h'`` on all S rows, and a selection at layer 7.
+After, by action:
+
+``compact_route_stagewise``
+    ``compact(%h) -> layer 7 .. layer 14 -> restore into %h``
+``compact_route``
+    ``compact(%h) -> layer 7 -> restore``, then the same for layer 8, and so on
+``physical_delete``
+    as stagewise, but the next decision scores and selects on the compact stream; nothing comes back
+
+Deferred rows keep the residual value that they had when they were deferred. At the end the output has
+all S rows again, each at its own place. Rotary positions are gathered, never renumbered.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from .decoder_graph import DecoderGraph, Decision, Layer
+from .graph_edit import Editor, aten, edit_after, expression, sequence_dims, shape, value
+from .interface import Pass, PassResult
+from .replay import Replay, sequence_inputs
+
+ACTIONS = ("physical_delete", "compact_route", "compact_route_stagewise")
+
+
+class ActiveRows:
+    """The active rows of a stage: all text and the kept visual tokens.
+
+    Gathers the stream and every sequence tensor that the stage's layers read, in one call.
+
+    Attributes:
+        stream: compact residual stream, ``[B, S', d]``.
+        length: S'.
+    """
+
+    def __init__(
+        self,
+        edit: Editor,
+        decision: Decision,
+        layers: Sequence[Layer],
+        stream: fx.Node,
+        source: "ActiveRows | None" = None,
+    ) -> None:
+        self.positions = decision.positions
+        tensors = sequence_inputs(layers)
+        _, length = (expression(size) for size in shape(layers[0].start)[:2])
+        dims = [sequence_dims(tensor, length)[0] for tensor in tensors]
+        outer = [source.rows(edit, t, d) if source else t for t, d in zip(tensors, dims, strict=True)]
+        edit.region = f"compact.{decision.layer}"
+        self.stream, *rows = compact(edit, [stream, *outer], self.positions, [1, *dims])
+        self.length = edit.size(self.stream, 1)
+        self.gathered = dict(zip(tensors, rows, strict=True))
+
+    def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
+        return self.gathered[tensor]
+
+
+def compact(edit: Editor, tensors: list[fx.Node], positions: fx.Node, dims: list[int]) -> list[fx.Node]:
+    return edit.unpack(edit.call(torch.ops.reroute.compact_tokens.default, tensors, positions, dims))
+
+
+class RouteStages(Pass):
+    """Args:
+    action: one of `ACTIONS`.
+    """
+
+    def __init__(self, action: str) -> None:
+        self.action = action
+
+    def apply(self, graph: DecoderGraph) -> PassResult:
+        if not graph.decisions:
+            return PassResult(self.name)
+        if self.action == "physical_delete":
+            _delete(graph)
+        else:
+            _route(graph, stagewise=self.action == "compact_route_stagewise")
+        routed = len(graph.layers) - graph.decisions[0].layer
+        return PassResult(self.name, matched=len(graph.decisions), rewritten=routed, detail=self.action)
+
+
+def _stages(graph: DecoderGraph) -> list[tuple[Decision, tuple[Layer, ...]]]:
+    ends = [d.layer for d in graph.decisions[1:]] + [len(graph.layers)]
+    return [(d, graph.layers[d.layer : end]) for d, end in zip(graph.decisions, ends, strict=True)]
+
+
+def _route(graph: DecoderGraph, stagewise: bool) -> None:
+    restored = {}
+    for decision, layers in _stages(graph):
+        tokens: ActiveRows | None = None
+        for group in [layers] if stagewise else [(layer,) for layer in layers]:
+            start, end = group[0].start, group[-1].end
+            with edit_after(graph, end, region=f"compact.{group[0].index}") as edit:
+                if tokens is None:
+                    tokens = ActiveRows(edit, decision, layers, start)
+                    stream = tokens.stream
+                else:
+                    (stream,) = compact(edit, [start], tokens.positions, [1])
+                stream = _run_layers(edit, group, stream, tokens)
+                restored[end] = _restore(edit, start, stream, tokens)
+    for end, stream in restored.items():
+        end.replace_all_uses_with(stream)
+
+
+def _delete(graph: DecoderGraph) -> None:
+    last = graph.layers[-1].end
+    stream = graph.layers[graph.decisions[0].layer].start
+    stages: list[tuple[fx.Node, ActiveRows]] = []
+    decisions: list[Decision] = []
+    with edit_after(graph, last, region="") as edit:
+        for decision, layers in _stages(graph):
+            source = stages[-1][1] if stages else None
+            if source is not None:
+                decision = _decide_again(edit, decision, layers[0], stream, decisions[-1], source)
+            decisions.append(decision)
+            tokens = ActiveRows(edit, decision, layers, stream, source)
+            stages.append((stream, tokens))
+            stream = _run_layers(edit, layers, tokens.stream, tokens)
+        for outer, tokens in reversed(stages):
+            stream = _restore(edit, outer, stream, tokens)
+    last.replace_all_uses_with(stream)
+    graph.decisions = tuple(decisions)
+
+
+def _run_layers(edit: Editor, layers: Sequence[Layer], stream: fx.Node, tokens: ActiveRows) -> fx.Node:
+    """Replay `layers` on the compact stream and return it."""
+    for layer in layers:
+        edit.region = f"layer.{layer.index}"
+        stream = _replay(edit, layer, layer.nodes, {layer.start: stream}, tokens)(layer.end)
+    edit.region = f"restore.{layers[-1].index}"
+    return stream
+
+
+def _replay(
+    edit: Editor, layer: Layer, nodes: Sequence[fx.Node], mapping: dict[fx.Node, fx.Node], tokens: ActiveRows
+) -> Replay:
+    batch, length = (expression(size) for size in shape(layer.start)[:2])
+    replay = Replay(edit, tokens, length, batch, mapping)
+    replay.run(nodes)
+    return replay
+
+
+def _decide_again(
+    edit: Editor, decision: Decision, layer: Layer, stream: fx.Node, previous: Decision, tokens: ActiveRows
+) -> Decision:
+    """Score and select among the survivors of the previous decision, on their compact stream."""
+    edit.region = f"decision.{layer.index}"
+    mapping = {layer.start: stream, decision.pool: _survivors(edit, previous)}
+    copies = _replay(edit, layer, decision.nodes, mapping, tokens)
+    return Decision(
+        decision.layer,
+        pool=mapping[decision.pool],
+        scores=copies(decision.scores),
+        positions=copies(decision.positions),
+        selected=copies(decision.selected),
+        nodes=(),
+    )
+
+
+def _survivors(edit: Editor, decision: Decision) -> fx.Node:
+    """Positions of the kept visual tokens in the compact stream, [B, k].
+
+    The j-th kept token, at place s_j among the visual tokens and p_j in the stream, has p_j - s_j text
+    tokens and j kept tokens before it.
+    """
+    kept = edit.call(aten.gather.default, decision.pool, 1, decision.selected)
+    text_before = edit.call(aten.sub.Tensor, kept, decision.selected)
+    device = value(kept).device
+    rank = edit.call(aten.arange.default, edit.size(decision.selected, 1), device=device)
+    return edit.call(aten.add.Tensor, text_before, rank)
+
+
+def _restore(edit: Editor, stream: fx.Node, rows: fx.Node, tokens: ActiveRows) -> fx.Node:
+    return edit.call(torch.ops.reroute.restore_tokens.default, stream, rows, tokens.positions)
+
