@@ -13,6 +13,25 @@ from .errors import MatchError
 
 
 @dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of one layer; multiply-adds are for one token.
+
+    Attributes:
+        linear: multiply-adds of all linear maps.
+        query: of these, what computes a query.
+        key: of these, what computes a key.
+        attention_width: query heads times head dimension.
+        kv_width: key-value heads times head dimension.
+    """
+
+    linear: int
+    query: int
+    key: int
+    attention_width: int
+    kv_width: int
+
+
+@dataclass(frozen=True)
 class Layer:
     """The nodes of one decoder layer: between two values of the residual stream, around one attention.
 
@@ -23,6 +42,7 @@ class Layer:
         attention: the canonical attention node.
         nodes: what computes `end` from `start`, with helpers that no other layer reads, in graph order;
             `start` is not among them.
+        sizes: what the layer's cost follows from.
     """
 
     index: int
@@ -30,6 +50,7 @@ class Layer:
     end: fx.Node
     attention: fx.Node
     nodes: tuple[fx.Node, ...]
+    sizes: LayerSizes
 
 
 @dataclass(frozen=True)

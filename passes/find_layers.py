@@ -11,12 +11,12 @@ attention. Inside a layer nothing may be read from outside, and an attention mus
 keys and values from its own layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 
 from .canonicalize_attention import attention_arguments, attentions
-from .decoder_graph import DecoderGraph, Layer
+from .decoder_graph import DecoderGraph, Layer, LayerSizes
 from .graph_edit import ancestors, aten, descendants, is_op, is_tensor, shape, value
 from .interface import Pass, PassResult, Rejection, refuse
 
@@ -113,8 +113,28 @@ def _split(cuts: Sequence[fx.Node], blocks: Sequence[fx.Node]) -> tuple[list[Lay
             continue
         nodes = _between(start, inside[-1])
         ordered = tuple(sorted(nodes, key=order.__getitem__))
-        layers.append(Layer(len(layers), start, inside[-1], block, ordered))
+        sizes = _measure(start, block, ordered)
+        layers.append(Layer(len(layers), start, inside[-1], block, ordered, sizes))
     return layers, rejected
+
+
+def _measure(start: fx.Node, block: fx.Node, nodes: Sequence[fx.Node]) -> LayerSizes:
+    given = attention_arguments(block)
+    query, key = shape(given.query), shape(given.key)
+    inside = set(nodes)
+    return LayerSizes(
+        linear=_multiply_adds(nodes),
+        query=_multiply_adds(ancestors([given.query], stop=start) & inside),
+        key=_multiply_adds(ancestors([given.key], stop=start) & inside),
+        attention_width=int(query[1]) * int(query[3]),
+        kv_width=int(key[1]) * int(key[3]),
+    )
+
+
+def _multiply_adds(nodes: Iterable[fx.Node]) -> int:
+    """Of the linear maps among `nodes`, for one token."""
+    weights = [shape(n.args[1]) for n in nodes if is_op(n, aten.linear)]  # type: ignore[arg-type]
+    return sum(int(rows) * int(columns) for rows, columns in weights)
 
 
 def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:

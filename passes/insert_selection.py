@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from .canonicalize_attention import attention_arguments
 from .decoder_graph import DecoderGraph, Decision, Layer
+from .errors import MatchError
 from .graph_edit import Editor, ancestors, aten, edit_after, expression, shape, value
 from .interface import Pass, PassResult
 from .replay import AllRows, LastRow, Replay
@@ -39,6 +40,9 @@ class InsertSelection(Pass):
     def apply(self, graph: DecoderGraph) -> PassResult:
         if not self.decisions:
             return PassResult(self.name)
+        deepest, found = self.decisions[-1][0], len(graph.layers)
+        if deepest >= found:
+            raise MatchError(f"decision_layers has {deepest}, but the graph has {found} layers; expected 1..{found - 1}.")
         graph.visual_index = _add_visual_index(graph)
         count = _visual_count(graph, graph.visual_index)
         graph.decisions = tuple(

@@ -1,0 +1,6 @@
+"""Capture: Hugging Face models in, exported decoders out. Knows models, knows nothing of routing."""
+
+from .decoder import CapturedDecoder, capture_decoder, text_decoder
+from .visual_tokens import find_visual_token_ids
+
+__all__ = ["CapturedDecoder", "capture_decoder", "find_visual_token_ids", "text_decoder"]

@@ -1,0 +1,27 @@
+"""Differences between versions and machines, in one place."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def settle_cpu_math() -> None:
+    """Call the vectorised CPU functions once from one thread.
+
+    In torch builds with MKL the first call of cos from several threads at once now and then returns
+    values that are off by 1e-4 (seen in about one process in ten, torch 2.13): enough to change rotary
+    positions and with them a selection. A first call on a tensor too small to be split avoids it.
+    """
+    small = torch.ones(8)
+    for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.tanh, torch.erf):
+        function(small)
+
+
+@contextmanager
+def independent_sizes() -> Iterator[None]:
+    """While compiling, sizes that happen to be equal are not taken to be one and the same."""
+    from torch.fx.experimental import _config
+
+    with _config.patch(use_duck_shape=False):
+        yield

@@ -1,0 +1,33 @@
+"""Errors of reroute_fx. Each message says what was wrong, what was expected and what to do."""
+
+from .passes.errors import MatchError, RerouteError
+
+__all__ = [
+    "BackendUnavailableError",
+    "CaptureError",
+    "ConfigError",
+    "InputError",
+    "MatchError",
+    "RerouteError",
+    "UnsupportedModelError",
+]
+
+
+class ConfigError(RerouteError, ValueError):
+    """A routing configuration or an argument of `compile` is invalid."""
+
+
+class UnsupportedModelError(RerouteError):
+    """The model is of a kind that can't be routed."""
+
+
+class CaptureError(RerouteError):
+    """The decoder could not be exported."""
+
+
+class InputError(RerouteError, ValueError):
+    """The inputs of a call don't fit the model or its routing."""
+
+
+class BackendUnavailableError(RerouteError):
+    """A backend needs something that is not installed."""

@@ -1,0 +1,166 @@
+"""Split a decoder graph into regions and let equal regions share one function.
+
+The layers of a decoder are the same code with other weights. Compiling each distinct region once and
+calling it for every layer keeps compile time independent of depth.
+
+A region is a run of nodes of one decoder layer, or of the nodes between two layers (restore, decide,
+compact). Parameters are inputs of a region. Sizes are read from the tensors at hand, so that equal
+regions look equal whatever the length they run on; keep counts come in as integers.
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+aten = torch.ops.aten
+CompileRegion = Callable[[fx.GraphModule], torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A graph whose calls are regions.
+
+    Attributes:
+        module: the outer graph module; inputs and outputs as before.
+        calls: regions in the graph.
+        distinct: functions behind them.
+    """
+
+    module: fx.GraphModule
+    calls: int
+    distinct: int
+
+
+def share_regions(module: fx.GraphModule, compile_region: CompileRegion) -> Regions:
+    """Outer graph over the regions of `module`; `compile_region` is called once for each distinct one."""
+    names: dict[str, str] = {}
+    functions: dict[str, torch.nn.Module] = {}
+    outer = _Outer()
+    runs = _runs(module.graph)
+    for node in module.graph.find_nodes(op="placeholder"):
+        outer.new[node] = outer.graph.node_copy(node)
+    for run in runs:
+        region = _Region(run)
+        key = region.key()
+        if key not in names:
+            names[key] = f"region_{len(names)}"
+            functions[names[key]] = compile_region(fx.GraphModule({}, region.graph))
+        outer.call(names[key], region)
+    outer.graph.output(map_arg(module.graph.output_node().args[0], outer.new.__getitem__))
+    outer.graph.lint()
+    return Regions(fx.GraphModule(functions, outer.graph), len(runs), len(functions))
+
+
+def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Consecutive calls of one region. Sizes belong to none: each region reads its own."""
+    runs: list[list[fx.Node]] = []
+    last = None
+    for node in graph.nodes:
+        if node.op != "call_function" or is_size(node):
+            continue
+        region = node.meta.get("region") or ""
+        current = region if region.startswith("layer.") else "between"
+        if current != last:
+            runs.append([])
+            last = current
+        runs[-1].append(node)
+    return runs
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node computes a size rather than a tensor."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, int, float))
+
+
+class _Outer:
+    """The graph that calls the regions."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+
+    def call(self, function: str, region: "_Region") -> None:
+        call = self.graph.call_module(function, tuple(self._input(n) for n in region.inputs))
+        for i, node in enumerate(region.outputs):
+            self.new[node] = self.graph.call_function(operator.getitem, (call, i))
+
+    def _input(self, node: fx.Node) -> fx.Node:
+        """What a region reads; sizes are computed here when they are first needed."""
+        if node not in self.new:
+            self.new[node] = self.graph.node_copy(node, self._input)
+        return self.new[node]
+
+
+class _Region:
+    """A run of nodes as a graph of its own.
+
+    Attributes:
+        inputs: nodes of the original graph that it reads: tensors and, last, integers.
+        outputs: its nodes that are read elsewhere.
+    """
+
+    def __init__(self, nodes: list[fx.Node]) -> None:
+        inside = set(nodes)
+        reads = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
+        tensors = [n for n in reads if not is_size(n)]
+        integers = [n for n in reads if is_size(n) and not _find(n, tensors) and _from_inputs(n)]
+        self.inputs = tensors + integers
+        self.outputs = [n for n in nodes if any(u not in inside and not is_size(u) for u in n.users)]
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        for i, node in enumerate(self.inputs):
+            self.new[node] = self.graph.placeholder(f"input_{i}")
+            self.new[node].meta["val"] = node.meta.get("val")
+        for node in nodes:
+            self.new[node] = self.graph.node_copy(node, self._argument)
+        self.graph.output(tuple(self.new[n] for n in self.outputs))
+
+    def _argument(self, node: fx.Node) -> fx.Node:
+        """Counterpart of an argument; a size is read from the first tensor that has it."""
+        if node not in self.new:
+            at_hand = [n for n in self.new if not is_size(n)]
+            found = _find(node, at_hand)
+            if found is not None:
+                self.new[node] = self.graph.call_function(aten.sym_size.int, (self.new[found[0]], found[1]))
+            else:
+                self.new[node] = self.graph.node_copy(node, self._argument)
+        return self.new[node]
+
+    def key(self) -> str:
+        """Equal for regions that compute the same function of inputs of the same kind."""
+        number = {node: f"%{i}" for i, node in enumerate(self.graph.nodes)}
+        lines = [_kind(n) for n in self.inputs]
+        for node in self.graph.nodes:
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), number.__getitem__)
+            lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args} {kwargs}")
+        return "\n".join(lines)
+
+
+def _find(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:
+    """A tensor with that size, and in which dimension."""
+    value = size.meta["val"]
+    if not isinstance(value, torch.SymInt):
+        return None
+    for tensor in tensors:
+        fake = tensor.meta.get("val")
+        for dim, other in enumerate(fake.shape if isinstance(fake, torch.Tensor) else ()):
+            if isinstance(other, torch.SymInt) and other.node.expr == value.node.expr:
+                return tensor, dim
+    return None
+
+
+def _from_inputs(size: fx.Node) -> bool:
+    """Whether a size follows from the shapes of the graph's inputs alone."""
+    return all(n.op == "placeholder" or (is_size(n) and _from_inputs(n)) for n in size.all_input_nodes)
+
+
+def _kind(node: fx.Node) -> str:
+    fake = node.meta.get("val")
+    if not isinstance(fake, torch.Tensor):
+        return type(fake).__name__
+    sizes = [size if isinstance(size, int) else "*" for size in fake.shape]
+    return f"{fake.dtype} {sizes} {fake.device}"

@@ -1,0 +1,175 @@
+"""What the compiler did to a decoder and what that saves on paper."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .config import REFERENCE_TOKENS, RoutingConfig
+from .passes import PassResult
+from .theory import REFERENCE_TEXT, LayerCost, PrefillCost, prefill_cost
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """Result of routing one decoder; ``str(report)`` is a table, `to_dict` is ready for JSON.
+
+    Costs are those of a prompt with `visual_tokens` and `text_tokens`; `at` gives them for another prompt.
+
+    Attributes:
+        config: routing configuration.
+        passes: results of the passes, in order.
+        layers: cost of each decoder layer.
+        element_bytes: bytes of a cached key or value.
+        model: name of the model class, if known.
+        backend: name of the backend, if lowered.
+        seconds: wall-clock seconds by phase.
+    """
+
+    config: RoutingConfig
+    passes: tuple[PassResult, ...]
+    layers: tuple[LayerCost, ...]
+    element_bytes: int
+    model: str = ""
+    backend: str = ""
+    visual_tokens: int = REFERENCE_TOKENS
+    text_tokens: int = REFERENCE_TEXT
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def tokens_per_layer(self) -> tuple[int, ...]:
+        """Visual tokens that enter each layer."""
+        return self.config.tokens_per_layer(self.num_layers, self.visual_tokens)
+
+    @property
+    def average_tokens(self) -> float:
+        return self.config.average_tokens(self.num_layers, self.visual_tokens)
+
+    @property
+    def routed(self) -> PrefillCost:
+        """Cost of the routed prefill, scoring included."""
+        return self._cost(self.config)
+
+    @property
+    def unrouted(self) -> PrefillCost:
+        return self._cost(None)
+
+    def _cost(self, config: RoutingConfig | None) -> PrefillCost:
+        return prefill_cost(
+            self.layers,
+            config,
+            visual_tokens=self.visual_tokens,
+            text_tokens=self.text_tokens,
+            element_bytes=self.element_bytes,
+        )
+
+    def at(self, *, visual_tokens: int, text_tokens: int) -> "RoutingReport":
+        """The same report for a prompt of another size."""
+        return RoutingReport(**{**vars(self), "visual_tokens": visual_tokens, "text_tokens": text_tokens})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dictionaries."""
+        return {
+            "model": self.model,
+            "backend": self.backend,
+            "config": asdict(self.config),
+            "visual_tokens": self.visual_tokens,
+            "text_tokens": self.text_tokens,
+            "tokens_per_layer": list(self.tokens_per_layer),
+            "average_tokens": self.average_tokens,
+            "routed": _cost_dict(self.routed),
+            "unrouted": _cost_dict(self.unrouted),
+            "passes": [asdict(result) for result in self.passes],
+            "seconds": dict(self.seconds),
+        }
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [Text(self._title(), style="bold"), self._cost_table(), self._stage_table()]
+        if self.passes:
+            parts.append(self._pass_table())
+        if self.seconds:
+            parts.append(Text("  ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items())))
+        return Group(*parts)
+
+    def _title(self) -> str:
+        name = self.model or "decoder"
+        backend = f", backend {self.backend}" if self.backend else ""
+        return f"{name}: {self.config.method} / {self.config.action}, {self.num_layers} layers{backend}"
+
+    def _cost_table(self) -> Table:
+        routed, unrouted = self.routed, self.unrouted
+        table = Table(
+            "",
+            "unrouted",
+            "routed",
+            "share",
+            title=f"Decoder prefill with {self.visual_tokens} visual and {self.text_tokens} text tokens, in theory",
+        )
+        for column in table.columns[1:]:
+            column.justify = "right"
+        average = self.average_tokens
+        table.add_row(
+            "visual tokens per layer",
+            f"{self.visual_tokens:.1f}",
+            f"{average:.1f}",
+            _percent(average, self.visual_tokens),
+        )
+        table.add_row(
+            "GFLOPs", _giga(unrouted.flops), _giga(routed.flops), _percent(routed.flops, unrouted.flops)
+        )
+        table.add_row("  of which scoring", "0", _giga(routed.scoring_flops), "")
+        table.add_row(
+            "key-value cache, MiB",
+            f"{unrouted.kv_bytes / 2**20:.1f}",
+            f"{routed.kv_bytes / 2**20:.1f}",
+            _percent(routed.kv_bytes, unrouted.kv_bytes),
+        )
+        return table
+
+    def _stage_table(self) -> Table:
+        table = Table("layers", "visual tokens", "kept", "decision", title="Stages")
+        tokens = self.tokens_per_layer
+        starts = [0, *self.config.decision_layers]
+        ends = [*self.config.decision_layers, self.num_layers]
+        ratios: Sequence[float | None] = [None, *self.config.keep_ratios]
+        for start, end, ratio in zip(starts, ends, ratios, strict=True):
+            decision = "" if ratio is None else f"before layer {start}, ratio {ratio:.4g}"
+            share = _percent(tokens[start], self.visual_tokens)
+            table.add_row(f"{start}-{end - 1}", str(tokens[start]), share, decision)
+        for column in table.columns[1:3]:
+            column.justify = "right"
+        return table
+
+    def _pass_table(self) -> Table:
+        table = Table("pass", "matched", "rewritten", "seconds", "", title="Passes")
+        for result in self.passes:
+            row = str(result.matched), str(result.rewritten), f"{result.seconds:.2f}"
+            table.add_row(result.name, *row, result.detail)
+        for column in table.columns[1:4]:
+            column.justify = "right"
+        return table
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:,.1f}" if flops < 1e13 else f"{flops / 1e9:,.0f}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _cost_dict(cost: PrefillCost) -> dict[str, int]:
+    return {**asdict(cost), "flops": cost.flops}
