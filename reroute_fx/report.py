@@ -116,7 +116,8 @@ class RoutingReport:
             "unrouted",
             "routed",
             "share",
-            title=f"Decoder prefill with {self.visual_tokens} visual and {self.text_tokens} text tokens, in theory",
+            title="Decoder prefill, theory",
+            caption=f"{self.visual_tokens} visual and {self.text_tokens} text tokens",
         )
         for column in table.columns[1:]:
             column.justify = "right"
@@ -148,7 +149,8 @@ class RoutingReport:
         for start, end, ratio in zip(starts, ends, ratios, strict=True):
             decision = "" if ratio is None else f"before layer {start}, ratio {ratio:.4g}"
             share = _percent(tokens[start], self.visual_tokens)
-            table.add_row(f"{start}-{end - 1}", str(tokens[start]), share, decision)
+            layers = str(start) if end == start + 1 else f"{start}-{end - 1}"
+            table.add_row(layers, str(tokens[start]), share, decision)
         for column in table.columns[1:3]:
             column.justify = "right"
         return table

@@ -1,0 +1,100 @@
+"""What every benchmark shares: alternating timing, percentiles, machine facts, JSON with raw samples."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.progress import track
+
+import reroute_fx
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; every round runs all of them once, in turn."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in track(range(rounds), description="measuring"):
+        for name, run in contenders.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def first_calls(contenders: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of the first call of each contender: compilation and warm-up."""
+    seconds = {}
+    for name, run in track(contenders.items(), description="compiling"):
+        start = time.perf_counter()
+        run()
+        seconds[name] = time.perf_counter() - start
+        run()
+    return seconds
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Median and tail in milliseconds. With few samples p99 is close to the largest."""
+    milliseconds = np.array(samples) * 1e3
+    return {
+        "p50_ms": float(np.percentile(milliseconds, 50)),
+        "p99_ms": float(np.percentile(milliseconds, 99)),
+        "min_ms": float(milliseconds.min()),
+        "samples": len(samples),
+    }
+
+
+def ratio(baseline: list[float], other: list[float]) -> float:
+    """How many times faster `other` is: the median over rounds of the ratio within a round."""
+    return statistics.median(b / o for b, o in zip(baseline, other, strict=True))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine."""
+    return {
+        "reroute_fx": reroute_fx.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def write(name: str, record: Mapping[str, Any]) -> Path:
+    """Write a record under ``benchmarks/results``, whole or not at all."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"environment": environment(), **record}, indent=1) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def _commit() -> str | None:
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

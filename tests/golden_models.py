@@ -1,0 +1,45 @@
+"""The golden models, and what the official Reroute release (9d42204) computes on them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
+
+from reroute_fx import RoutingConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+CLASSES = {"llava": LlavaForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A golden model with its inputs and what the official release computes on it."""
+
+    name: str
+    model: Any
+    inputs: dict[str, torch.Tensor]
+    cases: dict[str, Any]
+    expected: dict[str, torch.Tensor]
+
+    def config(self, case: str) -> RoutingConfig:
+        given = self.cases[case]
+        return RoutingConfig(
+            given["decision_layers"], given["keep_ratios"], given["action"], given["method"]
+        )
+
+    @property
+    def visual_positions(self) -> torch.Tensor:
+        return (self.inputs["input_ids"][0] == self.model.config.image_token_id).nonzero().flatten()
+
+
+def load_golden(name: str) -> Golden:
+    folder = GOLDEN / name
+    inputs = load_file(folder / "inputs.safetensors")
+    inputs["pixel_values"] = (inputs["pixel_values"].float() / 255 - 0.5) / 0.25
+    model = CLASSES[name].from_pretrained(folder, dtype=torch.float32).eval()
+    cases = json.loads((folder / "cases.json").read_text())["cases"]
+    return Golden(name, model, inputs, cases, load_file(folder / "expected.safetensors"))

@@ -1,0 +1,347 @@
+"""The routed model as a drop-in, and the calls it refuses."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    StaticCache,
+    TextStreamer,
+)
+
+import reroute_fx
+from reroute_fx import (
+    ConfigError,
+    InputError,
+    MatchError,
+    RoutedModel,
+    RoutingConfig,
+    UnsupportedModelError,
+)
+
+
+def tiny_llava():
+    """A LLaVA of 8 layers with 16 visual tokens; 50 is the image token."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=50)
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def routed(model):
+    return reroute_fx.compile(model, tier=0.4, backend="eager")
+
+
+@pytest.fixture
+def inputs():
+    random = torch.Generator().manual_seed(1)
+    ids = torch.cat([torch.tensor([1, 7]), torch.full((16,), 50), torch.tensor([9, 11, 13])])[None]
+    pixels = torch.randn(1, 3, 16, 16, generator=random)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def test_it_is_the_model_class_with_the_models_attributes(model, routed):
+    assert isinstance(routed, LlavaForConditionalGeneration)
+    assert isinstance(routed, RoutedModel)
+    assert routed.config is model.config
+    assert routed.device == model.device
+    assert routed.dtype == model.dtype
+    assert routed.generation_config is model.generation_config
+    assert type(routed).__name__ == "RoutedLlavaForConditionalGeneration"
+
+
+def test_parameters_are_shared_and_named_as_before(model, routed):
+    ours, theirs = dict(routed.named_parameters()), dict(model.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name] is theirs[name] for name in ours)
+
+
+def test_the_original_model_is_not_changed(inputs):
+    model = tiny_llava()
+    attributes = copy.copy(model.model.language_model.__dict__)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        routed = reroute_fx.compile(model, tier=0.4, backend="eager")
+        routed(**inputs)
+        after = model(**inputs)
+    assert torch.equal(before, after.logits)
+    assert type(model) is LlavaForConditionalGeneration
+    assert type(model.model.language_model).__name__ == "LlamaModel"
+    assert model.model.language_model.__dict__.keys() == attributes.keys()
+    assert not hasattr(after, "routing")
+
+
+def test_output_has_the_models_class_and_full_logits(model, routed, inputs):
+    with torch.no_grad():
+        ours, theirs = routed(**inputs), model(**inputs)
+    assert type(ours) is type(theirs)
+    assert ours.logits.shape == theirs.logits.shape
+    assert ours.image_hidden_states.shape == theirs.image_hidden_states.shape
+
+
+def test_logits_to_keep_and_tuples(routed, inputs):
+    with torch.no_grad():
+        full = routed(**inputs)
+        last = routed(**inputs, logits_to_keep=1)
+        as_tuple = routed(**inputs, return_dict=False)
+    torch.testing.assert_close(last.logits, full.logits[:, -1:], atol=1e-6, rtol=0)
+    assert last.logits.shape[1] == 1
+    assert torch.equal(as_tuple[0], full.logits)
+
+
+def test_labels_give_a_loss_over_the_text(model, routed, inputs):
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 50, -100)
+    with torch.no_grad():
+        assert torch.isfinite(routed(**inputs, labels=labels).loss)
+
+
+def test_without_cache(routed, inputs):
+    with torch.no_grad():
+        output = routed(**inputs, use_cache=False)
+        cached = routed(**inputs)
+    assert output.past_key_values is None
+    assert torch.equal(output.logits, cached.logits)
+    uncached = routed.generate(**inputs, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert uncached.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_positional_input_ids(routed, inputs):
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    with torch.no_grad():
+        assert torch.equal(routed(inputs["input_ids"], **rest).logits, routed(**inputs).logits)
+
+
+def test_beams_and_seeded_samples(routed, inputs):
+    beams = routed.generate(**inputs, max_new_tokens=4, num_beams=3, do_sample=False)
+    assert beams.shape[0] == 1
+    samples = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        samples.append(routed.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=2))
+    assert torch.equal(*samples)
+
+
+def test_streamer_sees_the_returned_tokens(routed, inputs):
+    seen = []
+
+    class Collect(TextStreamer):
+        def __init__(self):
+            pass
+
+        def put(self, value):
+            seen.extend(value.flatten().tolist())
+
+        def end(self):
+            pass
+
+    ids = routed.generate(**inputs, max_new_tokens=4, do_sample=False, streamer=Collect())
+    assert seen == ids[0].tolist()
+
+
+def test_two_images_in_one_prompt_share_one_pool(routed):
+    image = [50] * 16
+    ids = torch.tensor([[1, *image, 7, *image, 9, 11]])
+    with torch.no_grad():
+        routing = routed(input_ids=ids, pixel_values=torch.randn(2, 3, 16, 16)).routing
+    first = routed.routing_config.decision_layers[0]
+    assert routing.scores[first].shape == (1, 32)
+    assert routing.kv_lengths[0] == ids.shape[1]
+
+
+def test_compiled_for_other_sizes_and_batches(model, inputs):
+    eager = reroute_fx.compile(model, tier=0.4, backend="eager")
+    compiled = reroute_fx.compile(model, tier=0.4)
+    image = [50] * 16
+    longer = {
+        "input_ids": torch.tensor([[1, *image, 7, 8, *image, 9, 11, 12]]),
+        "pixel_values": torch.randn(2, 3, 16, 16),
+    }
+    pair = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    with torch.no_grad():
+        for given in (inputs, longer, pair):
+            torch.testing.assert_close(compiled(**given).logits, eager(**given).logits, atol=1e-5, rtol=0)
+    assert 3 <= compiled._modules["model"].language_model.executable.distinct_regions <= 8
+
+
+def test_bfloat16(inputs):
+    model = tiny_llava().to(torch.bfloat16)
+    routed = reroute_fx.compile(model, tier=0.4, backend="eager")
+    given = {**inputs, "pixel_values": inputs["pixel_values"].to(torch.bfloat16)}
+    with torch.no_grad():
+        output = routed(**given)
+        assert output.logits.dtype is torch.bfloat16
+        everything = reroute_fx.compile(
+            model, config=RoutingConfig((2, 5), (1.0, 1.0)), backend="eager"
+        )(**given)
+        unrouted = model(**given)
+    assert torch.isfinite(output.logits).all()
+    error = (everything.logits - unrouted.logits).abs().max().float()
+    # A handful of roundings of bfloat16 (8 bits of mantissa) at the size of the logits.
+    assert error <= 8 * 2**-8 * unrouted.logits.abs().max().float()
+
+
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+def test_refuses_intermediate_outputs(routed, inputs, name):
+    with pytest.raises(InputError, match=name):
+        routed(**inputs, **{name: True})
+
+
+def test_refuses_training(inputs):
+    model = tiny_llava()
+    with pytest.raises(UnsupportedModelError, match=r"training mode.*model\.eval\(\)"):
+        reroute_fx.compile(model.train(), tier=0.4)
+    routed = reroute_fx.compile(model.eval(), tier=0.4, backend="eager")
+    routed.train()
+    with pytest.raises(InputError, match=r"training mode"):
+        routed(**inputs)
+
+
+def test_refuses_padding_and_names_the_row(routed, inputs):
+    mask = torch.ones(2, inputs["input_ids"].shape[1], dtype=torch.long)
+    mask[1, 0] = 0
+    pair = {name: torch.cat([value, value]) for name, value in inputs.items()} | {"attention_mask": mask}
+    with pytest.raises(InputError, match=r"padding in rows \[1\]"):
+        routed(**pair)
+
+
+def test_refuses_rows_with_different_numbers_of_visual_tokens(routed, inputs):
+    text = torch.randint(3, 40, inputs["input_ids"].shape)
+    ids = torch.cat([inputs["input_ids"], text])
+    with pytest.raises(InputError, match=r"\[16, 0\] visual tokens"):
+        routed(input_ids=ids, pixel_values=inputs["pixel_values"])
+
+
+def test_refuses_placeholders_without_pictures_and_the_reverse(routed, inputs):
+    with pytest.raises(InputError, match="16 image tokens but no pixel_values"):
+        routed(input_ids=inputs["input_ids"])
+    with pytest.raises(InputError, match="holds no image token"):
+        routed(input_ids=torch.tensor([[1, 5, 6]]), pixel_values=inputs["pixel_values"])
+
+
+def test_refuses_too_few_placeholders(routed, inputs):
+    with pytest.raises(InputError, match=r"do not match.*processor"):
+        routed(input_ids=inputs["input_ids"][:, 1:], pixel_values=inputs["pixel_values"][:, :, :16, :16].repeat(2, 1, 1, 1))
+
+
+def test_refuses_embeddings_empty_batches_and_visual_ends(routed, inputs):
+    embeds = routed.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(InputError, match="inputs_embeds"):
+        routed(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
+    with pytest.raises(InputError, match=r"shape \[0, 4\]"):
+        routed(input_ids=torch.zeros(0, 4, dtype=torch.long))
+    with pytest.raises(InputError, match=r"ends with a visual token in rows \[0\]"):
+        routed(input_ids=inputs["input_ids"][:, :18], pixel_values=inputs["pixel_values"])
+
+
+def test_refuses_a_static_cache(model, routed, inputs):
+    with pytest.raises(InputError, match="StaticCache"):
+        routed.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(InputError, match="StaticCache"):
+        routed(**inputs, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=64))
+
+
+def test_refuses_more_than_one_token_and_new_images_on_a_routed_cache(model, routed, inputs):
+    with torch.no_grad():
+        cache = routed(**inputs).past_key_values
+        with pytest.raises(InputError, match="2 new tokens on a routed cache"):
+            routed(input_ids=torch.tensor([[3, 4]]), past_key_values=cache)
+        with pytest.raises(InputError, match="pixel_values was given together with a cache"):
+            routed(**inputs, past_key_values=cache)
+        other = reroute_fx.compile(model, tier=0.5, backend="eager")
+        with pytest.raises(InputError, match="past_key_values was made with"):
+            other(input_ids=torch.tensor([[3]]), past_key_values=cache)
+        expected = routed.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert torch.equal(routed.generate(**inputs, max_new_tokens=3, do_sample=False), expected)
+
+
+def test_a_good_call_after_an_error_is_right(routed, inputs):
+    with torch.no_grad():
+        expected = routed(**inputs).logits
+        with pytest.raises(InputError):
+            routed(input_ids=inputs["input_ids"])
+        assert torch.equal(routed(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tier": 100}, "tier is 100"),
+        ({"method": "magic"}, "method is 'magic'"),
+        ({"action": "drop"}, "action is 'drop'"),
+        ({"schedule": "loose"}, "schedule is 'loose'"),
+        ({"backend": "tpu"}, "backend is 'tpu'"),
+        ({"config": {"decision_layers": (2,)}}, "config is a dict"),
+        ({"config": RoutingConfig((2, 8), (0.5, 0.5))}, r"decision_layers has \[8\].*8 layers"),
+    ],
+)
+def test_bad_arguments_are_refused_before_tracing(model, arguments, message, monkeypatch):
+    monkeypatch.setattr("reroute_fx.api.capture_decoder", lambda _: pytest.fail("traced"))
+    with pytest.raises(ConfigError, match=message):
+        reroute_fx.compile(model, **arguments)
+
+
+def test_refuses_what_is_no_vision_language_model():
+    with pytest.raises(UnsupportedModelError, match=r"is a Linear; expected a Hugging Face"):
+        reroute_fx.compile(torch.nn.Linear(2, 2))
+    text = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+    with pytest.raises(UnsupportedModelError, match="names no image or video token"):
+        reroute_fx.compile(LlamaForCausalLM(text).eval())
+
+
+def test_refuses_meta_and_routed_models(model, routed):
+    with pytest.raises(ConfigError, match="routed already"):
+        reroute_fx.compile(routed, tier=0.4)
+    with torch.device("meta"):
+        empty = LlavaForConditionalGeneration(model.config).eval()
+    with pytest.raises(UnsupportedModelError, match="meta device"):
+        reroute_fx.compile(empty, tier=0.4)
+
+
+def test_a_decoder_with_one_odd_layer_is_refused_with_the_nearest_miss(monkeypatch):
+    model = tiny_llava()
+    odd = model.model.language_model.layers[3].self_attn
+
+    def mean_attention(hidden_states, **_):
+        return hidden_states.cumsum(dim=1), None
+
+    monkeypatch.setattr(odd, "forward", mean_attention)
+    with pytest.raises(MatchError, match="7 decoder layers were found; expected 8 decoder layers"):
+        reroute_fx.compile(model, tier=0.4, backend="eager")
+
+
+def test_report(model, routed):
+    report = routed.report
+    assert report.model == "LlavaForConditionalGeneration"
+    assert report.num_layers == 8
+    assert {result.name: result.matched for result in report.passes}["FindLayers"] == 8
+    assert {"capture", "passes"} <= report.seconds.keys()
+    assert reroute_fx.inspect(model, tier=0.4).to_dict()["routed"] == report.to_dict()["routed"]
