@@ -50,7 +50,9 @@ def build(width: int, layers: int) -> LlavaForConditionalGeneration:
         num_key_value_heads=width // 64,
         vocab_size=1000,
     )
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=999)
     return LlavaForConditionalGeneration(config).eval()
 
@@ -147,19 +149,30 @@ def main(
         if memory:
             row["peak_memory_mib"] = peak_memory(name, width, layers) / 2**20
         rows[name] = row
-    setting = {"width": width, "layers": layers, "visual_tokens": VISUAL, "text_tokens": TEXT, "dtype": "float32"}
+    setting = {
+        "width": width,
+        "layers": layers,
+        "visual_tokens": VISUAL,
+        "text_tokens": TEXT,
+        "dtype": "float32",
+    }
     record = {"setting": setting, "compiled_baseline": baseline, "rows": rows, "seconds": samples}
     path = write(out, record)
     Console().print(_table(rows), f"compiled baseline: {baseline}", f"written to {path}", sep="\n")
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> Table:
-    table = Table("", "p50 ms", "p99 ms", "x eager", "x compiled", "theory", "efficiency", "peak MiB", "first call s")
+    table = Table(
+        "", "p50 ms", "p99 ms", "x eager", "x compiled", "theory", "efficiency", "peak MiB", "first call s"
+    )
     for name, row in rows.items():
         cells = [f"{row['p50_ms']:.0f}", f"{row['p99_ms']:.0f}", f"{row['speedup_over_eager']:.2f}"]
         cells.append(f"{row['speedup_over_compiled']:.2f}")
         cells += [f"{row[k]:.2f}" if k in row else "" for k in ("theoretical_speedup", "efficiency")]
-        cells += [f"{row['peak_memory_mib']:.0f}" if "peak_memory_mib" in row else "", f"{row['first_call_s']:.1f}"]
+        cells += [
+            f"{row['peak_memory_mib']:.0f}" if "peak_memory_mib" in row else "",
+            f"{row['first_call_s']:.1f}",
+        ]
         table.add_row(name, *cells)
     for column in table.columns[1:]:
         column.justify = "right"

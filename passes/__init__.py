@@ -6,7 +6,7 @@ They know graphs and operators, not models. In the order in which a decoder is r
 """
 
 from .canonicalize_attention import CanonicalizeAttention
-from .decoder_graph import DecoderGraph, Decision, Layer, LayerSizes
+from .decoder_graph import Decision, DecoderGraph, Layer, LayerSizes
 from .errors import MatchError, RerouteError
 from .expose_outputs import ExposeOutputs
 from .find_layers import FindLayers

@@ -117,7 +117,7 @@ def _without_repeat(query: fx.Node, key: fx.Node, value: fx.Node) -> tuple[fx.No
 
 
 def _before_repeat(repeated: fx.Node) -> fx.Node | None:
-    """x of ``x[:, :, None].expand(B, Hkv, n, S, D).reshape(B, Hkv * n, S, D)``; None for anything else."""
+    """X of ``x[:, :, None].expand(B, Hkv, n, S, D).reshape(B, Hkv * n, S, D)``; None for anything else."""
     if is_op(repeated, aten.repeat_interleave):
         given = named_arguments(repeated)
         return given["self"] if given["dim"] == 1 and isinstance(given["repeats"], int) else None
@@ -176,7 +176,9 @@ def _read_logits(node: Any) -> tuple[fx.Node, fx.Node | None, float]:
     elif is_op(node, aten.div.Tensor, aten.div.Scalar) and isinstance(node.args[1], (int, float)):
         node, scale = node.args[0], 1.0 / node.args[1]
     if not is_op(node, *_MATMUL):
-        raise _NotCanonical(f"its logits come from {getattr(node, 'target', node)}, not from query times keys")
+        raise _NotCanonical(
+            f"its logits come from {getattr(node, 'target', node)}, not from query times keys"
+        )
     return node, mask, scale
 
 

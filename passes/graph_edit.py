@@ -23,13 +23,14 @@ def is_op(node: Any, *targets: Any) -> bool:
     return any(node.target is t or getattr(node.target, "overloadpacket", None) is t for t in targets)
 
 
-def value(node: fx.Node) -> Any:
+def value(node: Any) -> Any:
     """Fake value of a node: what it would return, without data."""
     return node.meta["val"]
 
 
-def shape(node: fx.Node) -> torch.Size:
-    return value(node).shape
+def shape(node: Any) -> torch.Size:
+    size: torch.Size = value(node).shape
+    return size
 
 
 def is_tensor(node: Any) -> bool:
@@ -43,7 +44,7 @@ def expression(size: Any) -> sympy.Expr:
 
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are the same expression; never adds a guard."""
-    return expression(a) == expression(b)
+    return bool(expression(a) == expression(b))
 
 
 def mentions(size: Any, length: sympy.Expr) -> bool:
@@ -51,9 +52,9 @@ def mentions(size: Any, length: sympy.Expr) -> bool:
     return bool(expression(size).free_symbols & length.free_symbols)
 
 
-def named_arguments(node: fx.Node) -> dict[str, Any]:
+def named_arguments(node: Any) -> dict[str, Any]:
     """Arguments of a call by schema name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = node.target._schema.arguments
     given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
     return {a.name: given.get(a.name, a.default_value) for a in schema}
 
@@ -136,4 +137,3 @@ def ancestors(nodes: Iterable[fx.Node], stop: fx.Node | None = None) -> set[fx.N
 def sequence_dims(node: fx.Node, length: sympy.Expr) -> list[int]:
     """Dimensions of a tensor that run over the rows of the stream."""
     return [i for i, size in enumerate(shape(node)) if same_size(size, length)]
-

@@ -21,9 +21,9 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from .canonicalize_attention import attention_arguments
-from .decoder_graph import DecoderGraph, Decision, Layer
+from .decoder_graph import Decision, DecoderGraph, Layer
 from .errors import MatchError
-from .graph_edit import Editor, ancestors, aten, edit_after, expression, shape, value
+from .graph_edit import Editor, ancestors, edit_after, expression, shape, value
 from .interface import Pass, PassResult
 from .replay import AllRows, LastRow, Replay
 
@@ -42,7 +42,9 @@ class InsertSelection(Pass):
             return PassResult(self.name)
         deepest, found = self.decisions[-1][0], len(graph.layers)
         if deepest >= found:
-            raise MatchError(f"decision_layers has {deepest}, but the graph has {found} layers; expected 1..{found - 1}.")
+            raise MatchError(
+                f"decision_layers has {deepest}, but the graph has {found} layers; expected 1..{found - 1}."
+            )
         graph.visual_index = _add_visual_index(graph)
         count = _visual_count(graph, graph.visual_index)
         graph.decisions = tuple(
@@ -55,7 +57,7 @@ class InsertSelection(Pass):
 def _add_visual_index(graph: DecoderGraph) -> fx.Node:
     """New graph input ``visual_index [B, N]`` int64, N a symbol of its own."""
     start = graph.layers[0].start
-    batch, length = shape(start)[:2]
+    batch, length = value(start).shape[:2]
     env = graph.fake_mode.shape_env
     assert env is not None
     # The hint only steers size-1 specialisation; it has to be an ordinary number of visual tokens.
@@ -104,6 +106,5 @@ def _replay(edit: Editor, layer: Layer, target: fx.Node, *, last_row: bool) -> f
     stream = tokens.rows(edit, layer.start, 1)
     replay = Replay(edit, tokens, length, batch, {layer.start: stream})
     replay.run(node for node in layer.nodes if node in needed)
-    return replay(target)
-
-
+    counterpart: fx.Node = replay(target)
+    return counterpart

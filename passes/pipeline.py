@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -23,7 +24,9 @@ from .interface import Pass, PassResult
 DUMP_VARIABLE = "REROUTE_FX_DUMP"
 
 
-def run_passes(program: ExportedProgram, passes: Sequence[Pass]) -> tuple[DecoderGraph, tuple[PassResult, ...]]:
+def run_passes(
+    program: ExportedProgram, passes: Sequence[Pass]
+) -> tuple[DecoderGraph, tuple[PassResult, ...]]:
     """Run `passes` on a copy of the program's graph.
 
     With the environment variable ``REROUTE_FX_DUMP=folder`` each pass writes its graph before and after to
@@ -91,8 +94,8 @@ def _signature(graph: DecoderGraph, original: ExportGraphSignature) -> ExportGra
         argument = TensorArgument(name=graph.visual_index.name)
         inputs.append(InputSpec(InputKind.USER_INPUT, argument, target=None))
     # Passes replace nodes, so the names of the original outputs are read from the graph.
-    returned = graph.fx_graph.output_node().args[0]
-    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=n.name), None) for n in returned]  # type: ignore[union-attr]
+    returned: Any = graph.fx_graph.output_node().args[0]
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=n.name), None) for n in returned]
     return ExportGraphSignature(inputs, outputs)
 
 
@@ -118,7 +121,7 @@ def _out_spec(graph: DecoderGraph, original: pytree.TreeSpec) -> pytree.TreeSpec
     return pytree.tree_structure({"output": output, "routing": dict.fromkeys(graph.outputs, 0)})
 
 
-def _ranges(graph: DecoderGraph, original: ExportedProgram) -> dict:
+def _ranges(graph: DecoderGraph, original: ExportedProgram) -> dict[Any, Any]:
     ranges = dict(original.range_constraints)
     env = graph.fake_mode.shape_env
     if graph.visual_index is not None and env is not None:

@@ -14,7 +14,17 @@ from torch import fx
 
 from .decoder_graph import Layer
 from .errors import MatchError
-from .graph_edit import FULL_SLICE_END, Editor, aten, expression, is_tensor, mentions, sequence_dims, shape, value
+from .graph_edit import (
+    FULL_SLICE_END,
+    Editor,
+    aten,
+    expression,
+    is_tensor,
+    mentions,
+    sequence_dims,
+    shape,
+    value,
+)
 
 
 class TokenSet(Protocol):

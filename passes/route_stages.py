@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from .decoder_graph import DecoderGraph, Decision, Layer
+from .decoder_graph import Decision, DecoderGraph, Layer
 from .graph_edit import Editor, aten, edit_after, expression, sequence_dims, shape, value
 from .interface import Pass, PassResult
 from .replay import Replay, sequence_inputs
@@ -175,4 +175,3 @@ def _survivors(edit: Editor, decision: Decision) -> fx.Node:
 
 def _restore(edit: Editor, stream: fx.Node, rows: fx.Node, tokens: ActiveRows) -> fx.Node:
     return edit.call(torch.ops.reroute.restore_tokens.default, stream, rows, tokens.positions)
-

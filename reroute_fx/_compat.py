@@ -1,7 +1,9 @@
 """Differences between versions and machines, in one place."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -21,7 +23,6 @@ def settle_cpu_math() -> None:
 @contextmanager
 def independent_sizes() -> Iterator[None]:
     """While compiling, sizes that happen to be equal are not taken to be one and the same."""
-    from torch.fx.experimental import _config
-
-    with _config.patch(use_duck_shape=False):
+    config: Any = importlib.import_module("torch.fx.experimental._config")
+    with config.patch(use_duck_shape=False):
         yield

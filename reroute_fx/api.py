@@ -104,7 +104,9 @@ def _config(
     return config
 
 
-def _named(report: RoutingReport, model: torch.nn.Module, backend: str, capture_seconds: float) -> RoutingReport:
+def _named(
+    report: RoutingReport, model: torch.nn.Module, backend: str, capture_seconds: float
+) -> RoutingReport:
     passes = sum(result.seconds for result in report.passes)
     seconds = {"capture": capture_seconds, "passes": passes}
     return RoutingReport(

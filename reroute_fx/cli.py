@@ -1,16 +1,20 @@
 """Command line: `reroute-fx`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .config import METHODS, SCHEDULES
 from .errors import RerouteError
 from .lowering import BACKENDS
+from .paper import PaperConfig, paper_configs
 from .passes import ACTIONS
 
 app = typer.Typer(
@@ -49,42 +53,47 @@ def inspect(
 @app.command()
 def configs(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
     """The configurations of the official Reroute release, with what they truly average and cost."""
-    from .paper import paper_configs
+    entries = paper_configs()
+    if as_json:
+        print(json.dumps([_record(entry) for entry in entries]))
+        return
+    for family in dict.fromkeys(entry.family for entry in entries):
+        _console.print(_family_table(family, [e for e in entries if e.family == family]))
+    _console.print("576 visual and 40 text tokens, 16-bit cache, scoring counted.")
+    _console.print("Bold: more than 2 tokens away from the tier in the name.")
 
-    table = Table(
-        "configuration",
-        "layers",
-        "kept of 576",
-        "average",
-        "TFLOPs",
-        "scoring GFLOPs",
-        "cache MiB",
-        title="7B decoders, 576 visual and 40 text tokens, 16-bit cache",
-    )
-    records = []
-    for entry in paper_configs():
+
+def _family_table(family: str, entries: Sequence[PaperConfig]) -> Table:
+    table = Table(title=f"{family}, 7B decoder", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("configuration", "layers", "kept of 576"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("average", "TFLOPs", "MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in entries:
         config, cost = entry.config, entry.cost
-        layers = list(config.decision_layers) if config else []
-        kept = list(config.keep_counts()) if config else []
-        records.append({"name": entry.name, "decision_layers": layers, "keep_counts": kept})
-        records[-1] |= {"action": config.action if config else None, "average_tokens": entry.average_tokens}
-        records[-1] |= {"flops": cost.flops, "kv_bytes": cost.kv_bytes}
         off = entry.tier is not None and abs(entry.average_tokens - entry.tier) > 2
         table.add_row(
-            entry.name,
-            " ".join(map(str, layers)),
-            " ".join(map(str, kept)),
-            f"[bold]{entry.average_tokens:.1f}[/]" if off else f"{entry.average_tokens:.1f}",
-            f"{cost.layer_flops / 1e12:.2f}",
-            f"{cost.scoring_flops / 1e9:.1f}",
+            entry.name.removeprefix(f"{family}/"),
+            " ".join(map(str, config.decision_layers)) if config else "",
+            " ".join(map(str, config.keep_counts())) if config else "",
+            Text(f"{entry.average_tokens:.1f}", style="bold" if off else ""),
+            f"{cost.flops / 1e12:.2f}",
             f"{cost.kv_bytes / 2**20:.1f}",
         )
-    for column in table.columns[3:]:
-        column.justify = "right"
-    if as_json:
-        print(json.dumps(records))
-    else:
-        _console.print(table, "Bold: more than 2 tokens away from the tier in the name.", sep="\n")
+    return table
+
+
+def _record(entry: PaperConfig) -> dict[str, Any]:
+    config = entry.config
+    return {
+        "name": entry.name,
+        "action": config.action if config else None,
+        "decision_layers": list(config.decision_layers) if config else [],
+        "keep_counts": list(config.keep_counts()) if config else [],
+        "average_tokens": entry.average_tokens,
+        "flops": entry.cost.flops,
+        "kv_bytes": entry.cost.kv_bytes,
+    }
 
 
 @app.command()
@@ -112,7 +121,9 @@ def _meta_model(name: str) -> Any:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model is {name!r}; expected a model id, a folder or a config.json. {first}") from error
+        raise ConfigError(
+            f"model is {name!r}; expected a model id, a folder or a config.json. {first}"
+        ) from error
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     try:
         with torch.device("meta"):
@@ -127,3 +138,7 @@ def _meta_model(name: str) -> Any:
 def _fail(error: RerouteError) -> None:
     _errors.print(f"{type(error).__name__}: {error}", style="red", highlight=False, soft_wrap=True)
     raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()

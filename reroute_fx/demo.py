@@ -176,7 +176,7 @@ def qwen_example(seed: int = 0) -> Example:
 def run(backend: str = "inductor", console: Console | None = None) -> None:
     """Compile both models at the three tiers, generate, compare actions and time the prefill."""
     console = console or Console()
-    torch._logging.set_logs(all=logging.ERROR)
+    torch._logging.set_logs(all=logging.ERROR)  # type: ignore[attr-defined]
     for name, build in (("LLaVA", llava_example), ("Qwen2.5-VL", qwen_example)):
         example = build()
         console.rule(f"{name} with random weights, {_WIDTH} wide, {_LAYERS} layers")
@@ -211,7 +211,9 @@ def _agreement_table(example: Example, console: Console) -> Table:
         same = int((words[action] == words[reference]).sum())
         kept = _kept(outputs[action]) & _kept(outputs[reference])
         total = len(_kept(outputs[reference]))
-        table.add_row(action, f"differ by {logits:.1e}", f"{same} of 8 equal", f"{len(kept)} of {total} shared")
+        table.add_row(
+            action, f"differ by {logits:.1e}", f"{same} of 8 equal", f"{len(kept)} of {total} shared"
+        )
     return table
 
 
@@ -261,5 +263,3 @@ def _timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-

@@ -97,7 +97,11 @@ class RoutingReport:
         return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(self._title(), style="bold"), self._cost_table(), self._stage_table()]
+        parts: list[RenderableType] = [
+            Text(self._title(), style="bold"),
+            self._cost_table(),
+            self._stage_table(),
+        ]
         if self.passes:
             parts.append(self._pass_table())
         if self.seconds:
@@ -156,7 +160,10 @@ class RoutingReport:
         return table
 
     def _pass_table(self) -> Table:
-        table = Table("pass", "matched", "rewritten", "seconds", "", title="Passes")
+        table = Table(title="Passes")
+        table.add_column("pass", no_wrap=True)
+        for heading in ("matched", "rewritten", "seconds", ""):
+            table.add_column(heading)
         for result in self.passes:
             row = str(result.matched), str(result.rewritten), f"{result.seconds:.2f}"
             table.add_row(result.name, *row, result.detail)

@@ -26,7 +26,9 @@ class LayerCost(LayerSizes):
         """Of a Llama-like layer: four attention projections and a gated feed-forward block."""
         head_dim = width // heads
         query, key = width * heads * head_dim, width * kv_heads * head_dim
-        return cls(2 * query + 2 * key + 3 * width * feed_forward, query, key, heads * head_dim, kv_heads * head_dim)
+        return cls(
+            2 * query + 2 * key + 3 * width * feed_forward, query, key, heads * head_dim, kv_heads * head_dim
+        )
 
     def flops(self, rows: int) -> int:
         """FLOPs of the layer on `rows` tokens."""

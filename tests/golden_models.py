@@ -27,9 +27,7 @@ class Golden:
 
     def config(self, case: str) -> RoutingConfig:
         given = self.cases[case]
-        return RoutingConfig(
-            given["decision_layers"], given["keep_ratios"], given["action"], given["method"]
-        )
+        return RoutingConfig(given["decision_layers"], given["keep_ratios"], given["action"], given["method"])
 
     @property
     def visual_positions(self) -> torch.Tensor:

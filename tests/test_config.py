@@ -260,21 +260,22 @@ def test_tiers_above_reach_raise(tier, action):
     assert "382.5" in message
 
 
+# Decision layers of 32, keep ratios, tokens kept of 576.
 RELEASED = {
-    ("fastv", 192): ((3,), (152,)),
-    ("fastv", 128): ((3,), (81,)),
-    ("fastv", 64): ((3,), (11,)),
-    ("pdrop", 192): ((2, 7, 15, 23), (343, 204, 122, 72)),
-    ("pdrop", 128): ((2, 7, 15, 23), (263, 120, 54, 25)),
-    ("pdrop", 64): ((2, 7, 15, 23), (160, 53, 18, 6)),
+    ("fastv", 192): ((3,), (0.2644,), (152,)),
+    ("fastv", 128): ((3,), (0.1418,), (81,)),
+    ("fastv", 64): ((3,), (0.01916,), (11,)),
+    ("pdrop", 192): ((2, 7, 15, 23), (0.5965, 0.3558, 0.2123, 0.1266), (343, 204, 122, 72)),
+    ("pdrop", 128): ((2, 7, 15, 23), (0.4570, 0.2088, 0.0954, 0.0436), (263, 120, 54, 25)),
+    ("pdrop", 64): ((2, 7, 15, 23), (0.2789, 0.0937, 0.0315, 0.0106), (160, 53, 18, 6)),
 }
 RELEASED_ROUTED = {
-    ("fastv", 192): ((3, 7, 15, 23), (152,) * 4),
-    ("fastv", 128): ((3, 7, 15, 23), (81,) * 4),
-    ("fastv", 64): ((3, 7, 15, 23), (11,) * 4),
-    ("pdrop", 192): ((2, 7, 15, 23), (259, 259, 129, 64)),
-    ("pdrop", 128): ((2, 7, 15, 23), (152, 152, 76, 38)),
-    ("pdrop", 64): ((2, 7, 15, 23), (80, 80, 40, 20)),
+    ("fastv", 192): ((3, 7, 15, 23), (0.2644,) * 4, (152,) * 4),
+    ("fastv", 128): ((3, 7, 15, 23), (0.1418,) * 4, (81,) * 4),
+    ("fastv", 64): ((3, 7, 15, 23), (0.01916,) * 4, (11,) * 4),
+    ("pdrop", 192): ((2, 7, 15, 23), (0.4502, 0.4502, 0.2251, 0.1126), (259, 259, 129, 64)),
+    ("pdrop", 128): ((2, 7, 15, 23), (0.2655, 0.2655, 0.1328, 0.0664), (152, 152, 76, 38)),
+    ("pdrop", 64): ((2, 7, 15, 23), (0.1392, 0.1392, 0.0696, 0.0348), (80, 80, 40, 20)),
 }
 LAYERS_OF_28 = {2: 2, 3: 3, 7: 6, 15: 13, 23: 20}
 
@@ -283,9 +284,10 @@ LAYERS_OF_28 = {2: 2, 3: 3, 7: 6, 15: 13, 23: 20}
 @pytest.mark.parametrize("tier", [192, 128, 64])
 @pytest.mark.parametrize("method", METHODS)
 def test_released_schedule_keeps_the_released_counts(method, tier, action):
-    layers, counts = (RELEASED if action == "physical_delete" else RELEASED_ROUTED)[method, tier]
+    layers, ratios, counts = (RELEASED if action == "physical_delete" else RELEASED_ROUTED)[method, tier]
     for depth in (32, 28):
         config = RoutingConfig.from_tier(tier, method, action, "paper", num_layers=depth)
+        assert config.keep_ratios == ratios
         assert config.keep_counts() == config.keep_counts(576) == counts
         expected = layers if depth == 32 else tuple(LAYERS_OF_28[layer] for layer in layers)
         assert config.decision_layers == expected

@@ -33,7 +33,9 @@ def check(golden, case, backend):
     assert output.routing.kv_lengths == wanted["kv_lengths"]
     assert [layer.keys.shape[2] for layer in output.past_key_values.layers] == wanted["kv_lengths"]
     for layer in wanted["decision_layers"]:
-        assert torch.equal(output.routing.selected[layer][0].int(), golden.expected[f"{case}/selected.{layer}"])
+        assert torch.equal(
+            output.routing.selected[layer][0].int(), golden.expected[f"{case}/selected.{layer}"]
+        )
         torch.testing.assert_close(
             output.routing.scores[layer][0], golden.expected[f"{case}/scores.{layer}"], atol=1e-6, rtol=1e-4
         )

@@ -101,7 +101,10 @@ def test_a_deferred_token_can_come_back_and_a_deleted_one_can_not(golden):
 
 def test_text_prompt_after_an_image_prompt_is_that_of_a_fresh_model(golden):
     routed = reroute_fx.compile(golden.model, tier=64, backend="eager")
-    text = {"input_ids": golden.inputs["input_ids"][:, -12:], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    text = {
+        "input_ids": golden.inputs["input_ids"][:, -12:],
+        "attention_mask": torch.ones(1, 12, dtype=torch.long),
+    }
     with torch.no_grad():
         before = routed(**golden.inputs)
         after_image = routed(**text)

@@ -118,7 +118,7 @@ def test_logits_to_keep_and_tuples(routed, inputs):
     assert torch.equal(as_tuple[0], full.logits)
 
 
-def test_labels_give_a_loss_over_the_text(model, routed, inputs):
+def test_labels_give_a_loss_over_the_text(routed, inputs):
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 50, -100)
     with torch.no_grad():
         assert torch.isfinite(routed(**inputs, labels=labels).loss)
@@ -199,9 +199,9 @@ def test_bfloat16(inputs):
     with torch.no_grad():
         output = routed(**given)
         assert output.logits.dtype is torch.bfloat16
-        everything = reroute_fx.compile(
-            model, config=RoutingConfig((2, 5), (1.0, 1.0)), backend="eager"
-        )(**given)
+        everything = reroute_fx.compile(model, config=RoutingConfig((2, 5), (1.0, 1.0)), backend="eager")(
+            **given
+        )
         unrouted = model(**given)
     assert torch.isfinite(output.logits).all()
     error = (everything.logits - unrouted.logits).abs().max().float()
@@ -249,7 +249,10 @@ def test_refuses_placeholders_without_pictures_and_the_reverse(routed, inputs):
 
 def test_refuses_too_few_placeholders(routed, inputs):
     with pytest.raises(InputError, match=r"do not match.*processor"):
-        routed(input_ids=inputs["input_ids"][:, 1:], pixel_values=inputs["pixel_values"][:, :, :16, :16].repeat(2, 1, 1, 1))
+        routed(
+            input_ids=inputs["input_ids"][:, 1:],
+            pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1),
+        )
 
 
 def test_refuses_embeddings_empty_batches_and_visual_ends(routed, inputs):
@@ -312,7 +315,9 @@ def test_bad_arguments_are_refused_before_tracing(model, arguments, message, mon
 def test_refuses_what_is_no_vision_language_model():
     with pytest.raises(UnsupportedModelError, match=r"is a Linear; expected a Hugging Face"):
         reroute_fx.compile(torch.nn.Linear(2, 2))
-    text = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+    text = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=9
+    )
     with pytest.raises(UnsupportedModelError, match="names no image or video token"):
         reroute_fx.compile(LlamaForCausalLM(text).eval())
 

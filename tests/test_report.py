@@ -126,9 +126,9 @@ def test_printed_form_holds_the_numbers():
     title = "LlavaForConditionalGeneration: pdrop / compact_route_stagewise, 32 layers, backend inductor"
     for part in (
         title,
-        "Decoder prefill with 576 visual and 40 text tokens",
+        "576 visual and 40 text tokens",
         "visual tokens per layer 576.0 127.4 22.1 %",
-        "GFLOPs 8,177.4 2,275.2 27.8 %",
+        "GFLOPs 8,177.4 2,274.4 27.8 %",
         "of which scoring 0 82.8",
         "key-value cache, MiB 308.0 83.7 27.2 %",
         "0-1 576 100.0 %",
@@ -181,6 +181,7 @@ def test_printed_form_fits_100_columns(report):
 def test_printed_form_leaves_out_what_is_unknown():
     printed = words(str(bare()))
     assert printed.startswith("decoder: pdrop / compact_route_stagewise, 2 layers Decoder prefill")
+    assert " 0 576 100.0 % 1 288 50.0 % before layer 1, ratio 0.5 " in printed
     assert "backend" not in printed
     assert "Passes" not in printed
 

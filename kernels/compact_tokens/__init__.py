@@ -27,9 +27,7 @@ def compact_tokens(
 
 
 @compact_tokens.register_fake
-def _(
-    tensors: list[torch.Tensor], positions: torch.Tensor, sequence_dims: list[int]
-) -> list[torch.Tensor]:
+def _(tensors: list[torch.Tensor], positions: torch.Tensor, sequence_dims: list[int]) -> list[torch.Tensor]:
     batch, active = positions.shape
     return [
         x.new_empty((*x.shape[: dim - 1], batch, active, *x.shape[dim + 1 :]))

@@ -7,9 +7,7 @@ def compact_tokens_reference(
     tensors: list[torch.Tensor], positions: torch.Tensor, sequence_dims: list[int]
 ) -> list[torch.Tensor]:
     """See `reroute_fx.kernels.compact_tokens`."""
-    return [
-        _rows(x, positions, dim) for x, dim in zip(tensors, sequence_dims, strict=True)
-    ]
+    return [_rows(x, positions, dim) for x, dim in zip(tensors, sequence_dims, strict=True)]
 
 
 def _rows(x: torch.Tensor, positions: torch.Tensor, dim: int) -> torch.Tensor:

@@ -8,9 +8,7 @@ __all__ = ["restore_tokens", "restore_tokens_reference"]
 
 
 @torch.library.custom_op("reroute::restore_tokens", mutates_args=())
-def restore_tokens(
-    stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+def restore_tokens(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The residual stream with `rows` at `positions`; all other rows as they were.
 
     Args:

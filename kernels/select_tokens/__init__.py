@@ -7,9 +7,9 @@ from .reference import select_tokens_reference
 __all__ = ["keep_count", "select_tokens", "select_tokens_reference"]
 
 
-def keep_count(tokens, ratio: float):
+def keep_count(tokens: int, ratio: float) -> int:
     """Kept tokens of `tokens` at `ratio`: ``max(1, int(tokens * ratio))``, for an int or a symbolic int."""
-    return torch.sym_max(1, torch.sym_int(tokens * ratio))
+    return torch.sym_max(1, torch.sym_int(tokens * ratio))  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("reroute::select_tokens", mutates_args=())

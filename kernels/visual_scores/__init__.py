@@ -28,7 +28,5 @@ def visual_scores(
 
 
 @visual_scores.register_fake
-def _(
-    query: torch.Tensor, keys: torch.Tensor, visual_index: torch.Tensor, scale: float
-) -> torch.Tensor:
+def _(query: torch.Tensor, keys: torch.Tensor, visual_index: torch.Tensor, scale: float) -> torch.Tensor:
     return torch.empty(visual_index.shape, dtype=torch.float32, device=query.device)

@@ -13,7 +13,7 @@ def find_visual_token_ids(config: Any) -> tuple[int, ...]:
     Raises:
         UnsupportedModelError: the config has none, so the model is no vision-language model.
     """
-    ids = {getattr(config, name, None) for name in _FIELDS} - {None}
+    ids = {token for name in _FIELDS if (token := getattr(config, name, None)) is not None}
     if not ids:
         raise UnsupportedModelError(
             f"{type(config).__name__} names no image or video token; expected a vision-language model with one of "

@@ -1,5 +1,7 @@
 """The `inductor` backend: each distinct region through `torch.compile`, lengths dynamic."""
 
+from typing import cast
+
 import torch
 from torch import fx
 
@@ -11,6 +13,7 @@ def lower(module: fx.GraphModule, dynamic: bool) -> Regions:
     """Graph module whose regions are compiled at their first call."""
 
     def compile_region(region: fx.GraphModule) -> torch.nn.Module:
-        return torch.compile(use_references(region), dynamic=dynamic, fullgraph=True)
+        compiled = torch.compile(use_references(region), dynamic=dynamic, fullgraph=True)
+        return cast(torch.nn.Module, compiled)
 
     return share_regions(module, compile_region)

@@ -57,7 +57,9 @@ class RoutedModel(torch.nn.Module):
             output = unrouted(*args, **kwargs)
         except ValueError as error:
             if "do not match" in str(error):
-                raise InputError(f"{error}. Pass input_ids and pixel_values as the processor returned them.") from error
+                raise InputError(
+                    f"{error}. Pass input_ids and pixel_values as the processor returned them."
+                ) from error
             raise
         finally:
             current_call.reset(token)

@@ -58,7 +58,9 @@ def read_call(
     """
     for flag in _REFUSED_FLAGS:
         if given.get(flag):
-            raise InputError(f"{flag}=True is not available on a routed model. Use the model that was compiled.")
+            raise InputError(
+                f"{flag}=True is not available on a routed model. Use the model that was compiled."
+            )
     cache = given.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         return _continue(given, cache, config)
@@ -101,7 +103,9 @@ def _start(given: Mapping[str, Any], visual_ids: tuple[int, ...]) -> Prompt | No
             "The prompt came as inputs_embeds; expected input_ids, in which the visual tokens can be found."
         )
     if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise InputError(f"input_ids has shape {list(input_ids.shape)}; expected [batch, length], both above 0.")
+        raise InputError(
+            f"input_ids has shape {list(input_ids.shape)}; expected [batch, length], both above 0."
+        )
     is_visual = torch.isin(input_ids, torch.tensor(visual_ids, device=input_ids.device))
     counts = is_visual.sum(dim=1).tolist()
     if any(counts) and not has_features and given.get("mm_encoder_outputs") is None:
@@ -136,7 +140,9 @@ def _refuse_padding(attention_mask: Any) -> None:
     if attention_mask is None:
         return
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        raise InputError("attention_mask is no [batch, length] tensor; expected the mask that a processor returns.")
+        raise InputError(
+            "attention_mask is no [batch, length] tensor; expected the mask that a processor returns."
+        )
     padded = (attention_mask == 0).any(dim=1).nonzero().flatten().tolist()
     if padded:
         raise InputError(

@@ -1,0 +1,100 @@
+"""Regions: equal layers share one function, and splitting changes nothing."""
+
+import operator
+
+import pytest
+import torch
+from golden_models import Golden
+
+from reroute_fx import ConfigError, RoutingConfig
+from reroute_fx.capture import capture_decoder
+from reroute_fx.lowering import lower
+from reroute_fx.lowering.regions import share_regions
+from reroute_fx.routing import route, unrouted
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen"])
+def captured(request):
+    golden: Golden = request.getfixturevalue(request.param)
+    return capture_decoder(golden.model)
+
+
+def example(captured, batch=1, length=90, visual=60):
+    positions = torch.arange(length).expand(batch, length)
+    if captured.position_rank == 3:
+        positions = positions.expand(3, batch, length)
+    torch.manual_seed(length)
+    return {
+        "inputs_embeds": torch.randn(batch, length, 64),
+        "position_ids": positions.contiguous(),
+        "visual_index": torch.arange(5, 5 + visual).expand(batch, visual).contiguous(),
+    }
+
+
+def flatten(result):
+    return [result["output"].last_hidden_state, *result["routing"].values()]
+
+
+@pytest.mark.parametrize(
+    ("action", "most"),
+    [("compact_route_stagewise", 5), ("compact_route", 7), ("physical_delete", 7)],
+)
+def test_regions_are_few_and_compute_the_same(captured, action, most):
+    config = RoutingConfig((3, 10, 17), (0.5, 0.3, 0.1), action)
+    program, _ = route(captured.program, config)
+    regions = share_regions(program.graph_module, lambda region: region)
+    assert regions.calls > captured.num_layers
+    assert regions.distinct <= most
+    whole, split = lower(program, "eager"), lower(program, "eager")
+    split._module = regions.module
+    inputs = example(captured, batch=2)
+    for a, b in zip(flatten(whole(**inputs)), flatten(split(**inputs)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_all_layers_of_an_unrouted_decoder_are_one_region(captured):
+    program = unrouted(captured.program, captured.num_layers)
+    seen = []
+    regions = share_regions(program.graph_module, lambda region: seen.append(region) or region)
+    layers = [r for r in seen if any("scaled_dot" in str(n.target) for n in r.graph.nodes)]
+    assert len(layers) == 1
+    assert regions.distinct == 3  # rotary positions, layer, final norm
+
+
+def test_layers_that_differ_do_not_share(captured):
+    program = unrouted(captured.program, captured.num_layers)
+    module = program.graph_module
+    before = share_regions(module, lambda region: region).distinct
+    norm = next(
+        n
+        for n in module.graph.nodes
+        if n.target is torch.ops.aten.add.Tensor
+        and n.meta.get("region") == "layer.4"
+        and isinstance(n.args[1], float)
+    )
+    norm.args = (norm.args[0], 0.5)
+    assert share_regions(module, lambda region: region).distinct == before + 1
+
+
+def test_sizes_inside_a_region_come_from_its_tensors(captured):
+    program, _ = route(captured.program, RoutingConfig((3, 10), (0.5, 0.3)))
+    regions = share_regions(program.graph_module, lambda region: region)
+    for call in regions.module.graph.find_nodes(op="call_module"):
+        integers = [a for a in call.args if not isinstance(a.meta.get("val"), torch.Tensor | None)]
+        counts = [a for a in integers if a.target is not operator.getitem]
+        assert len(counts) <= 1  # the keep count of a decision
+
+
+def test_static_compilation(llava):
+    captured = capture_decoder(llava.model)
+    program, _ = route(captured.program, RoutingConfig((3,), (0.5,)))
+    inputs = example(captured)
+    static, eager = lower(program, dynamic=False), lower(program, "eager")
+    for a, b in zip(flatten(static(**inputs)), flatten(eager(**inputs)), strict=True):
+        # Fused float32 kernels round in another order: 3e-5 on values near 4.
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_unknown_backend(captured):
+    with pytest.raises(ConfigError, match="backend is 'tensorflow'"):
+        lower(captured.program, "tensorflow")
