@@ -64,10 +64,10 @@ def configs(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] 
 
 
 def _family_table(family: str, entries: Sequence[PaperConfig]) -> Table:
-    table = Table(title=f"{family}, 7B decoder", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=f"{family}, 7B decoder", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for heading in ("configuration", "layers", "kept of 576"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("average", "TFLOPs", "MiB"):
+    for heading in ("mean", "TFLOPs", "MiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
         config, cost = entry.config, entry.cost

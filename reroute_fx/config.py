@@ -58,13 +58,20 @@ class RoutingConfig:
     method: str = "pdrop"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "decision_layers", tuple(self.decision_layers))
-        object.__setattr__(self, "keep_ratios", tuple(self.keep_ratios))
+        for field in ("decision_layers", "keep_ratios"):
+            given = getattr(self, field)
+            if not isinstance(given, Sequence) or isinstance(given, str):
+                raise ConfigError(
+                    f"{field} is {given!r}; expected a tuple or list with one entry per decision."
+                )
+            object.__setattr__(self, field, tuple(given))
         _one_of("action", self.action, ACTIONS)
         _one_of("method", self.method, METHODS)
         layers, ratios = self.decision_layers, self.keep_ratios
         if not layers or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
-            raise ConfigError(f"decision_layers is {layers!r}; expected at least one layer index.")
+            raise ConfigError(
+                f"decision_layers is {layers!r}; expected at least one layer index, a Python int."
+            )
         if len(layers) != len(ratios):
             raise ConfigError(
                 f"decision_layers has {len(layers)} entries and keep_ratios {len(ratios)}; expected one ratio "
@@ -77,8 +84,8 @@ class RoutingConfig:
                 "decision_layers starts with 0; expected 1 or more. Layer 0 has to hold every token because the "
                 "positions of generated tokens are counted there. Use 1 for the earliest routing."
             )
-        if not all(isinstance(r, (int, float)) and 0 < r <= 1 for r in ratios):
-            raise ConfigError(f"keep_ratios is {list(ratios)}; expected numbers in (0, 1].")
+        if not all(isinstance(r, (int, float)) and not isinstance(r, bool) and 0 < r <= 1 for r in ratios):
+            raise ConfigError(f"keep_ratios is {list(ratios)}; expected Python numbers in (0, 1].")
         if self.action == "physical_delete" and any(a < b for a, b in pairwise(ratios)):
             raise ConfigError(
                 f"keep_ratios is {list(ratios)} with action 'physical_delete'; expected ratios that don't rise, "
@@ -122,7 +129,7 @@ class RoutingConfig:
                 )
             ratios = _PAPER_RATIOS[method, not deletes, int(tier)]
             scaled = _scale(layers, num_layers)
-            if len(set(scaled)) != len(scaled):
+            if len(set(scaled)) != len(scaled) or scaled[-1] >= num_layers:
                 raise ConfigError(
                     f"num_layers is {num_layers}; expected enough layers for the paper's {len(layers)} decisions. "
                     f"Use schedule='exact'."
@@ -140,7 +147,13 @@ class RoutingConfig:
             )
 
     def keep_counts(self, visual_tokens: int = REFERENCE_TOKENS) -> tuple[int, ...]:
-        """Visual tokens kept by each decision for a prompt with `visual_tokens` of them."""
+        """Visual tokens kept by each decision for a prompt with `visual_tokens` of them, at least 1.
+
+        Raises:
+            ConfigError: no visual tokens, so nothing to route.
+        """
+        if visual_tokens < 1:
+            raise ConfigError(f"visual_tokens is {visual_tokens}; expected 1 or more.")
         return tuple(int(keep_count(visual_tokens, ratio)) for ratio in self.keep_ratios)
 
     def tokens_per_layer(self, num_layers: int, visual_tokens: int = REFERENCE_TOKENS) -> tuple[int, ...]:
@@ -212,7 +225,14 @@ def _solve(share: float, layers: Sequence[int], num_layers: int, action: str, me
             f"{num_layers} layers can't go below {reachable:.1f}: the layers before the first decision run on all. "
             f"Use a larger tier, or a RoutingConfig with earlier decision layers."
         )
-    if at(high).average_tokens(num_layers) <= target:
+    highest = at(high).average_tokens(num_layers)
+    if highest < target - 1:
+        raise ConfigError(
+            f"tier asks for {target:.1f} of {REFERENCE_TOKENS} visual tokens on average, but {method!r} in "
+            f"{num_layers} layers can't go above {highest:.1f} with action {action!r}. Use a smaller tier, "
+            f"method='fastv', or a RoutingConfig of your own."
+        )
+    if highest <= target:
         return at(high)
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,6 +1,7 @@
 """What the compiler did to a decoder and what that saves on paper."""
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -77,12 +78,13 @@ class RoutingReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries."""
-        return {
+        record = {
             "model": self.model,
             "backend": self.backend,
             "config": asdict(self.config),
             "visual_tokens": self.visual_tokens,
             "text_tokens": self.text_tokens,
+            "element_bytes": self.element_bytes,
             "tokens_per_layer": list(self.tokens_per_layer),
             "average_tokens": self.average_tokens,
             "routed": _cost_dict(self.routed),
@@ -90,9 +92,11 @@ class RoutingReport:
             "passes": [asdict(result) for result in self.passes],
             "seconds": dict(self.seconds),
         }
+        plain: dict[str, Any] = json.loads(json.dumps(record))
+        return plain
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100)
+        console = Console(file=io.StringIO(), width=100, color_system=None)
         console.print(self)
         return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
@@ -166,7 +170,7 @@ class RoutingReport:
             table.add_column(heading)
         for result in self.passes:
             row = str(result.matched), str(result.rewritten), f"{result.seconds:.2f}"
-            table.add_row(result.name, *row, result.detail)
+            table.add_row(Text(result.name), *row, Text(result.detail))
         for column in table.columns[1:4]:
             column.justify = "right"
         return table

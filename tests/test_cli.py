@@ -84,4 +84,5 @@ def test_configs_lists_the_release():
     assert [r["name"] for r in records] == [entry.name for entry in reroute_fx.paper_configs()]
     table = run("configs").stdout
     assert "84.1" in table
-    assert "llava15/baseline" in table
+    assert "llava15, 7B decoder" in table
+    assert table.count("baseline") == 2

@@ -4,9 +4,9 @@ import json
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
-from reroute_fx.passes import PassResult, Rejection
 
 from reroute_fx.config import RoutingConfig
+from reroute_fx.passes import PassResult, Rejection
 from reroute_fx.report import RoutingReport
 from reroute_fx.theory import LayerCost, prefill_cost
 

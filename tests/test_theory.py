@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reroute_fx.kernels import visual_scores_reference
-from reroute_fx.passes import LayerSizes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 from reroute_fx.config import RoutingConfig
+from reroute_fx.kernels import visual_scores_reference
+from reroute_fx.passes import LayerSizes
 from reroute_fx.theory import REFERENCE_TEXT, LayerCost, PrefillCost, prefill_cost
 
 LLAVA = (4096, 32, 32, 11008)

@@ -17,4 +17,4 @@ def select_tokens_reference(
     deferred = deferred.scatter(1, visual_index, True)
     deferred = deferred.scatter(1, visual_index.gather(1, selected), False)
     positions = position.masked_fill(deferred, length).sort(dim=1).values
-    return positions[:, : length - tokens + keep].contiguous(), selected
+    return positions[:, : length - tokens + keep].contiguous(), selected.contiguous()

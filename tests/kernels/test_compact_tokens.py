@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reroute_fx.kernels import compact_tokens, compact_tokens_reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+
+from reroute_fx.kernels import compact_tokens, compact_tokens_reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reroute_fx.kernels import compact_tokens, restore_tokens, restore_tokens_reference, select_tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+
+from reroute_fx.kernels import compact_tokens, restore_tokens, restore_tokens_reference, select_tokens
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reroute_fx.kernels import keep_count, select_tokens, select_tokens_reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+
+from reroute_fx.kernels import keep_count, select_tokens, select_tokens_reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reroute_fx.kernels import visual_scores, visual_scores_reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+
+from reroute_fx.kernels import visual_scores, visual_scores_reference
 
 EPSILON = torch.finfo(torch.float32).eps
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
