@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
+from transformers import PreTrainedModel
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
 
 def settle_cpu_math() -> None:
@@ -26,3 +29,14 @@ def independent_sizes() -> Iterator[None]:
     config: Any = importlib.import_module("torch.fx.experimental._config")
     with config.patch(use_duck_shape=False):
         yield
+
+
+def dynamo_export(
+    model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]
+) -> ExportedProgram:
+    """Export a Hugging Face module. Newer transformers return the program with metadata, 5.17 the program."""
+    exporter, config = DynamoExporter(), DynamoConfig(dynamic=True, dynamic_shapes=dynamic_shapes)
+    with torch.no_grad():
+        if hasattr(exporter, "export_program"):
+            return exporter.export_program(model, inputs, config)[0]
+        return exporter.export(model, inputs, config)

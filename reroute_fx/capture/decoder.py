@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
-from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.utils import logging
 
+from .._compat import dynamo_export
 from ..errors import CaptureError, UnsupportedModelError
 from .visual_tokens import find_visual_token_ids
 
@@ -88,9 +88,7 @@ def _export(decoder: PreTrainedModel) -> CapturedDecoder:
     inputs, shapes = _sample_inputs(decoder)
     try:
         with _as_traced(decoder), _quiet():
-            program, _ = DynamoExporter().export_program(
-                decoder, inputs, DynamoConfig(dynamic=True, dynamic_shapes=shapes)
-            )
+            program = dynamo_export(decoder, inputs, shapes)
     except Exception as error:
         raise CaptureError(
             f"torch.export can't trace {type(decoder).__name__}: {_first_line(error)}. Expected a decoder that "
