@@ -22,6 +22,7 @@ class LayerSizes:
         key: of these, what computes a key.
         attention_width: query heads times head dimension.
         kv_width: key-value heads times head dimension.
+        uncounted: matrix products of the layer that `linear` leaves out.
     """
 
     linear: int
@@ -29,6 +30,7 @@ class LayerSizes:
     key: int
     attention_width: int
     kv_width: int
+    uncounted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class FindLayers(Pass):
                 expected,
                 (_why_no_stream(graph, blocks),),
             )
-        layers, rejected = _split(stream, blocks)
+        layers, rejected = _split(graph, stream, blocks)
         rejected += [r for layer in layers if (r := _why_not_closed(layer)) is not None]
         if rejected or (self.num_layers is not None and len(layers) != self.num_layers):
             rejected += _longest(layers) if not rejected else []
@@ -91,13 +91,23 @@ def _updates(cuts: Sequence[fx.Node]) -> list[fx.Node]:
     earlier: set[fx.Node] = set()
     updates = []
     for cut in cuts:
-        if is_op(cut, aten.add.Tensor) and any(a in earlier for a in cut.args):
+        if _adds_to(cut, earlier):
             updates.append(cut)
         earlier.add(cut)
     return updates
 
 
-def _split(cuts: Sequence[fx.Node], blocks: Sequence[fx.Node]) -> tuple[list[Layer], list[Rejection]]:
+def _adds_to(node: fx.Node, earlier: set[fx.Node]) -> bool:
+    """Whether `node` is a sum, possibly of several terms, with an earlier cut among them."""
+    if not is_op(node, aten.add.Tensor):
+        return False
+    terms = [a for a in node.args if is_tensor(a)]
+    return any(t in earlier or _adds_to(t, earlier) for t in terms)  # type: ignore[arg-type]
+
+
+def _split(
+    graph: DecoderGraph, cuts: Sequence[fx.Node], blocks: Sequence[fx.Node]
+) -> tuple[list[Layer], list[Rejection]]:
     """Assign to each attention the stretch of the stream that it updates."""
     updates = _updates(cuts)
     order = {node: i for i, node in enumerate(blocks[0].graph.nodes)}
@@ -113,12 +123,12 @@ def _split(cuts: Sequence[fx.Node], blocks: Sequence[fx.Node]) -> tuple[list[Lay
             continue
         nodes = _between(start, inside[-1])
         ordered = tuple(sorted(nodes, key=order.__getitem__))
-        sizes = _measure(start, block, ordered)
+        sizes = _measure(graph, start, block, ordered)
         layers.append(Layer(len(layers), start, inside[-1], block, ordered, sizes))
     return layers, rejected
 
 
-def _measure(start: fx.Node, block: fx.Node, nodes: Sequence[fx.Node]) -> LayerSizes:
+def _measure(graph: DecoderGraph, start: fx.Node, block: fx.Node, nodes: Sequence[fx.Node]) -> LayerSizes:
     given = attention_arguments(block)
     query, key = shape(given.query), shape(given.key)
     inside = set(nodes)
@@ -128,13 +138,29 @@ def _measure(start: fx.Node, block: fx.Node, nodes: Sequence[fx.Node]) -> LayerS
         key=_multiply_adds(ancestors([given.key], stop=start) & inside),
         attention_width=int(query[1]) * int(query[3]),
         kv_width=int(key[1]) * int(key[3]),
+        uncounted=_uncounted(graph, nodes),
     )
 
 
 def _multiply_adds(nodes: Iterable[fx.Node]) -> int:
     """Of the linear maps among `nodes`, for one token."""
-    weights = [shape(n.args[1]) for n in nodes if is_op(n, aten.linear)]  # type: ignore[arg-type]
+    weights = [shape(n.args[1]) for n in nodes if is_op(n, aten.linear)]
     return sum(int(rows) * int(columns) for rows, columns in weights)
+
+
+def _uncounted(graph: DecoderGraph, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """Operators other than a linear map that read a weight matrix, as mixtures of experts have."""
+    matrices: set[fx.Node] = set()
+    names = set()
+    for node in nodes:
+        matrices |= {n for n in node.all_input_nodes if n.name in graph.parameters and len(shape(n)) > 1}
+        if not matrices.intersection(node.all_input_nodes) or is_op(node, aten.linear):
+            continue
+        if is_op(node, aten.transpose, aten.permute, aten.t):
+            matrices.add(node)
+        else:
+            names.add(str(node.target))
+    return tuple(sorted(names))
 
 
 def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:

@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 
 from .decoder_graph import DecoderGraph
@@ -71,7 +72,8 @@ class Editor:
         """A new call; its fake value is computed from those of its arguments."""
         node = self.graph.fx_graph.call_function(target, args, kwargs)
         node.meta["region"] = self.region
-        with self.graph.fake_mode, torch.no_grad():
+        # The Python dispatcher keeps composite operators from asking for concrete sizes (seen in torch 2.11).
+        with self.graph.fake_mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*map_arg(args, value), **map_arg(kwargs, value))
         self.emitted.append(node)
         return node

@@ -35,7 +35,11 @@ def dynamo_export(
     model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]
 ) -> ExportedProgram:
     """Export a Hugging Face module. Newer transformers return the program with metadata, 5.17 the program."""
-    exporter, config = DynamoExporter(), DynamoConfig(dynamic=True, dynamic_shapes=dynamic_shapes)
+    # Without the last option torch 2.11 finds constraints between sizes that it can not solve.
+    config = DynamoConfig(
+        dynamic=True, dynamic_shapes=dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
+    )
+    exporter = DynamoExporter()
     with torch.no_grad():
         if hasattr(exporter, "export_program"):
             return exporter.export_program(model, inputs, config)[0]

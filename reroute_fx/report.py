@@ -63,6 +63,11 @@ class RoutingReport:
     def unrouted(self) -> PrefillCost:
         return self._cost(None)
 
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Matrix products of the layers that the FLOPs leave out, mixtures of experts say."""
+        return tuple(sorted({name for layer in self.layers for name in layer.uncounted}))
+
     def _cost(self, config: RoutingConfig | None) -> PrefillCost:
         return prefill_cost(
             self.layers,
@@ -89,6 +94,7 @@ class RoutingReport:
             "average_tokens": self.average_tokens,
             "routed": _cost_dict(self.routed),
             "unrouted": _cost_dict(self.unrouted),
+            "uncounted": self.uncounted,
             "passes": [asdict(result) for result in self.passes],
             "seconds": dict(self.seconds),
         }
@@ -108,6 +114,8 @@ class RoutingReport:
         ]
         if self.passes:
             parts.append(self._pass_table())
+        if self.uncounted:
+            parts.append(Text(f"Not counted: {', '.join(self.uncounted)}.", style="bold"))
         if self.seconds:
             parts.append(Text("  ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items())))
         return Group(*parts)

@@ -9,12 +9,16 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..config import RoutingConfig
-from ..errors import InputError
+from ..errors import InputError, UnsupportedModelError
 from ..lowering import Executable
 from .prompt import DecodeStep, Prompt, Routing
 
 current_call: ContextVar[Prompt | DecodeStep | None] = ContextVar("current_call", default=None)
 """What the model that contains the decoder is doing."""
+
+
+_HARMLESS = {"cache_position", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"}
+"""Arguments of a decoder that change nothing about what the routed program computes."""
 
 
 class RoutedDecoder(torch.nn.Module):
@@ -48,8 +52,10 @@ class RoutedDecoder(torch.nn.Module):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
-        **_: Any,
+        attention_mask: Any = None,
+        **rest: Any,
     ) -> BaseModelOutputWithPast:
+        self._refuse_what_the_program_lacks(attention_mask, rest)
         cache = self._cache(past_key_values, use_cache)
         result = self.executable(
             inputs_embeds=inputs_embeds.contiguous(),
@@ -70,6 +76,22 @@ class RoutedDecoder(torch.nn.Module):
         )
         hidden = result["output"].last_hidden_state
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _refuse_what_the_program_lacks(self, attention_mask: Any, rest: dict[str, Any]) -> None:
+        """The program attends causally and takes embeddings and positions, nothing else."""
+        if attention_mask is not None and not (
+            isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        ):
+            raise UnsupportedModelError(
+                f"The model gives its decoder a mask of its own ({type(attention_mask).__name__}); expected the causal "
+                f"mask alone. Models whose image tokens see each other can't be routed."
+            )
+        unknown = [name for name, value in rest.items() if name not in _HARMLESS and value is not None]
+        if unknown:
+            raise UnsupportedModelError(
+                f"The model gives its decoder {unknown}; expected embeddings and positions only. Models that add image "
+                f"features inside the decoder can't be routed."
+            )
 
     def _cache(self, given: Any, use_cache: bool | None) -> DynamicCache | None:
         if given is None:

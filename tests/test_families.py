@@ -1,0 +1,222 @@
+"""Decoders that no pass was written for: routed exactly, or refused with the reason."""
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GemmaConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    MistralConfig,
+    MixtralConfig,
+    PhiConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+import reroute_fx
+from reroute_fx import CaptureError, MatchError, RoutingConfig, UnsupportedModelError
+
+IMAGE = 50
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+MULTIMODAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+
+
+def prompt(count):
+    return torch.tensor([[1, 7, *[IMAGE] * count, 9, 11, 13]])
+
+
+def llava(text):
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_index=IMAGE)
+    return LlavaForConditionalGeneration(config), {
+        "input_ids": prompt(16),
+        "pixel_values": torch.randn(1, 3, 16, 16),
+    }
+
+
+def internvl():
+    vision = {**VISION, "image_size": [16, 16], "patch_size": [4, 4]}
+    text = {**GROUPED, "model_type": "qwen2"}
+    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=4)
+    return InternVLForConditionalGeneration(config), {
+        "input_ids": prompt(4),
+        "pixel_values": torch.randn(1, 3, 16, 16),
+    }
+
+
+def onevision():
+    config = LlavaOnevisionConfig(
+        vision_config={**VISION, "model_type": "siglip_vision_model"},
+        text_config={**GROUPED, "model_type": "qwen2"},
+        image_token_index=IMAGE,
+        video_token_index=49,
+        image_grid_pinpoints=[[16, 16]],
+    )
+    return LlavaOnevisionForConditionalGeneration(config), {
+        "input_ids": prompt(36),
+        "pixel_values": torch.randn(1, 2, 3, 16, 16),
+        "image_sizes": torch.tensor([[16, 16]]),
+    }
+
+
+def qwen(model_class, config_class, vision, patch):
+    config = config_class(
+        text_config={**GROUPED, "head_dim": 8, "rope_parameters": MULTIMODAL_ROPE},
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=49,
+        vision_start_token_id=48,
+        vision_end_token_id=47,
+    )
+    ids = torch.tensor([[1, 48, *[IMAGE] * 16, 47, 11, 13]])
+    return model_class(config), {
+        "input_ids": ids,
+        "pixel_values": torch.randn(64, 3 * 2 * patch * patch),
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
+
+
+def qwen2_vl():
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    return qwen(Qwen2VLForConditionalGeneration, Qwen2VLConfig, vision, patch=14)
+
+
+def qwen3_vl():
+    vision = {
+        "depth": 4,
+        "hidden_size": 16,
+        "out_hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "deepstack_visual_indexes": [0, 1, 2],
+        "num_position_embeddings": 64,
+    }
+    return qwen(Qwen3VLForConditionalGeneration, Qwen3VLConfig, vision, patch=16)
+
+
+def gemma3():
+    text = {**GROUPED, "head_dim": 8, "sliding_window": 512}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=VISION,
+        image_token_index=IMAGE,
+        mm_tokens_per_image=4,
+        boi_token_index=48,
+        eoi_token_index=47,
+    )
+    ids = torch.tensor([[1, 48, *[IMAGE] * 4, 47, 11, 13]])
+    return Gemma3ForConditionalGeneration(config), {
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 3, 16, 16),
+        "token_type_ids": (ids == IMAGE).long(),
+    }
+
+
+ROUTED = {
+    "query and key norms": lambda: llava(Qwen3Config(**GROUPED, head_dim=8)),
+    "scaled embeddings": lambda: llava(GemmaConfig(**GROUPED, head_dim=8)),
+    "scaled residuals": lambda: llava(
+        GraniteConfig(**GROUPED, residual_multiplier=0.5, attention_multiplier=0.2, embedding_multiplier=2.0)
+    ),
+    "parallel blocks, Phi": lambda: llava(PhiConfig(**SIZES)),
+    "parallel blocks, Cohere": lambda: llava(CohereConfig(**GROUPED)),
+    "fused projections": lambda: llava(GPTNeoXConfig(**SIZES)),
+    "experts": lambda: llava(MixtralConfig(**GROUPED, num_local_experts=4, sliding_window=None)),
+    "InternVL": internvl,
+    "LLaVA-OneVision": onevision,
+    "Qwen2-VL": qwen2_vl,
+}
+
+REFUSED = {
+    "sliding window": (
+        lambda: llava(MistralConfig(**GROUPED, sliding_window=8)),
+        MatchError,
+        r"0 attention masks are plain causal, 6 are not.*Nearest miss",
+    ),
+    "soft-capped logits": (lambda: llava(Gemma2Config(**GROUPED, head_dim=8)), CaptureError, "softcap"),
+    "images that see each other": (gemma3, MatchError, "attention masks are plain causal"),
+    "features added in the decoder": (qwen3_vl, UnsupportedModelError, "deepstack_visual_embeds"),
+}
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_routed_exactly(family):
+    torch.manual_seed(0)
+    model, inputs = ROUTED[family]()
+    model.eval()
+    everything = RoutingConfig((2, 4), (1.0, 1.0))
+    outputs = [
+        reroute_fx.compile(model, config=config, backend="eager")
+        for config in (
+            everything,
+            RoutingConfig((2, 4), (0.5, 0.25), "compact_route"),
+            RoutingConfig((2, 4), (0.5, 0.25), "compact_route_stagewise"),
+        )
+    ]
+    with torch.no_grad():
+        unrouted = model(**inputs)
+        full, per_layer, stagewise = (routed(**inputs) for routed in outputs)
+    torch.testing.assert_close(full.logits, unrouted.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(per_layer.logits, stagewise.logits)
+    text = int((inputs["input_ids"] != IMAGE).sum())
+    visual = inputs["input_ids"].shape[1] - text
+    kept = stagewise.routing.config.tokens_per_layer(6, visual)
+    assert stagewise.routing.kv_lengths == [text + k for k in kept]
+    new = outputs[2].generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert new.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_with_the_reason(family):
+    build, error, message = REFUSED[family]
+    torch.manual_seed(0)
+    model, inputs = build()
+    model.eval()
+
+    def route():
+        routed = reroute_fx.compile(model, config=RoutingConfig((2, 4), (0.5, 0.25)), backend="eager")
+        with torch.no_grad():
+            routed(**inputs)
+
+    with pytest.raises(error, match=message):
+        route()
+
+
+def test_report_names_what_the_flops_leave_out():
+    model, _ = ROUTED["experts"]()
+    report = reroute_fx.inspect(model.eval(), tier=0.6)
+    assert report.uncounted
+    assert f"Not counted: {report.uncounted[0]}" in str(report)
+    dense, _ = ROUTED["query and key norms"]()
+    assert reroute_fx.inspect(dense.eval(), tier=0.6).uncounted == ()
