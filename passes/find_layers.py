@@ -7,8 +7,8 @@ After:  the same graph; `DecoderGraph.layers` holds a `Layer` for each attention
 The residual stream is found by dataflow. A value that every path from the stream's source to the
 output runs through is a *cut*. A cut that adds something to an earlier cut is a residual update. A
 layer reaches from the last residual update before its attention to the last one before the next
-attention. Inside a layer nothing may be read from outside, and an attention must read its query,
-keys and values from its own layer.
+attention. Inside a layer nothing may be read from outside, tokens may see each other in the
+attention only, and that must read its query, keys and values from its own layer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,8 +17,9 @@ from torch import fx
 
 from .canonicalize_attention import attention_arguments, attentions
 from .decoder_graph import DecoderGraph, Layer, LayerSizes
-from .graph_edit import ancestors, aten, descendants, is_op, is_tensor, shape, value
+from .graph_edit import ancestors, aten, descendants, expression, is_op, is_tensor, shape, value
 from .interface import Pass, PassResult, Rejection, refuse
+from .token_mixing import mixes_tokens
 
 
 class FindLayers(Pass):
@@ -197,7 +198,11 @@ def _why_not_closed(layer: Layer) -> Rejection | None:
         if source not in nodes:
             reason = f"its {name} %{source.name} come from outside the residual stream (cross-attention?)"
             return Rejection(layer.attention.name, reason)
+    length = expression(shape(layer.start)[1])
     for node in layer.nodes:
+        if node is not layer.attention and mixes_tokens(node, length):
+            reason = f"in layer {layer.index} it lets tokens see each other ({node.target}) outside attention"
+            return Rejection(node.name, reason)
         outside = [u for u in node.users if u not in nodes]
         if node is not layer.end and outside:
             reason = f"it is inside layer {layer.index} and also read outside, by %{outside[0].name}"

@@ -1,22 +1,16 @@
-"""A small hand-written decoder, its exports, and the checks that every pass test makes."""
+"""A small hand-written decoder, its exports, and the checks that several pass tests share."""
 
-import math
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import Dim
 
-from reroute_fx.passes import (
-    CanonicalizeAttention,
-    FindLayers,
-    ProveCausal,
-    RemoveNoOps,
-    run_passes,
-    to_program,
-)
+from reroute_fx.passes import CanonicalizeAttention, FindLayers, ProveCausal, RemoveNoOps
 
 WIDTH, HEADS, HEAD_DIM = 32, 4, 8
 
@@ -27,7 +21,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(1 + 0.1 * torch.randn(WIDTH))
 
     def forward(self, hidden):
-        return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+        return F.rms_norm(hidden, (WIDTH,), self.weight, 1e-6)
 
 
 def rotate(tensor, cos, sin):
@@ -42,18 +36,21 @@ def causal_mask(padding, hidden):
     return mask if padding is None else mask & padding.to(torch.bool)[:, None, None, :]
 
 
-def additive(mask_function):
-    def mask(padding, hidden):
-        return torch.where(mask_function(padding, hidden), 0.0, torch.finfo(hidden.dtype).min)
-
-    return mask
+def additive_mask(padding, hidden):
+    mask = torch.where(causal_mask(padding, hidden), 0.0, torch.finfo(torch.float32).min)
+    return mask.to(hidden.dtype)
 
 
-def head_repeat(tensor, times):
-    batch, heads, length, width = tensor.shape
+def no_mask(padding, hidden):
+    return None
+
+
+def repeat_heads(tensor, times):
     if times == 1:
         return tensor
-    return tensor[:, :, None].expand(batch, heads, times, length, width).reshape(batch, heads * times, length, width)
+    batch, heads, length, width = tensor.shape
+    wide = tensor[:, :, None].expand(batch, heads, times, length, width)
+    return wide.reshape(batch, heads * times, length, width)
 
 
 def sdpa(query, key, value, mask):
@@ -74,7 +71,7 @@ class Layer(nn.Module):
         super().__init__()
         self.input_norm, self.output_norm = Norm(), Norm()
         self.query = nn.Linear(WIDTH, HEADS * HEAD_DIM, bias=False)
-        self.key = nn.Linear(WIDTH, kv_heads * HEAD_DIM, bias=True)
+        self.key = nn.Linear(WIDTH, kv_heads * HEAD_DIM)
         self.value = nn.Linear(WIDTH, value_heads * HEAD_DIM, bias=False)
         self.output = nn.Linear(HEADS * HEAD_DIM, WIDTH, bias=False)
         self.gate = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
@@ -83,17 +80,18 @@ class Layer(nn.Module):
         self.attend, self.repeat, self.repeat_values = attend, repeat, repeat_values
         self.kv_heads, self.value_heads, self.parallel = kv_heads, value_heads, parallel
         with torch.no_grad():
-            # Sharper than the default initialisation, so that scores and layers differ from each other.
+            # Sharper attention than the default initialisation gives, so that scores differ.
             self.query.weight.mul_(3)
             self.key.weight.mul_(3)
 
-    def heads(self, projected):
+    def split_heads(self, projected):
         return projected.view(*projected.shape[:2], -1, HEAD_DIM).transpose(1, 2)
 
     def attention(self, hidden, memory, cos, sin, mask):
-        query = rotate(self.heads(self.query(hidden)), cos, sin)
-        key = rotate(self.heads(self.key(memory)), cos, sin)
-        value = self.heads(self.value(memory))
+        """Rows of `hidden` attend to rows of `memory`."""
+        query = rotate(self.split_heads(self.query(hidden)), cos, sin)
+        key = rotate(self.split_heads(self.key(memory)), cos, sin)
+        value = self.split_heads(self.value(memory))
         key = self.repeat(key, HEADS // self.kv_heads)
         value = self.repeat_values(value, HEADS // self.value_heads)
         result = self.attend(query, key, value, mask)
@@ -111,29 +109,43 @@ class Layer(nn.Module):
         return hidden + self.mlp(self.output_norm(hidden))
 
 
+def rotary(decoder, position_ids):
+    angles = position_ids.unsqueeze(-1) * decoder.frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def run_layers(decoder, hidden, cos, sin, mask):
+    for layer in decoder.layers:
+        hidden = layer(hidden, cos, sin, mask)
+    return hidden
+
+
 class Decoder(nn.Module):
     """Pre-norm decoder.
 
-    `attend`, `mask` and `repeat` are how attention is spelled; `odd_layer` attends by `odd_attend` instead.
+    `attend`, `mask` and `repeat` are how attention is spelled, `run` and `turn` replace the methods that run the
+    layers and compute cos and sin. Layer `odd_layer` attends with `odd_attend` instead.
     """
 
     def __init__(
         self,
-        layers=3,
+        layers=2,
         kv_heads=HEADS,
         value_heads=None,
         attend=sdpa,
         mask=causal_mask,
-        repeat=head_repeat,
+        repeat=repeat_heads,
         repeat_values=None,
         parallel=False,
         odd_layer=None,
         odd_attend=None,
-        seed=0,
+        run=None,
+        turn=None,
     ):
         super().__init__()
-        torch.manual_seed(seed)
-        self.mask = mask
+        torch.manual_seed(0)
+        self.mask, self.run, self.turn = mask, run or run_layers, turn or rotary
         self.layers = nn.ModuleList(
             Layer(
                 kv_heads,
@@ -148,37 +160,54 @@ class Decoder(nn.Module):
         self.norm = Norm()
         self.register_buffer("frequencies", 1000.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
 
-    def rotary(self, position_ids):
-        angles = position_ids.unsqueeze(-1) * self.frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+    def forward(self, inputs_embeds, position_ids, attention_mask=None):
+        cos, sin = self.turn(self, position_ids)
+        mask = self.mask(attention_mask, inputs_embeds)
+        return self.norm(self.run(self, inputs_embeds, cos, sin, mask))
 
-    def run_layers(self, hidden, cos, sin, mask):
-        for layer in self.layers:
-            hidden = layer(hidden, cos, sin, mask)
+
+class Blocks(nn.Module):
+    """Attentions alone on a residual stream, one for each function of `attends`, under one mask or one each."""
+
+    def __init__(self, attends, mask=causal_mask, kv_heads=HEADS):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attends = attends
+        self.masks = [mask] * len(attends) if callable(mask) else mask
+        self.sizes = [HEADS * HEAD_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM]
+        self.project = nn.Linear(WIDTH, sum(self.sizes))
+
+    def forward(self, inputs_embeds, attention_mask=None):
+        hidden = inputs_embeds
+        for attend, mask in zip(self.attends, self.masks, strict=True):
+            projected = self.project(hidden).split(self.sizes, dim=-1)
+            heads = [x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for x in projected]
+            result = attend(*heads, mask(attention_mask, inputs_embeds))
+            hidden = hidden + result.transpose(1, 2).flatten(2)
         return hidden
 
-    def forward(self, inputs_embeds, position_ids, attention_mask=None):
-        cos, sin = self.rotary(position_ids)
-        mask = self.mask(attention_mask, inputs_embeds)
-        return self.norm(self.run_layers(inputs_embeds, cos, sin, mask))
 
-
-def make_inputs(batch=2, length=64, seed=1, padding=False, dtype=torch.float32):
-    """Positions that are neither 0..S-1 nor the same in each row, so that renumbering shows."""
+def make_inputs(batch=2, length=64, padding=False, seed=1):
+    """Positions are neither 0..S-1 nor the same in each row, so that renumbering shows."""
     generator = torch.Generator().manual_seed(seed)
-    positions = torch.arange(length) * 2 + 3 * torch.arange(batch)[:, None]
     inputs = {
-        "inputs_embeds": torch.randn(batch, length, WIDTH, generator=generator).to(dtype),
-        "position_ids": positions,
+        "inputs_embeds": torch.randn(batch, length, WIDTH, generator=generator),
+        "position_ids": torch.arange(length) * 2 + 3 * torch.arange(batch)[:, None],
     }
     if padding:
         inputs["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
     return inputs
 
 
+def make_visual_index(batch, length, tokens, seed=2):
+    """Ascending positions, interleaved with text and different in each row; first and last token are text."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randperm(length - 2, generator=generator)[:tokens].sort().values + 1 for _ in range(batch)]
+    return torch.stack(rows)
+
+
 def export(model, inputs=None, padding=False, **dynamic):
-    """Export with a symbolic batch and length; `dynamic` gives the dimensions of further inputs."""
+    """Export with a symbolic batch and length; `dynamic` gives the dimensions of special inputs."""
     sizes = {0: Dim("batch", min=1), 1: Dim("length", min=1)}
     inputs = inputs or make_inputs(padding=padding)
     shapes = {name: dynamic.get(name, sizes) for name in inputs}
@@ -186,28 +215,92 @@ def export(model, inputs=None, padding=False, **dynamic):
         return torch.export.export(model.eval(), (), inputs, dynamic_shapes=shapes)
 
 
-def find_passes(num_layers=None):
-    return [RemoveNoOps(), CanonicalizeAttention(), ProveCausal(), FindLayers(num_layers)]
-
-
-def call(program, inputs, **more):
-    """What a program returns, as a plain value when it holds for the original outputs only."""
-    names = {spec.arg.name for spec in program.graph_signature.input_specs}
+def call(program, inputs):
+    """Run a program on those of `inputs` that it takes."""
+    taken = {name: tensor for name, tensor in inputs.items() if name in program.graph_signature.user_inputs}
     with torch.no_grad():
-        return program.module(check_guards=False)(**{k: v for k, v in (inputs | more).items() if k in names})
+        return program.module(check_guards=False)(**taken)
 
 
-def noise(model, inputs):
-    """Largest float32 rounding error in the output of `model`."""
-    exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+def passes(count, num_layers=None):
+    """The first `count` passes of the pipeline."""
+    return [RemoveNoOps(), CanonicalizeAttention(), ProveCausal(), FindLayers(num_layers)][:count]
+
+
+def operators(graph, *packets):
+    """Calls of `packets` in an fx graph, in order."""
+    return [n for n in graph.nodes if getattr(n.target, "overloadpacket", None) in packets]
+
+
+def in_double(tensors):
+    return {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def double(model):
+    return copy.deepcopy(model).double()
+
+
+def tolerance(rounded, exact):
+    """A few times the error that float32 makes in a reference, or a few units in its last place."""
+    noise = (rounded - exact).abs().max().item()
+    assert noise < 1e-4, "the reference itself is not accurate"
+    return 8 * max(noise, torch.finfo(torch.float32).eps * exact.abs().max().item())
+
+
+def assert_agrees(program, model, inputs):
+    """The output of an edited program is that of `model`, up to the rounding error of float32."""
     with torch.no_grad():
         rounded = model(**inputs)
-        precise = model.double()(**exact)
-        model.float()
-    return (rounded - precise).abs().max().item()
+        exact = double(model)(**in_double(inputs))
+    result = call(program, inputs)["output"]
+    assert result.shape == exact.shape
+    assert (result - exact).abs().max().item() <= tolerance(rounded, exact)
 
 
-def assert_same_numbers(program, model, **sizes):
-    """The edited program agrees with the eager module, up to a few times the rounding error of the latter."""
-    padding = "attention_mask" in program.module(check_guards=False).forward.__code__.co_varnames
-    del padding
+def assert_exports_again(program, inputs, other):
+    """Exported from `inputs` once more, the program gives the same at the sizes of `other`."""
+    names = program.graph_signature.user_inputs
+    inputs, other = ({name: tensors[name] for name in names} for tensors in (inputs, other))
+    dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
+    with torch.no_grad():
+        again = torch.export.export(program.module(check_guards=False), (), inputs, dynamic_shapes=dynamic)
+        results = pytree.tree_leaves(again.module()(**other))
+    expected = pytree.tree_leaves(call(program, other))
+    assert len(results) == len(expected) > 0
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The tensors are tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """What the tests build decoders from; test modules can't import this file."""
+    names = (
+        "Blocks, Decoder, Layer, WIDTH, HEADS, HEAD_DIM, additive_mask, assert_agrees, assert_exports_again, call, "
+        "causal_mask, double, eager, export, in_double, make_inputs, make_visual_index, no_mask, operators, passes, "
+        "repeat_heads, rotary, rotate, sdpa, sdpa_causal, tolerance"
+    )
+    return SimpleNamespace(**{name: globals()[name] for name in names.split(", ")})
+
+
+@pytest.fixture(scope="session")
+def exported():
+    """A function ``(padding=False, **options) -> (decoder, exported program)`` that exports each once."""
+    cache = {}
+
+    def get(padding=False, **options):
+        key = (padding, tuple(sorted(options.items(), key=lambda item: item[0])))
+        if key not in cache:
+            model = Decoder(**options)
+            cache[key] = model, export(model, padding=padding)
+        return cache[key]
+
+    return get
