@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx
 
 from .decoder_graph import DecoderGraph
-from .graph_edit import aten, edit_after, is_op, is_tensor, named_arguments, same_size, shape
+from .graph_edit import aten, is_op, is_tensor, named_arguments, same_size, shape, value
 from .interface import Pass, PassResult, Rejection, refuse
 
 _SOFTMAX = (aten.softmax, aten._softmax)
@@ -52,6 +52,8 @@ class CanonicalizeAttention(Pass):
     def apply(self, graph: DecoderGraph) -> PassResult:
         matched, rejected = [], []
         for node in list(graph.fx_graph.nodes):
+            if node in matched:
+                continue
             try:
                 if is_op(node, aten.scaled_dot_product_attention):
                     attention = _read_fused(node)
@@ -62,7 +64,7 @@ class CanonicalizeAttention(Pass):
             except _NotCanonical as reason:
                 rejected.append(Rejection(node.name, str(reason)))
                 continue
-            _rewrite(graph, node, attention)
+            _rewrite(node, attention)
             matched.append(node)
         if rejected:
             raise refuse(
@@ -73,47 +75,44 @@ class CanonicalizeAttention(Pass):
         return PassResult(self.name, matched=len(matched), rewritten=len(matched))
 
 
-def _rewrite(graph: DecoderGraph, node: fx.Node, attention: Attention) -> None:
-    with edit_after(graph, node, region="") as edit:
-        canonical = edit.call(
-            aten.scaled_dot_product_attention.default,
-            attention.query,
-            attention.key,
-            attention.value,
-            attention.mask,
-            0.0,
-            attention.is_causal,
-            scale=attention.scale,
-            enable_gqa=not same_size(shape(attention.query)[1], shape(attention.key)[1]),
-        )
-    canonical.meta = node.meta | {"val": canonical.meta["val"]}
-    node.replace_all_uses_with(canonical)
-    graph.fx_graph.erase_node(node)
+def _rewrite(node: fx.Node, attention: Attention) -> None:
+    """Spell `node` canonically; its name and its fake value stay."""
+    grouped = not same_size(shape(attention.query)[1], shape(attention.key)[1])
+    node.target = aten.scaled_dot_product_attention.default
+    node.args = (attention.query, attention.key, attention.value, attention.mask, 0.0, attention.is_causal)
+    node.kwargs = {"scale": attention.scale, "enable_gqa": grouped}
 
 
 def _read_fused(node: fx.Node) -> Attention:
     given = named_arguments(node)
     if given["dropout_p"] != 0.0:
         raise _NotCanonical(f"dropout {given['dropout_p']} is active")
-    query, key, value = given["query"], given["key"], given["value"]
+    query, key, values = given["query"], given["key"], given["value"]
     if len(shape(query)) != 4:
         raise _NotCanonical(f"query has shape {list(shape(query))}, not [B, H, S, D]")
     if not given["enable_gqa"]:
-        key, value = _without_repeat(query, key, value)
+        key, values = _without_repeat(query, key, values)
     scale = given["scale"] if given["scale"] is not None else int(shape(query)[3]) ** -0.5
-    return Attention(query, key, value, given["attn_mask"], given["is_causal"], scale)
+    return Attention(query, key, values, given["attn_mask"], given["is_causal"], scale)
 
 
-def _without_repeat(query: fx.Node, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _without_repeat(query: fx.Node, key: fx.Node, values: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Keys and values before they were repeated for grouped-query attention."""
-    grouped = _before_repeat(key), _before_repeat(value)
+    grouped = _before_repeat(key), _before_repeat(values)
     if grouped == (None, None):
         if not same_size(shape(key)[1], shape(query)[1]):
             raise _NotCanonical(f"{shape(query)[1]} query heads but {shape(key)[1]} key heads")
-        return key, value
+        if _seems_repeated(key) or _seems_repeated(values):
+            raise _NotCanonical("keys are repeated over the heads in an unknown way")
+        return key, values
     if grouped[0] is None or grouped[1] is None:
         raise _NotCanonical("keys and values are not repeated in the same way")
     return grouped  # type: ignore[return-value]
+
+
+def _seems_repeated(node: fx.Node) -> bool:
+    reshaped = is_op(node, aten.reshape, aten.view, aten._unsafe_view) and is_op(node.args[0], aten.expand)
+    return reshaped or is_op(node, aten.repeat, aten.tile, aten.repeat_interleave)
 
 
 def _before_repeat(repeated: fx.Node) -> fx.Node | None:
@@ -131,7 +130,7 @@ def _before_repeat(repeated: fx.Node) -> fx.Node | None:
     wide = shape(expanded)  # type: ignore[arg-type]
     keeps_the_rest = all(same_size(before[i], after[i]) for i in (0, 2, 3))
     is_head_repeat = (
-        dim == 2
+        dim in (2, -3)
         and len(before) == len(after) == 4
         and keeps_the_rest
         and same_size(wide[1], before[1])
@@ -141,9 +140,15 @@ def _before_repeat(repeated: fx.Node) -> fx.Node | None:
 
 
 def _over_keys(softmax: fx.Node) -> bool:
-    """Whether a softmax runs over the last dimension of a [B, H, S, S] tensor."""
+    """Whether a softmax runs over what look like the logits of an attention."""
     size = shape(softmax)
-    return len(size) == 4 and same_size(size[2], size[3])
+    return len(size) == 4 and (same_size(size[2], size[3]) or _product_of_activations(softmax.args[0]))
+
+
+def _product_of_activations(node: Any) -> bool:
+    while is_op(node, aten.to, aten._to_copy, aten.add, aten.mul, aten.div):
+        node = node.args[0]
+    return is_op(node, *_MATMUL) and all(is_tensor(a) and a.op != "placeholder" for a in node.args)
 
 
 def _read_eager(softmax: fx.Node) -> tuple[Attention, fx.Node]:
@@ -160,8 +165,8 @@ def _read_eager(softmax: fx.Node) -> tuple[Attention, fx.Node]:
     given = named_arguments(transposed) if is_op(transposed, aten.transpose) else {}
     if {given.get("dim0"), given.get("dim1")} not in ({2, 3}, {-2, -1}, {2, -1}, {-2, 3}):
         raise _NotCanonical("keys are not transposed over their last two dimensions")
-    key, value = _without_repeat(query, given["self"], product.args[1])  # type: ignore[arg-type]
-    return Attention(query, key, value, mask, False, scale), product  # type: ignore[arg-type]
+    key, values = _without_repeat(query, given["self"], product.args[1])  # type: ignore[arg-type]
+    return Attention(query, key, values, mask, False, scale), product  # type: ignore[arg-type]
 
 
 def _read_logits(node: Any) -> tuple[fx.Node, fx.Node | None, float]:
@@ -170,6 +175,8 @@ def _read_logits(node: Any) -> tuple[fx.Node, fx.Node | None, float]:
     while is_op(node, aten.to, aten._to_copy):
         node = node.args[0]
     if is_op(node, aten.add.Tensor) and is_tensor(node.args[1]):
+        if named_arguments(node)["alpha"] != 1 or not value(node.args[1]).is_floating_point():
+            raise _NotCanonical(f"%{node.name} adds something to the logits that is no additive mask")
         node, mask = node.args[:2]
     if is_op(node, aten.mul.Tensor, aten.mul.Scalar) and isinstance(node.args[1], (int, float)):
         node, scale = node.args[0], float(node.args[1])

@@ -118,6 +118,7 @@ class DecoderGraph:
             for spec in program.graph_signature.input_specs
             if spec.kind is not InputKind.USER_INPUT
         )
+        _refuse_writes(graph)
         return cls(fx.GraphModule(program.graph_module, graph), parameters, fake_mode)
 
     @property
@@ -138,6 +139,16 @@ class DecoderGraph:
     def to_text(self) -> str:
         """The graph in static single assignment form with shapes and dtypes."""
         return "\n".join(_line(node) for node in self.fx_graph.nodes) + "\n"
+
+
+def _refuse_writes(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise MatchError(
+                f"%{node.name} ({node.target}) writes into its input; expected a program without in-place writes. "
+                f"Call run_decompositions() on it first."
+            )
 
 
 def _line(node: fx.Node) -> str:

@@ -17,7 +17,18 @@ from torch import fx
 
 from .canonicalize_attention import attention_arguments, attentions
 from .decoder_graph import DecoderGraph, Layer, LayerSizes
-from .graph_edit import ancestors, aten, descendants, expression, is_op, is_tensor, shape, value
+from .errors import MatchError
+from .graph_edit import (
+    ancestors,
+    aten,
+    descendants,
+    expression,
+    is_op,
+    is_tensor,
+    sequence_dims,
+    shape,
+    value,
+)
 from .interface import Pass, PassResult, Rejection, refuse
 from .token_mixing import mixes_tokens
 
@@ -42,6 +53,7 @@ class FindLayers(Pass):
                 expected,
                 (_why_no_stream(graph, blocks),),
             )
+        _refuse_fixed_length(stream[0])
         layers, rejected = _split(graph, stream, blocks)
         rejected += [r for layer in layers if (r := _why_not_closed(layer)) is not None]
         if rejected or (self.num_layers is not None and len(layers) != self.num_layers):
@@ -54,6 +66,15 @@ class FindLayers(Pass):
         return PassResult(self.name, matched=len(layers))
 
 
+def _refuse_fixed_length(source: fx.Node) -> None:
+    length = shape(source)[1]
+    if isinstance(length, int):
+        raise MatchError(
+            f"%{source.name} has a fixed length of {length}; expected a dynamic one. Export the decoder with a dynamic "
+            f"batch and length."
+        )
+
+
 def _residual_stream(graph: DecoderGraph, blocks: Sequence[fx.Node]) -> list[fx.Node] | None:
     """Cuts of the stream that all attentions hang on, from its source to the output."""
     output = graph.fx_graph.output_node()
@@ -62,13 +83,10 @@ def _residual_stream(graph: DecoderGraph, blocks: Sequence[fx.Node]) -> list[fx.
         if not is_source or not is_tensor(source) or not value(source).is_floating_point():
             continue
         cuts = _cuts(graph, source, output)
-        if len(_updates(cuts)) and all(cuts[0] in ancestors([_value_of(b)]) for b in blocks):
+        reached = descendants(source)
+        if _updates(cuts) and any(attention_arguments(b).value in reached for b in blocks):
             return cuts
     return None
-
-
-def _value_of(block: fx.Node) -> fx.Node:
-    return attention_arguments(block).value
 
 
 def _cuts(graph: DecoderGraph, source: fx.Node, output: fx.Node) -> list[fx.Node]:
@@ -120,7 +138,7 @@ def _split(
         limit = order[blocks[i + 1]] if i + 1 < len(blocks) else len(order)
         inside = [u for u in updates if order[start] < order[u] < limit and order[u] > order[block]]
         if not inside:
-            rejected.append(_why_no_update(block, limit, order))
+            rejected.append(_why_no_update(block, cuts[0], limit, order))
             continue
         nodes = _between(start, inside[-1])
         ordered = tuple(sorted(nodes, key=order.__getitem__))
@@ -182,7 +200,13 @@ def _last_before(cuts: Sequence[fx.Node], block: fx.Node, order: dict[fx.Node, i
     return cuts[0]
 
 
-def _why_no_update(block: fx.Node, limit: int, order: dict[fx.Node, int]) -> Rejection:
+def _why_no_update(block: fx.Node, source: fx.Node, limit: int, order: dict[fx.Node, int]) -> Rejection:
+    """Name the value that is still read after the layer, so that the layer does not end."""
+    last = len(order) - 1
+    for node in sorted(descendants(source), key=order.__getitem__):
+        late = [u for u in node.users if order[u] > limit or (u.op == "output" and limit < last)]
+        if order[node] < order[block] and late:
+            return Rejection(node.name, f"it is inside a layer and also read outside, by %{late[0].name}")
     for node in sorted(descendants(block), key=order.__getitem__):
         late = [u for u in node.users if order[u] > limit or u.op == "output"]
         if order[node] < limit and late:
@@ -193,9 +217,9 @@ def _why_no_update(block: fx.Node, limit: int, order: dict[fx.Node, int]) -> Rej
 def _why_not_closed(layer: Layer) -> Rejection | None:
     """What keeps the region from being moved to another token set."""
     given = attention_arguments(layer.attention)
-    nodes = set(layer.nodes)
+    nodes, stream = set(layer.nodes), descendants(layer.start)
     for name, source in (("query", given.query), ("keys", given.key), ("values", given.value)):
-        if source not in nodes:
+        if source not in nodes or source not in stream:
             reason = f"its {name} %{source.name} come from outside the residual stream (cross-attention?)"
             return Rejection(layer.attention.name, reason)
     length = expression(shape(layer.start)[1])
@@ -207,6 +231,11 @@ def _why_not_closed(layer: Layer) -> Rejection | None:
         if node is not layer.end and outside:
             reason = f"it is inside layer {layer.index} and also read outside, by %{outside[0].name}"
             return Rejection(node.name, reason)
+    # On fewer tokens a helper without a batch dimension, an arange say, would renumber positions.
+    for node in layer.nodes:
+        if node not in stream and is_tensor(node) and 0 in sequence_dims(node, length):
+            form = f"%{node.name} of shape {list(shape(node))} in layer {layer.index}"
+            return Rejection(node.name, f"{form} has a layout that can't be compacted")
     return None
 
 

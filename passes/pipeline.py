@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
+    ConstantArgument,
     ExportGraphSignature,
     InputKind,
     InputSpec,
     OutputKind,
     OutputSpec,
+    SymIntArgument,
     TensorArgument,
 )
 
@@ -48,8 +51,8 @@ def _dump_prefix(step: Pass) -> Path | None:
     if not folder:
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)
-    number = len(list(Path(folder).glob("*.before.txt")))
-    return Path(folder) / f"{number:03d}_{step.name}"
+    numbers = [int(n) for f in Path(folder).iterdir() if (n := f.name.partition("_")[0]).isdigit()]
+    return Path(folder) / f"{max(numbers, default=-1) + 1:03d}_{step.name}"
 
 
 def to_program(graph: DecoderGraph, original: ExportedProgram) -> ExportedProgram:
@@ -95,7 +98,7 @@ def _signature(graph: DecoderGraph, original: ExportGraphSignature) -> ExportGra
         inputs.append(InputSpec(InputKind.USER_INPUT, argument, target=None))
     # Passes replace nodes, so the names of the original outputs are read from the graph.
     returned: Any = graph.fx_graph.output_node().args[0]
-    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=n.name), None) for n in returned]
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, _argument(value), None) for value in returned]
     return ExportGraphSignature(inputs, outputs)
 
 
@@ -104,6 +107,14 @@ def _argument_names(graph: DecoderGraph, original: list[str] | None) -> list[str
         return None
     added = [graph.visual_index.name] if graph.visual_index is not None else []
     return [name for name in original if name not in graph.unused_inputs] + added
+
+
+def _argument(returned: Any) -> TensorArgument | SymIntArgument | ConstantArgument:
+    if not isinstance(returned, fx.Node):
+        return ConstantArgument(name="", value=returned)
+    if isinstance(returned.meta["val"], torch.Tensor):
+        return TensorArgument(name=returned.name)
+    return SymIntArgument(name=returned.name)
 
 
 def _in_spec(graph: DecoderGraph, original: ExportedProgram) -> pytree.TreeSpec:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .canonicalize_attention import attention_arguments, attentions
+from .canonicalize_attention import Attention, attention_arguments, attentions
 from .decoder_graph import DecoderGraph
-from .graph_edit import aten, edit_after, is_op, same_size, shape, value
+from .graph_edit import aten, is_op, same_size, shape, value
 from .interface import Pass, PassResult, Rejection, refuse
 
 QUERY, KEY, BATCH = -2, -1, -4
@@ -50,9 +50,10 @@ class KeyAtMostQueryPlus:
 
 @dataclass(frozen=True)
 class Mask:
-    """Conjunction of conditions; additive masks (0 or very negative) count as their condition."""
+    """Conjunction of conditions: a boolean, or (additive) 0 where it holds and very negative elsewhere."""
 
     conditions: frozenset[Any]
+    additive: bool = False
 
 
 class _NotUnderstood(Exception):
@@ -73,11 +74,11 @@ class ProveCausal(Pass):
                 proved.append(node)
                 continue
             try:
-                padding |= _prove(given.mask, given.is_causal)
+                padding |= _prove(given)
             except _NotUnderstood as reason:
                 rejected.append(Rejection(node.name, str(reason)))
                 continue
-            _drop_mask(graph, node)
+            _drop_mask(node)
             proved.append(node)
             dropped += 1
         if rejected:
@@ -88,18 +89,15 @@ class ProveCausal(Pass):
             )
         for name in sorted(padding):
             _read_sizes_elsewhere(graph, name)
-        graph.unused_inputs += tuple(sorted(padding))
+        graph.clean_up()
+        graph.unused_inputs += tuple(n.name for n in graph.inputs if n.name in padding and not n.users)
         detail = f"valid without padding: {', '.join(sorted(padding))} dropped" if padding else ""
         return PassResult(self.name, matched=len(proved), rewritten=dropped, detail=detail)
 
 
-def _drop_mask(graph: DecoderGraph, node: fx.Node) -> None:
+def _drop_mask(node: fx.Node) -> None:
     query, key, values, _, dropout, _ = node.args
-    with edit_after(graph, node, node.meta.get("region", "")) as edit:
-        causal = edit.call(node.target, query, key, values, None, dropout, True, **node.kwargs)  # type: ignore[arg-type]
-    causal.meta = node.meta | {"val": causal.meta["val"]}
-    node.replace_all_uses_with(causal)
-    graph.fx_graph.erase_node(node)
+    node.args = (query, key, values, None, dropout, True)
 
 
 def _read_sizes_elsewhere(graph: DecoderGraph, name: str) -> None:
@@ -113,18 +111,24 @@ def _read_sizes_elsewhere(graph: DecoderGraph, name: str) -> None:
                 break
 
 
-def _prove(mask: fx.Node | None, is_causal: bool) -> set[str]:
+def _prove(given: Attention) -> set[str]:
     """Names of the padding inputs of a causal mask; `_NotUnderstood` for any other mask."""
+    mask = given.mask
     if mask is None:
         raise _NotUnderstood("it has no mask and is not causal: every row sees every row")
-    if is_causal:
+    if given.is_causal:
         raise _NotUnderstood("it has a mask and is_causal together")
     formula = _evaluate(mask, {})
-    if not isinstance(formula, Mask):
+    if not isinstance(formula, Mask) or formula.additive is (value(mask).dtype is torch.bool):
         raise _NotUnderstood(f"its mask %{mask.name} is {formula}, not a condition on query and key")
+    rows, columns = shape(given.query)[2], shape(given.key)[2]
+    if not (same_size(shape(mask)[-2], rows) and same_size(shape(mask)[-1], columns)):
+        raise _NotUnderstood(
+            f"its mask %{mask.name} has shape {list(shape(mask))}, not [..., {rows}, {columns}]"
+        )
     padding = {c for c in formula.conditions if isinstance(c, Input) and c.axes == (BATCH, KEY)}
     rest = formula.conditions - padding
-    if CAUSAL not in rest:
+    if not any(isinstance(c, KeyAtMostQueryPlus) and c.offset <= 0 for c in rest):
         raise _NotUnderstood(f"its mask %{mask.name} does not imply key <= query")
     if rest != {CAUSAL}:
         raise _NotUnderstood(f"its mask %{mask.name} also demands {sorted(map(str, rest - {CAUSAL}))}")
@@ -177,14 +181,21 @@ def _relabel(formula: Formula, new_axis: Callable[[int], int]) -> Formula:
         return Index(new_axis(formula.axis), formula.offset)
     if isinstance(formula, Input):
         return Input(formula.name, tuple(map(new_axis, formula.axes)))
-    if any(not isinstance(c, Input) for c in formula.conditions):
+    stays = (new_axis(QUERY), new_axis(KEY)) == (QUERY, KEY)
+    if not stays and any(not isinstance(c, Input) for c in formula.conditions):
         raise _NotUnderstood("a condition on query and key is moved to other dimensions")
-    return Mask(frozenset(_relabel(c, new_axis) for c in formula.conditions))
+    moved = (_relabel(c, new_axis) if isinstance(c, Input) else c for c in formula.conditions)
+    return Mask(frozenset(moved), formula.additive)
 
 
 def _same(node: fx.Node, evaluate: Evaluate) -> Formula:
     """Broadcasting and dtype changes keep the formula; a bool of an input is still that input."""
-    return evaluate(node.args[0])  # type: ignore[arg-type]
+    formula, source = evaluate(node.args[0]), value(node.args[0])  # type: ignore[arg-type]
+    if isinstance(formula, Mask) and (source.dtype is torch.bool) != (value(node).dtype is torch.bool):
+        raise _NotUnderstood(f"%{node.name} casts a mask from {source.dtype} to {value(node).dtype}")
+    if isinstance(formula, Index) and not same_size(source.shape[formula.axis], shape(node)[formula.axis]):
+        raise _NotUnderstood(f"%{node.name} spreads one place over a dimension")
+    return formula
 
 
 def _at_most(node: fx.Node, evaluate: Evaluate) -> Formula:
@@ -192,7 +203,13 @@ def _at_most(node: fx.Node, evaluate: Evaluate) -> Formula:
     strict = is_op(node, aten.lt, aten.gt)
     if is_op(node, aten.ge, aten.gt):
         left, right = right, left
-    if isinstance(left, Index) and isinstance(right, Index) and (left.axis, right.axis) == (KEY, QUERY):
+    keys, queries = node.args[:2] if not is_op(node, aten.ge, aten.gt) else node.args[1::-1]
+    if (
+        isinstance(left, Index)
+        and isinstance(right, Index)
+        and (left.axis, right.axis) == (KEY, QUERY)
+        and same_size(shape(keys)[KEY], shape(queries)[QUERY])
+    ):
         return Mask(frozenset({KeyAtMostQueryPlus(right.offset - left.offset - strict)}))
     raise _NotUnderstood(f"%{node.name} compares {left} with {right}, not key with query")
 
@@ -209,6 +226,8 @@ def _and(node: fx.Node, evaluate: Evaluate) -> Formula:
     conditions: frozenset[Any] = frozenset()
     for argument in node.args[:2]:
         formula = evaluate(argument)  # type: ignore[arg-type]
+        if value(argument).dtype is not torch.bool:
+            raise _NotUnderstood(f"%{node.name} combines bits of {value(argument).dtype}")
         conditions |= formula.conditions if isinstance(formula, Mask) else {formula}
     return Mask(conditions)
 
@@ -217,7 +236,10 @@ def _index(node: fx.Node, evaluate: Evaluate) -> Formula:
     """``padding[batch index, key index]``."""
     source, indices = node.args
     formula, coordinates = evaluate(source), [evaluate(i) for i in indices]  # type: ignore[arg-type, union-attr]
-    plain = all(isinstance(c, Index) and c.offset == 0 for c in coordinates)
+    plain = all(
+        isinstance(c, Index) and c.offset == 0 and same_size(shape(i)[c.axis], size)
+        for c, i, size in zip(coordinates, indices, shape(source), strict=False)  # type: ignore[arg-type]
+    )
     if isinstance(formula, Input) and plain and len(coordinates) == len(formula.axes) == len(shape(source)):  # type: ignore[arg-type]
         return Input(formula.name, tuple(c.axis for c in coordinates))  # type: ignore[union-attr]
     raise _NotUnderstood(f"%{node.name} gathers from a computed tensor")
@@ -227,7 +249,10 @@ def _where(node: fx.Node, evaluate: Evaluate) -> Formula:
     """Additive masks: 0 where the condition holds, a huge negative number elsewhere."""
     condition, allowed, forbidden = node.args
     if _constant(allowed) == 0 and _constant(forbidden, default=0.0) <= -1e4:
-        return evaluate(condition)  # type: ignore[arg-type]
+        formula = evaluate(condition)  # type: ignore[arg-type]
+        conditions = formula.conditions if isinstance(formula, Mask) else frozenset({formula})
+        if value(condition).dtype is torch.bool:
+            return Mask(conditions, additive=True)
     raise _NotUnderstood(f"%{node.name} is no choice between 0 and a huge negative number")
 
 

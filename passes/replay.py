@@ -162,7 +162,8 @@ class Replay:
             return node
         if is_sequence_tensor(node, self.symbol, self.batch):
             return self.tokens.rows(self.edit, node, dims[0])
-        if not any(is_tensor(n) and sequence_dims(n, self.symbol) for n in node.all_input_nodes):
+        has_source = any(is_tensor(n) and sequence_dims(n, self.symbol) for n in node.all_input_nodes)
+        if 0 in dims or not has_source:
             raise MatchError(
                 f"%{node.name} of shape {list(shape(node))} runs over the sequence in a layout that can't be "
                 f"compacted; expected [..., batch, sequence, ...]."

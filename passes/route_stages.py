@@ -45,7 +45,7 @@ class ActiveRows:
         stream: fx.Node,
         source: "ActiveRows | None" = None,
     ) -> None:
-        self.positions = decision.positions
+        self.positions, self.source = decision.positions, source
         tensors = sequence_inputs(layers)
         _, length = (expression(size) for size in shape(layers[0].start)[:2])
         dims = [sequence_dims(tensor, length)[0] for tensor in tensors]
@@ -56,6 +56,9 @@ class ActiveRows:
         self.gathered = dict(zip(tensors, rows, strict=True))
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
+        if tensor not in self.gathered:
+            outer = self.source.rows(edit, tensor, dim) if self.source else tensor
+            (self.gathered[tensor],) = compact(edit, [outer], self.positions, [dim])
         return self.gathered[tensor]
 
 

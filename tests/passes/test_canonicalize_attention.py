@@ -287,10 +287,11 @@ def to_the_first_row(query, key, value, mask):
 
 @pytest.mark.parametrize("spelling", [merged_heads, heads_last, to_the_first_row])
 def test_attention_in_another_layout_is_not_overlooked(toy, attentions, spelling):
+    """Where it is not taken for attention, it counts as something else that mixes tokens."""
     _, program = attentions(toy.sdpa, toy.sdpa, spelling, toy.sdpa)
-    (odd,) = toy.operators(program.graph, aten.softmax)
-    with pytest.raises(MatchError, match=rf"3 attention blocks have a known form, 1 do not.*%{odd.name}: "):
-        canonicalize(toy, program)
+    assert len(toy.operators(program.graph, aten.softmax)) == 1
+    with pytest.raises(MatchError, match=r"Nearest miss: %(softmax|slice|bmm|matmul)\w*: "):
+        run_passes(program, toy.passes(4))
 
 
 def fused_with_merged_heads(query, key, value, mask):
