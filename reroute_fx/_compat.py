@@ -35,12 +35,15 @@ def dynamo_export(
     model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]
 ) -> ExportedProgram:
     """Export a Hugging Face module. Newer transformers return the program with metadata, 5.17 the program."""
-    # Without the last option torch 2.11 finds constraints between sizes that it can not solve.
+    # Without the last option torch 2.11 finds constraints between sizes that it can't solve.
     config = DynamoConfig(
         dynamic=True, dynamic_shapes=dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
     )
     exporter = DynamoExporter()
+    program: ExportedProgram
     with torch.no_grad():
         if hasattr(exporter, "export_program"):
-            return exporter.export_program(model, inputs, config)[0]
-        return exporter.export(model, inputs, config)
+            program, _ = exporter.export_program(model, inputs, config)
+        else:
+            program = exporter.export(model, inputs, config)
+    return program
