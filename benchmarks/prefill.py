@@ -11,6 +11,7 @@ counted. Peak memory is read from the kernel, each contender in a process of its
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,6 +128,9 @@ def main(
     memory_of: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure and write benchmarks/results/<out>.json."""
+    if not memory_of:
+        # An empty cache, so that first calls are cold; the processes that measure memory inherit it.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="prefill_")
     settle_cpu_math()
     torch._logging.set_logs(all=40)
     runs, reports = contenders(build(width, layers))
@@ -158,7 +162,7 @@ def main(
     }
     record = {"setting": setting, "compiled_baseline": baseline, "rows": rows, "seconds": samples}
     path = write(out, record)
-    Console().print(_table(rows), f"compiled baseline: {baseline}", f"written to {path}", sep="\n")
+    Console(width=120).print(_table(rows), f"compiled baseline: {baseline}", f"written to {path}", sep="\n")
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> Table:

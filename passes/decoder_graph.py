@@ -118,7 +118,7 @@ class DecoderGraph:
             for spec in program.graph_signature.input_specs
             if spec.kind is not InputKind.USER_INPUT
         )
-        _refuse_writes(graph)
+        _functionalize(graph)
         return cls(fx.GraphModule(program.graph_module, graph), parameters, fake_mode)
 
     @property
@@ -141,14 +141,33 @@ class DecoderGraph:
         return "\n".join(_line(node) for node in self.fx_graph.nodes) + "\n"
 
 
-def _refuse_writes(graph: fx.Graph) -> None:
+def _functionalize(graph: fx.Graph) -> None:
+    """Turn in-place calls into ordinary ones, as long as no older value shares the written memory.
+
+    Before: ``aten.div_(%x, %y)``, later readers of %x
+    After:  ``%z = aten.div(%x, %y)``, later readers of %z
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    memory: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            memory.setdefault(node.meta["val"].untyped_storage()._cdata, []).append(node)
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        if schema is None or not schema.is_mutable:
+            continue
+        written = node.args[0]
+        sharing = memory.get(written.meta["val"].untyped_storage()._cdata, [])
+        packet = str(node.target.overloadpacket).rpartition(".")[2]
+        older = [n for n in sharing if order[n] < order[node] and n is not written]
+        if written.op == "placeholder" or older or not packet.endswith("_"):
             raise MatchError(
-                f"%{node.name} ({node.target}) writes into its input; expected a program without in-place writes. "
-                f"Call run_decompositions() on it first."
+                f"%{node.name} ({node.target}) writes into memory that other values share; expected a program without "
+                f"such writes. Call run_decompositions() on it first."
             )
+        node.target = getattr(getattr(torch.ops.aten, packet[:-1]), node.target._overloadname)
+        for user in [u for u in written.users if order[u] > order[node]]:
+            user.replace_input_with(written, node)
 
 
 def _line(node: fx.Node) -> str:
