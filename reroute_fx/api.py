@@ -1,5 +1,6 @@
 """The front door: `compile` a model."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,6 +110,4 @@ def _named(
 ) -> RoutingReport:
     passes = sum(result.seconds for result in report.passes)
     seconds = {"capture": capture_seconds, "passes": passes}
-    return RoutingReport(
-        **{**vars(report), "model": type(model).__name__, "backend": backend, "seconds": seconds}
-    )
+    return replace(report, model=type(model).__name__, backend=backend, seconds=seconds)

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -79,7 +79,7 @@ class RoutingReport:
 
     def at(self, *, visual_tokens: int, text_tokens: int) -> "RoutingReport":
         """The same report for a prompt of another size."""
-        return RoutingReport(**{**vars(self), "visual_tokens": visual_tokens, "text_tokens": text_tokens})
+        return replace(self, visual_tokens=visual_tokens, text_tokens=text_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dictionaries."""

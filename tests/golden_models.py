@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
 from reroute_fx import RoutingConfig
+from reroute_fx.capture import CapturedDecoder
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES = {"llava": LlavaForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
@@ -41,3 +42,18 @@ def load_golden(name: str) -> Golden:
     model = CLASSES[name].from_pretrained(folder, dtype=torch.float32).eval()
     cases = json.loads((folder / "cases.json").read_text())["cases"]
     return Golden(name, model, inputs, cases, load_file(folder / "expected.safetensors"))
+
+
+def decoder_inputs(
+    captured: CapturedDecoder, batch: int = 1, length: int = 90, visual: int = 60
+) -> dict[str, torch.Tensor]:
+    """Random embeddings for the routed program of a golden model, visual tokens from position 5 on."""
+    positions = torch.arange(length).expand(batch, length)
+    if captured.position_rank == 3:
+        positions = positions.expand(3, batch, length)
+    torch.manual_seed(length)
+    return {
+        "inputs_embeds": torch.randn(batch, length, 64),
+        "position_ids": positions.contiguous(),
+        "visual_index": torch.arange(5, 5 + visual).expand(batch, visual).contiguous(),
+    }

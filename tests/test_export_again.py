@@ -2,24 +2,13 @@
 
 import pytest
 import torch
+from golden_models import decoder_inputs
 from torch.export import Dim
 
 from reroute_fx import RoutingConfig
 from reroute_fx.capture import capture_decoder
 from reroute_fx.passes import ACTIONS
 from reroute_fx.routing import route
-
-
-def example(captured, batch, length, visual):
-    positions = torch.arange(length).expand(batch, length)
-    if captured.position_rank == 3:
-        positions = positions.expand(3, batch, length)
-    torch.manual_seed(length)
-    return {
-        "inputs_embeds": torch.randn(batch, length, 64),
-        "position_ids": positions.contiguous(),
-        "visual_index": torch.arange(5, 5 + visual).expand(batch, visual).contiguous(),
-    }
 
 
 @pytest.mark.parametrize("action", ACTIONS)
@@ -33,9 +22,11 @@ def test_routed_program_exports_again(model, action, request):
     shapes["position_ids"] = (
         {1: Dim.DYNAMIC, 2: Dim.DYNAMIC} if captured.position_rank == 3 else batch_and_length
     )
-    again = torch.export.export(module, (), example(captured, 2, 1200, 900), dynamic_shapes=shapes).module()
+    again = torch.export.export(
+        module, (), decoder_inputs(captured, 2, 1200, 900), dynamic_shapes=shapes
+    ).module()
     for size in ((2, 300, 250), (3, 611, 576)):
-        inputs = example(captured, *size)
+        inputs = decoder_inputs(captured, *size)
         with torch.no_grad():
             ours, theirs = module(**inputs), again(**inputs)
         assert torch.equal(ours["output"].last_hidden_state, theirs["output"].last_hidden_state)

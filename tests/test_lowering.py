@@ -4,7 +4,7 @@ import operator
 
 import pytest
 import torch
-from golden_models import Golden
+from golden_models import Golden, decoder_inputs
 
 from reroute_fx import ConfigError, RoutingConfig
 from reroute_fx.capture import capture_decoder
@@ -17,18 +17,6 @@ from reroute_fx.routing import route, unrouted
 def captured(request):
     golden: Golden = request.getfixturevalue(request.param)
     return capture_decoder(golden.model)
-
-
-def example(captured, batch=1, length=90, visual=60):
-    positions = torch.arange(length).expand(batch, length)
-    if captured.position_rank == 3:
-        positions = positions.expand(3, batch, length)
-    torch.manual_seed(length)
-    return {
-        "inputs_embeds": torch.randn(batch, length, 64),
-        "position_ids": positions.contiguous(),
-        "visual_index": torch.arange(5, 5 + visual).expand(batch, visual).contiguous(),
-    }
 
 
 def flatten(result):
@@ -47,7 +35,7 @@ def test_regions_are_few_and_compute_the_same(captured, action, most):
     assert regions.distinct <= most
     whole, split = lower(program, "eager"), lower(program, "eager")
     split._module = regions.module
-    inputs = example(captured, batch=2)
+    inputs = decoder_inputs(captured, batch=2)
     for a, b in zip(flatten(whole(**inputs)), flatten(split(**inputs)), strict=True):
         assert torch.equal(a, b)
 
@@ -88,7 +76,7 @@ def test_sizes_inside_a_region_come_from_its_tensors(captured):
 def test_static_compilation(llava):
     captured = capture_decoder(llava.model)
     program, _ = route(captured.program, RoutingConfig((3,), (0.5,)))
-    inputs = example(captured)
+    inputs = decoder_inputs(captured)
     static, eager = lower(program, dynamic=False), lower(program, "eager")
     for a, b in zip(flatten(static(**inputs)), flatten(eager(**inputs)), strict=True):
         # Fused float32 kernels round in another order: 3e-5 on values near 4.
