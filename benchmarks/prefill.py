@@ -9,30 +9,23 @@ counted. Peak memory is read from the kernel, each contender in a process of its
 """
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from record import alternate, first_calls, ratio, summary, write
+from models import build
+from record import alternate, first_calls, measure_memory, peak_memory, ratio, summary, write
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    CLIPVisionConfig,
-    DynamicCache,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from reroute_fx import RoutingConfig
 from reroute_fx._compat import settle_cpu_math
 from reroute_fx.capture import capture_decoder
 from reroute_fx.lowering import lower
+from reroute_fx.plan import plan_rows
 from reroute_fx.routing import route, unrouted
 
 VISUAL, TEXT = 576, 40
@@ -40,30 +33,13 @@ TIERS = (192, 128, 64)
 COMPILED = ("torch.compile", "compiled unrouted")
 
 
-def build(width: int, layers: int) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights whose decoder has the proportions of a 7B one."""
-    torch.manual_seed(0)
-    text = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=int(width * 2.6875),
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        vocab_size=1000,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=999)
-    return LlavaForConditionalGeneration(config).eval()
-
-
 def contenders(model: LlavaForConditionalGeneration) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     """What is measured, and the report of each routed contender."""
     length = VISUAL + TEXT
     embeds = torch.randn(1, length, model.config.text_config.hidden_size)
     positions = torch.arange(length)[None]
-    index = torch.arange(5, 5 + VISUAL)[None]
+    is_visual = torch.zeros(1, length, dtype=torch.bool)
+    is_visual[:, 5 : 5 + VISUAL] = True
     decoder = model.model.language_model
     captured = capture_decoder(model)
 
@@ -91,32 +67,9 @@ def contenders(model: LlavaForConditionalGeneration) -> tuple[dict[str, Callable
     for tier in TIERS:
         config = RoutingConfig.from_tier(tier, num_layers=captured.num_layers)
         program, report = route(captured.program, config, num_layers=captured.num_layers)
-        runs[f"routed {tier}"] = ours(program, visual_index=index)
+        runs[f"routed {tier}"] = ours(program, **plan_rows(config, is_visual, [length], [[VISUAL]]).inputs)
         reports[f"routed {tier}"] = report.at(visual_tokens=VISUAL, text_tokens=TEXT)
     return runs, reports
-
-
-def peak_memory(name: str, width: int, layers: int) -> int:
-    """Bytes by which one prefill of a contender raises the resident set, in a fresh process."""
-    # A fixed threshold lets every tensor be mapped and unmapped on its own, so that the peak is the true one.
-    variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, __file__, "--width", str(width), "--layers", str(layers), "--memory-of", name]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
-
-
-def measure_memory(run: Callable[[], Any]) -> int:
-    for _ in range(3):
-        run()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def main(
@@ -151,7 +104,8 @@ def main(
             row["theoretical_speedup"] = report.unrouted.flops / report.routed.flops
             row["efficiency"] = row["speedup_over_compiled"] / row["theoretical_speedup"]
         if memory:
-            row["peak_memory_mib"] = peak_memory(name, width, layers) / 2**20
+            arguments = ["--width", str(width), "--layers", str(layers), "--memory-of", name]
+            row["peak_memory_mib"] = peak_memory(__file__, arguments) / 2**20
         rows[name] = row
     setting = {
         "width": width,

@@ -5,8 +5,9 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,30 @@ def summary(samples: list[float]) -> dict[str, float]:
 def ratio(baseline: list[float], other: list[float]) -> float:
     """How many times faster `other` is: the median over rounds of the ratio within a round."""
     return statistics.median(b / o for b, o in zip(baseline, other, strict=True))
+
+
+def peak_memory(script: str, arguments: Sequence[str]) -> int:
+    """Bytes that `script`, run in a fresh process, prints as its last word: those of `measure_memory`."""
+    # A fixed threshold lets every tensor be mapped and unmapped on its own, so that the peak is the true one.
+    variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def measure_memory(run: Callable[[], Any]) -> int:
+    """Bytes by which one call raises the resident set at its peak, after a warm-up."""
+    for _ in range(3):
+        run()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def environment() -> dict[str, Any]:

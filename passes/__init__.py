@@ -1,10 +1,11 @@
 """Graph passes: each takes a `DecoderGraph` and returns it with a `PassResult`.
 
 They know graphs and operators, not models. In the order in which a decoder is routed:
-`RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, `InsertSelection`, `RouteStages`,
-`ExposeOutputs`.
+`RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `InsertSelection`,
+`RouteStages` and `ExposeOutputs`, for the tokens that follow `AttendToCache`.
 """
 
+from .attend_to_cache import AttendToCache
 from .canonicalize_attention import CanonicalizeAttention
 from .decoder_graph import Decision, DecoderGraph, Layer, LayerSizes
 from .errors import MatchError, RerouteError
@@ -20,6 +21,7 @@ from .route_stages import ACTIONS, RouteStages
 __all__ = [
     "ACTIONS",
     "DUMP_VARIABLE",
+    "AttendToCache",
     "CanonicalizeAttention",
     "Decision",
     "DecoderGraph",

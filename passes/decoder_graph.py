@@ -61,18 +61,20 @@ class Decision:
 
     Attributes:
         layer: decision layer, 0-based.
-        pool: positions of the tokens to choose from in the current stream, ``[B, pool]``.
-        scores: ``[B, pool]`` float32.
+        visual_index: positions of the tokens to choose from in the current stream, ``[B, N]``.
+        lengths: tokens of each row in the current stream, ``[B]``.
+        scores: ``[B, N]`` float32.
         positions: active positions in the current stream, ``[B, S']``.
-        selected: kept tokens, counted in the pool, ``[B, k]``.
+        kept: which visual tokens are kept, ``[B, N]`` bool.
         nodes: everything that was inserted for the decision, in graph order.
     """
 
     layer: int
-    pool: fx.Node
+    visual_index: fx.Node
+    lengths: fx.Node
     scores: fx.Node
     positions: fx.Node
-    selected: fx.Node
+    kept: fx.Node
     nodes: tuple[fx.Node, ...]
 
 
@@ -86,7 +88,8 @@ class DecoderGraph:
         fake_mode: owner of the fake tensors in ``node.meta["val"]``.
         layers: set by `FindLayers`.
         decisions: set by `InsertSelection`, updated by `RouteStages`.
-        visual_index: placeholder added by `InsertSelection`.
+        added_inputs: placeholders added by the passes, in order.
+        new_sizes: symbolic sizes that the added inputs brought in, by name.
         outputs: named outputs added by the passes, in order; they follow the original ones.
         unused_inputs: inputs that no node reads any more because a pass proved them away.
     """
@@ -96,7 +99,8 @@ class DecoderGraph:
     fake_mode: FakeTensorMode
     layers: tuple[Layer, ...] = ()
     decisions: tuple[Decision, ...] = ()
-    visual_index: fx.Node | None = None
+    added_inputs: tuple[fx.Node, ...] = ()
+    new_sizes: dict[str, torch.SymInt] = field(default_factory=dict)
     outputs: dict[str, fx.Node] = field(default_factory=dict)
     unused_inputs: tuple[str, ...] = ()
 
@@ -132,8 +136,10 @@ class DecoderGraph:
 
     def clean_up(self) -> None:
         """Remove nodes that nothing reads and check the graph. Decisions stay until a pass uses them."""
-        live = {n for d in self.decisions for n in (d.scores, d.positions, d.selected)}
-        self.fx_graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n in live)
+        live = {n for d in self.decisions for n in (d.scores, d.positions, d.kept)}
+        self.fx_graph.eliminate_dead_code(
+            lambda n: n.op in ("placeholder", "output") or n in live or _writes(n)
+        )
         self.fx_graph.lint()
 
     def to_text(self) -> str:
@@ -153,8 +159,7 @@ def _functionalize(graph: fx.Graph) -> None:
         if isinstance(node.meta.get("val"), torch.Tensor):
             memory.setdefault(node.meta["val"].untyped_storage()._cdata, []).append(node)
     for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
+        if not _writes(node):
             continue
         written = node.args[0]
         sharing = memory.get(written.meta["val"].untyped_storage()._cdata, [])
@@ -168,6 +173,12 @@ def _functionalize(graph: fx.Graph) -> None:
         node.target = getattr(getattr(torch.ops.aten, packet[:-1]), node.target._overloadname)
         for user in [u for u in written.users if order[u] > order[node]]:
             user.replace_input_with(written, node)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a call writes into one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _line(node: fx.Node) -> str:

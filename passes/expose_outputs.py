@@ -1,7 +1,7 @@
 """Make what the runtime needs an output: keys and values of each layer, scores and selections.
 
 Before: ``return (%hidden,)``
-After:  ``return (%hidden, key.0, value.0, ..., scores.7, selected.7, ...)``; the names are in
+After:  ``return (%hidden, key.0, value.0, ..., scores.7, kept.7, ...)``; the names are in
         `DecoderGraph.outputs`. Keys are rotated, [B, Hkv, S', D], with the rows that ran through
         the layer.
 """
@@ -19,7 +19,7 @@ class ExposeOutputs(Pass):
             graph.outputs[f"value.{index}"] = given.value
         for decision in graph.decisions:
             graph.outputs[f"scores.{decision.layer}"] = decision.scores
-            graph.outputs[f"selected.{decision.layer}"] = decision.selected
+            graph.outputs[f"kept.{decision.layer}"] = decision.kept
         output = graph.fx_graph.output_node()
         output.args = ((*output.args[0], *graph.outputs.values()),)  # type: ignore[misc]
         return PassResult(self.name, matched=len(graph.outputs), rewritten=1)

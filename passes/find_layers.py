@@ -43,7 +43,7 @@ class FindLayers(Pass):
 
     def apply(self, graph: DecoderGraph) -> PassResult:
         blocks = list(attentions(graph))
-        expected = f"{self.num_layers or 'at least one'} decoder layers"
+        expected = f"{self.num_layers} decoder layers" if self.num_layers else "at least one decoder layer"
         if not blocks:
             raise refuse("No attention was found", expected, ())
         stream = _residual_stream(graph, blocks)

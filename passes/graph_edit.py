@@ -1,7 +1,7 @@
 """The small vocabulary in which the passes read and edit a graph."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,12 +9,17 @@ import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.node import map_arg
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from .decoder_graph import DecoderGraph
 
 aten = torch.ops.aten
-FULL_SLICE_END = 2**63 - 1
+NO_TOKEN = 2**63 - 1
+"""A position past the end of every stream."""
 
 
 def is_op(node: Any, *targets: Any) -> bool:
@@ -106,6 +111,38 @@ def edit_after(graph: DecoderGraph, node: fx.Node, region: str) -> Iterator[Edit
     """An `Editor` that emits right after `node`, in order."""
     with graph.fx_graph.inserting_before(node.next):
         yield Editor(graph, region)
+
+
+def add_input(graph: DecoderGraph, name: str, size: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+    """A new input of the graph after all others, on the device of the stream.
+
+    `size` holds fixed sizes, symbolic ones that other inputs have, and strings: a string is the name of a new
+    symbolic size, or of one that an earlier new input brought in.
+    """
+    stream = value(graph.layers[0].start)
+    with graph.fx_graph.inserting_before(graph.inputs[-1].next):
+        node = graph.fx_graph.placeholder(name)
+    sizes = [_new_size(graph, s, stream.shape[1]) if isinstance(s, str) else s for s in size]
+    with graph.fake_mode:
+        node.meta["val"] = torch.empty(sizes, dtype=dtype, device=stream.device)
+    graph.added_inputs += (node,)
+    return node
+
+
+def _new_size(graph: DecoderGraph, name: str, like: torch.SymInt) -> torch.SymInt:
+    """The symbolic size `name`, made when it is first asked for."""
+    if name not in graph.new_sizes:
+        env = graph.fake_mode.shape_env
+        assert env is not None
+        # The hint only steers size-1 specialisation: an ordinary length, different for each size.
+        hint = max(2, int(like.node.hint) * 3 // 4 - len(graph.new_sizes))
+        source = ConstantSource(f"{name}_{len(env.var_to_range)}")
+        symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+        size = env.create_symintnode(symbol, hint=hint, source=source)
+        assert isinstance(size, torch.SymInt)
+        env.var_to_range[size.node.expr] = ValueRanges(1, int_oo)
+        graph.new_sizes[name] = size
+    return graph.new_sizes[name]
 
 
 def descendants(node: fx.Node) -> set[fx.Node]:

@@ -58,7 +58,7 @@ def _dump_prefix(step: Pass) -> Path | None:
 def to_program(graph: DecoderGraph, original: ExportedProgram) -> ExportedProgram:
     """The edited graph as an `ExportedProgram` that shares the parameters of `original`.
 
-    Its inputs are those of `original` less `graph.unused_inputs`, then ``visual_index`` as a keyword. It
+    Its inputs are those of `original` less `graph.unused_inputs`, then the added ones as keywords. It
     returns ``{"output": what the original returned, "routing": {name: tensor}}``.
     """
     _drop_unused_inputs(graph)
@@ -93,9 +93,8 @@ def _drop_unused_inputs(graph: DecoderGraph) -> None:
 def _signature(graph: DecoderGraph, original: ExportGraphSignature) -> ExportGraphSignature:
     present = {n.name for n in graph.fx_graph.find_nodes(op="placeholder")}
     inputs = [spec for spec in original.input_specs if spec.arg.name in present]
-    if graph.visual_index is not None:
-        argument = TensorArgument(name=graph.visual_index.name)
-        inputs.append(InputSpec(InputKind.USER_INPUT, argument, target=None))
+    for node in graph.added_inputs:
+        inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(name=node.name), target=None))
     # Passes replace nodes, so the names of the original outputs are read from the graph.
     returned: Any = graph.fx_graph.output_node().args[0]
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, _argument(value), None) for value in returned]
@@ -105,8 +104,8 @@ def _signature(graph: DecoderGraph, original: ExportGraphSignature) -> ExportGra
 def _argument_names(graph: DecoderGraph, original: list[str] | None) -> list[str] | None:
     if original is None:
         return None
-    added = [graph.visual_index.name] if graph.visual_index is not None else []
-    return [name for name in original if name not in graph.unused_inputs] + added
+    added = (node.name for node in graph.added_inputs)
+    return [*(name for name in original if name not in graph.unused_inputs), *added]
 
 
 def _argument(returned: Any) -> TensorArgument | SymIntArgument | ConstantArgument:
@@ -122,8 +121,7 @@ def _in_spec(graph: DecoderGraph, original: ExportedProgram) -> pytree.TreeSpec:
     args, kwargs = pytree.tree_unflatten(names, original.call_spec.in_spec)
     kept_args = tuple(a for a in args if a not in graph.unused_inputs)
     kept_kwargs = {k: v for k, v in kwargs.items() if v not in graph.unused_inputs}
-    if graph.visual_index is not None:
-        kept_kwargs["visual_index"] = graph.visual_index.name
+    kept_kwargs |= {node.name: node.name for node in graph.added_inputs}
     return pytree.tree_structure((kept_args, kept_kwargs))
 
 
@@ -135,8 +133,7 @@ def _out_spec(graph: DecoderGraph, original: pytree.TreeSpec) -> pytree.TreeSpec
 def _ranges(graph: DecoderGraph, original: ExportedProgram) -> dict[Any, Any]:
     ranges = dict(original.range_constraints)
     env = graph.fake_mode.shape_env
-    if graph.visual_index is not None and env is not None:
-        tokens = graph.visual_index.meta["val"].shape[1]
-        assert isinstance(tokens, torch.SymInt)
-        ranges[tokens.node.expr] = env.var_to_range[tokens.node.expr]
+    for size in graph.new_sizes.values():
+        assert env is not None
+        ranges[size.node.expr] = env.var_to_range[size.node.expr]
     return ranges

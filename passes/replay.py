@@ -15,7 +15,6 @@ from torch import fx
 from .decoder_graph import Layer
 from .errors import MatchError
 from .graph_edit import (
-    FULL_SLICE_END,
     Editor,
     aten,
     expression,
@@ -40,13 +39,20 @@ class TokenSet(Protocol):
         """Rows of a sequence tensor that runs over the stream in dimension `dim`."""
 
 
-class LastRow:
-    """The last row of the stream."""
+class LastTokens:
+    """The last token of each row.
+
+    Args:
+        lengths: tokens of each row, ``[B]``.
+    """
 
     length = 1
 
+    def __init__(self, edit: Editor, lengths: fx.Node) -> None:
+        self.positions = edit.call(aten.unsqueeze.default, edit.call(aten.sub.Tensor, lengths, 1), 1)
+
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
-        return edit.call(aten.slice.Tensor, tensor, dim, -1, FULL_SLICE_END)
+        return compact(edit, [tensor], self.positions, [dim])[0]
 
 
 class AllRows:
@@ -56,6 +62,11 @@ class AllRows:
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
         return tensor
+
+
+def compact(edit: Editor, tensors: list[fx.Node], positions: fx.Node, dims: list[int]) -> list[fx.Node]:
+    """Rows of sequence tensors at `positions`."""
+    return edit.unpack(edit.call(torch.ops.reroute.compact_tokens.default, tensors, positions, dims))
 
 
 def is_sequence_tensor(node: fx.Node, length: sympy.Expr, batch: sympy.Expr) -> bool:

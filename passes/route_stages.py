@@ -20,9 +20,9 @@ import torch
 from torch import fx
 
 from .decoder_graph import Decision, DecoderGraph, Layer
-from .graph_edit import Editor, aten, edit_after, expression, sequence_dims, shape, value
+from .graph_edit import NO_TOKEN, Editor, aten, edit_after, expression, sequence_dims, shape
 from .interface import Pass, PassResult
-from .replay import Replay, sequence_inputs
+from .replay import Replay, compact, sequence_inputs
 
 ACTIONS = ("physical_delete", "compact_route", "compact_route_stagewise")
 
@@ -60,10 +60,6 @@ class ActiveRows:
             outer = self.source.rows(edit, tensor, dim) if self.source else tensor
             (self.gathered[tensor],) = compact(edit, [outer], self.positions, [dim])
         return self.gathered[tensor]
-
-
-def compact(edit: Editor, tensors: list[fx.Node], positions: fx.Node, dims: list[int]) -> list[fx.Node]:
-    return edit.unpack(edit.call(torch.ops.reroute.compact_tokens.default, tensors, positions, dims))
 
 
 class RouteStages(Pass):
@@ -151,29 +147,32 @@ def _decide_again(
 ) -> Decision:
     """Score and select among the survivors of the previous decision, on their compact stream."""
     edit.region = f"decision.{layer.index}"
-    mapping = {layer.start: stream, decision.pool: _survivors(edit, previous)}
+    visual_index, lengths = _survivors(edit, previous)
+    mapping = {layer.start: stream, decision.visual_index: visual_index, decision.lengths: lengths}
     copies = _replay(edit, layer, decision.nodes, mapping, tokens)
     return Decision(
         decision.layer,
-        pool=mapping[decision.pool],
+        visual_index,
+        lengths,
         scores=copies(decision.scores),
         positions=copies(decision.positions),
-        selected=copies(decision.selected),
+        kept=copies(decision.kept),
         nodes=(),
     )
 
 
-def _survivors(edit: Editor, decision: Decision) -> fx.Node:
-    """Positions of the kept visual tokens in the compact stream, [B, k].
+def _survivors(edit: Editor, decision: Decision) -> tuple[fx.Node, fx.Node]:
+    """Positions of the visual tokens in the compact stream, the dropped ones past its end, and its lengths.
 
-    The j-th kept token, at place s_j among the visual tokens and p_j in the stream, has p_j - s_j text
-    tokens and j kept tokens before it.
+    A kept token moves forward by as many places as visual tokens before it were dropped.
     """
-    kept = edit.call(aten.gather.default, decision.pool, 1, decision.selected)
-    text_before = edit.call(aten.sub.Tensor, kept, decision.selected)
-    device = value(kept).device
-    rank = edit.call(aten.arange.default, edit.size(decision.selected, 1), device=device)
-    return edit.call(aten.add.Tensor, text_before, rank)
+    index, kept = decision.visual_index, decision.kept
+    is_token = edit.call(aten.lt.Tensor, index, edit.call(aten.unsqueeze.default, decision.lengths, 1))
+    dropped = edit.call(aten.logical_and.default, is_token, edit.call(aten.logical_not.default, kept))
+    moved = edit.call(aten.sub.Tensor, index, edit.call(aten.cumsum.default, dropped, 1))
+    survivors = edit.call(aten.masked_fill.Scalar, moved, edit.call(aten.logical_not.default, kept), NO_TOKEN)
+    lengths = edit.call(aten.sub.Tensor, decision.lengths, edit.call(aten.sum.dim_IntList, dropped, [1]))
+    return survivors, lengths
 
 
 def _restore(edit: Editor, stream: fx.Node, rows: fx.Node, tokens: ActiveRows) -> fx.Node:

@@ -21,9 +21,10 @@ from .errors import (
     UnsupportedModelError,
 )
 from .paper import PaperConfig, paper_configs
+from .plan import RowPlan, plan_rows
 from .report import RoutingReport
 from .routing import route
-from .runtime import RoutedModel, Routing
+from .runtime import RoutedCache, RoutedModel, Routing
 
 __version__ = version("reroute-fx")
 
@@ -35,15 +36,18 @@ __all__ = [
     "MatchError",
     "PaperConfig",
     "RerouteError",
+    "RoutedCache",
     "RoutedModel",
     "Routing",
     "RoutingConfig",
     "RoutingReport",
+    "RowPlan",
     "UnsupportedModelError",
     "compile",
     "inspect",
     "kernels",
     "paper_configs",
     "passes",
+    "plan_rows",
     "route",
 ]

@@ -24,10 +24,18 @@ def settle_cpu_math() -> None:
 
 
 @contextmanager
-def independent_sizes() -> Iterator[None]:
-    """While compiling, sizes that happen to be equal are not taken to be one and the same."""
-    config: Any = importlib.import_module("torch.fx.experimental._config")
-    with config.patch(use_duck_shape=False):
+def compilation_settings() -> Iterator[None]:
+    """Settings under which regions run, and so are compiled.
+
+    Sizes that happen to be equal are not taken to be one and the same. A region may be compiled for as many
+    sizes as are asked for: with fixed sizes torch would stop with an error at the ninth.
+    """
+    shapes: Any = importlib.import_module("torch.fx.experimental._config")
+    dynamo: Any = importlib.import_module("torch._dynamo.config")
+    with (
+        shapes.patch(use_duck_shape=False),
+        dynamo.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31),
+    ):
         yield
 
 

@@ -11,7 +11,7 @@ from .config import RoutingConfig
 from .errors import ConfigError, UnsupportedModelError
 from .lowering import check_backend, lower
 from .report import RoutingReport
-from .routing import route
+from .routing import continuation, route
 from .runtime import RoutedModel, make_routed_model
 
 
@@ -23,6 +23,7 @@ def compile(
     method: str = "pdrop",
     action: str = "compact_route_stagewise",
     schedule: str = "exact",
+    pool: str = "row",
     backend: str = "inductor",
     dynamic: bool = True,
 ) -> Any:
@@ -32,11 +33,12 @@ def compile(
         model: in eval mode, on one device. It is not changed; the result shares its parameters.
         tier: average number of visual tokens (of 576) that enter a decoder layer: 192, 128, 64, or the share
             kept as a float in (0, 1].
-        config: decision layers and ratios spelled out; `tier`, `method`, `action` and `schedule` are then
-            not used.
+        config: decision layers and ratios spelled out; `tier`, `method`, `action`, `schedule` and `pool` are
+            then not used.
         method: ``"pdrop"`` or ``"fastv"``.
         action: ``"compact_route_stagewise"``, ``"compact_route"`` or ``"physical_delete"``.
         schedule: ``"exact"`` keeps the tier's promise, ``"paper"`` takes the released ratios.
+        pool: ``"row"`` lets all visual tokens of a prompt compete, ``"image"`` those of each image or video.
         backend: ``"inductor"`` or ``"eager"``.
         dynamic: compile for any prompt length, number of visual tokens and batch size.
 
@@ -59,15 +61,16 @@ def compile(
             "model is on the meta device and has no weights; expected a loaded model. To see the report without "
             "weights use reroute_fx.inspect or `reroute-fx inspect`."
         )
-    config = _config(decoder, tier, config, method, action, schedule)
+    config = _config(decoder, tier, config, method, action, schedule, pool)
     settle_cpu_math()
     captured = capture_decoder(model)
     program, report = route(captured.program, config, num_layers=captured.num_layers)
-    executable = lower(program, backend, dynamic)
+    following = continuation(captured.program, config.decision_layers, captured.num_layers)
     return make_routed_model(
         model,  # type: ignore[arg-type]
         decoder,
-        executable,
+        lower(program, backend, dynamic, name="prefill"),
+        lower(following, backend, dynamic, name="continuation"),
         _named(report, model, backend, captured.seconds),
         position_rank=captured.position_rank,
         visual_ids=find_visual_token_ids(model.config),
@@ -82,23 +85,30 @@ def inspect(
     method: str = "pdrop",
     action: str = "compact_route_stagewise",
     schedule: str = "exact",
+    pool: str = "row",
 ) -> RoutingReport:
     """The report that `compile` would give, without compiling; `model` may be on the meta device.
 
     Args and errors are those of `compile`.
     """
-    config = _config(text_decoder(model), tier, config, method, action, schedule)
+    config = _config(text_decoder(model), tier, config, method, action, schedule, pool)
     captured = capture_decoder(model)
     _, report = route(captured.program, config, num_layers=captured.num_layers)
     return _named(report, model, "", captured.seconds)
 
 
 def _config(
-    decoder: Any, tier: float, config: RoutingConfig | None, method: str, action: str, schedule: str
+    decoder: Any,
+    tier: float,
+    config: RoutingConfig | None,
+    method: str,
+    action: str,
+    schedule: str,
+    pool: str,
 ) -> RoutingConfig:
     num_layers = decoder.config.num_hidden_layers
     if config is None:
-        return RoutingConfig.from_tier(tier, method, action, schedule, num_layers=num_layers)
+        return RoutingConfig.from_tier(tier, method, action, schedule, pool, num_layers=num_layers)
     if not isinstance(config, RoutingConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected a RoutingConfig.")
     config.check_depth(num_layers)

@@ -1,7 +1,7 @@
 """Routing configurations: which layers decide, how much they keep, and what happens to the rest."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
 
@@ -11,6 +11,7 @@ from .passes import ACTIONS
 
 METHODS = ("fastv", "pdrop")
 SCHEDULES = ("exact", "paper")
+POOLS = ("row", "image")
 TIERS = (192, 128, 64)
 REFERENCE_TOKENS = 576
 """Visual tokens at which a tier is counted: 24 x 24 patches of LLaVA-1.5."""
@@ -44,9 +45,11 @@ class RoutingConfig:
         decision_layers: ascending 0-based layers before which tokens are scored and selected. Layer 0 can't
             decide: the positions of generated tokens are counted in the cache of layer 0.
         keep_ratios: for each decision the share of the prompt's visual tokens that is kept, in (0, 1];
-            ``k = max(1, int(N * ratio))``.
+            ``k = max(1, int(N * ratio))`` for each pool of N tokens.
         action: ``"physical_delete"``, ``"compact_route"`` or ``"compact_route_stagewise"``.
         method: whose ranking rule and stage schedule this is, ``"fastv"`` or ``"pdrop"``.
+        pool: which visual tokens compete with each other: all of a ``"row"`` of the batch, or those of an
+            ``"image"``, so that each image or video keeps its share.
 
     Raises:
         ConfigError: on construction, naming the field.
@@ -56,6 +59,7 @@ class RoutingConfig:
     keep_ratios: tuple[float, ...]
     action: str = "compact_route_stagewise"
     method: str = "pdrop"
+    pool: str = "row"
 
     def __post_init__(self) -> None:
         for field in ("decision_layers", "keep_ratios"):
@@ -67,6 +71,7 @@ class RoutingConfig:
             object.__setattr__(self, field, tuple(given))
         _one_of("action", self.action, ACTIONS)
         _one_of("method", self.method, METHODS)
+        _one_of("pool", self.pool, POOLS)
         layers, ratios = self.decision_layers, self.keep_ratios
         if not layers or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
             raise ConfigError(
@@ -99,6 +104,7 @@ class RoutingConfig:
         method: str = "pdrop",
         action: str = "compact_route_stagewise",
         schedule: str = "exact",
+        pool: str = "row",
         *,
         num_layers: int = _REFERENCE_LAYERS,
     ) -> "RoutingConfig":
@@ -111,6 +117,7 @@ class RoutingConfig:
             action: see `RoutingConfig`.
             schedule: ``"exact"`` solves the shape for the tier; ``"paper"`` takes the released ratios as they
                 are, of which the pdrop ones for 64 average 80 and more.
+            pool: see `RoutingConfig`.
             num_layers: layers of the decoder. Decision layers scale from those for 32 layers, rounded.
 
         Raises:
@@ -134,8 +141,8 @@ class RoutingConfig:
                     f"num_layers is {num_layers}; expected enough layers for the paper's {len(layers)} decisions. "
                     f"Use schedule='exact'."
                 )
-            return cls(scaled, ratios, action, method)
-        return _solve(share, layers, num_layers, action, method)
+            return cls(scaled, ratios, action, method, pool)
+        return replace(_solve(share, layers, num_layers, action, method), pool=pool)
 
     def check_depth(self, num_layers: int) -> None:
         """Raise `ConfigError` unless every decision layer exists in a decoder of `num_layers`."""
@@ -154,7 +161,7 @@ class RoutingConfig:
         """
         if visual_tokens < 1:
             raise ConfigError(f"visual_tokens is {visual_tokens}; expected 1 or more.")
-        return tuple(int(keep_count(visual_tokens, ratio)) for ratio in self.keep_ratios)
+        return tuple(keep_count(visual_tokens, ratio) for ratio in self.keep_ratios)
 
     def tokens_per_layer(self, num_layers: int, visual_tokens: int = REFERENCE_TOKENS) -> tuple[int, ...]:
         """Visual tokens that enter each layer."""

@@ -219,13 +219,8 @@ def _agreement_table(example: Example, console: Console) -> Table:
 
 def _kept(output: Any) -> set[int]:
     """Kept visual tokens of the last decision, counted in the whole prompt."""
-    routing = output.routing
-    index = range(10**9)
-    if routing.config.action == "physical_delete":
-        for kept in routing.selected.values():
-            index = [index[i] for i in kept[0].tolist()]  # type: ignore[assignment]
-        return set(index)
-    return set(list(routing.selected.values())[-1][0].tolist())
+    last = output.routing.config.decision_layers[-1]
+    return set(output.routing.all_kept[last][0].nonzero().flatten().tolist())
 
 
 def _time_table(example: Example, routed: dict[int, Any], backend: str, console: Console) -> Table:

@@ -29,6 +29,7 @@ class RoutingReport:
         model: name of the model class, if known.
         backend: name of the backend, if lowered.
         seconds: wall-clock seconds by phase.
+        compilations: how often regions of each program were compiled so far.
     """
 
     config: RoutingConfig
@@ -40,6 +41,7 @@ class RoutingReport:
     visual_tokens: int = REFERENCE_TOKENS
     text_tokens: int = REFERENCE_TEXT
     seconds: dict[str, float] = field(default_factory=dict)
+    compilations: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -97,6 +99,7 @@ class RoutingReport:
             "uncounted": self.uncounted,
             "passes": [asdict(result) for result in self.passes],
             "seconds": dict(self.seconds),
+            "compilations": dict(self.compilations),
         }
         plain: dict[str, Any] = json.loads(json.dumps(record))
         return plain
@@ -118,6 +121,9 @@ class RoutingReport:
             parts.append(Text(f"Not counted: {', '.join(self.uncounted)}.", style="bold"))
         if self.seconds:
             parts.append(Text("  ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items())))
+        if self.compilations:
+            counts = ", ".join(f"{program} {count}" for program, count in self.compilations.items())
+            parts.append(Text(f"Regions compiled: {counts}"))
         return Group(*parts)
 
     def _title(self) -> str:

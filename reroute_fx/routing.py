@@ -1,9 +1,12 @@
 """Route an exported decoder: the pipeline of passes on its own."""
 
+from collections.abc import Sequence
+
 from torch.export import ExportedProgram
 
 from .config import RoutingConfig
 from .passes import (
+    AttendToCache,
     CanonicalizeAttention,
     DecoderGraph,
     ExposeOutputs,
@@ -35,12 +38,12 @@ def route(
 
     Returns:
         The routed program and its report. The program takes the inputs of `exported_program`, less a
-        padding mask, and ``visual_index [B, N]`` int64, the ascending positions of the visual tokens. It
-        holds for rows of equal N without padding whose last token is a text token. It returns
-        ``{"output": ..., "routing": ...}``: what the original returns, and a dictionary with
-        ``key.<layer>`` and ``value.<layer>`` ``[B, Hkv, S', D]``, ``scores.<layer>`` ``[B, pool]`` float32
-        and ``selected.<layer>`` ``[B, k]`` int64. Rows that were deferred or deleted keep the hidden state
-        with which they left.
+        padding mask, and what `RowPlan.inputs` holds. Shorter rows are padded at their end; the last token
+        of each row is a text token. The program returns ``{"output": ..., "routing": ...}``: what the
+        original returns, and a dictionary with ``key.<layer>`` and ``value.<layer>`` ``[B, Hkv, S', D]``,
+        ``scores.<layer>`` ``[B, N]`` float32 (-inf for tokens that were no candidates) and
+        ``kept.<layer>`` ``[B, N]`` bool. Tokens that were deferred or deleted keep the hidden state with
+        which they left.
 
     Raises:
         ConfigError: a decision layer beyond the decoder.
@@ -50,7 +53,7 @@ def route(
         config.check_depth(num_layers)
     passes = [
         *find_passes(num_layers),
-        InsertSelection(config.decision_layers, config.keep_ratios),
+        InsertSelection(config.decision_layers, several_pools=config.pool == "image"),
         RouteStages(config.action),
         ExposeOutputs(),
     ]
@@ -68,6 +71,27 @@ def make_report(graph: DecoderGraph, results: tuple[PassResult, ...], config: Ro
     layers = tuple(LayerCost.of(layer.sizes) for layer in graph.layers)
     stream = graph.layers[0].start.meta["val"]
     return RoutingReport(config, results, layers, stream.element_size())
+
+
+def continuation(
+    exported_program: ExportedProgram, stage_starts: Sequence[int] = (), num_layers: int | None = None
+) -> ExportedProgram:
+    """The program for tokens that follow a prompt: each layer attends to its own key-value cache.
+
+    Args:
+        exported_program: as for `route`.
+        stage_starts: decision layers; the layers from one to the next cached the same tokens.
+        num_layers: layers that the decoder has, if known.
+
+    Returns:
+        A program that takes the inputs of `exported_program` for Q new tokens, less a padding mask, and those
+        that `AttendToCache` adds. It writes into the caches.
+
+    Raises:
+        MatchError: the graph is no decoder that can be routed.
+    """
+    graph, _ = run_passes(exported_program, [*find_passes(num_layers), AttendToCache(stage_starts)])
+    return to_program(graph, exported_program)
 
 
 def unrouted(exported_program: ExportedProgram, num_layers: int | None = None) -> ExportedProgram:

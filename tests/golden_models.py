@@ -11,6 +11,7 @@ from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditional
 
 from reroute_fx import RoutingConfig
 from reroute_fx.capture import CapturedDecoder
+from reroute_fx.plan import plan_rows
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES = {"llava": LlavaForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
@@ -45,15 +46,18 @@ def load_golden(name: str) -> Golden:
 
 
 def decoder_inputs(
-    captured: CapturedDecoder, batch: int = 1, length: int = 90, visual: int = 60
+    captured: CapturedDecoder, config: RoutingConfig, batch: int = 1, length: int = 90, visual: int = 60
 ) -> dict[str, torch.Tensor]:
     """Random embeddings for the routed program of a golden model, visual tokens from position 5 on."""
     positions = torch.arange(length).expand(batch, length)
     if captured.position_rank == 3:
         positions = positions.expand(3, batch, length)
     torch.manual_seed(length)
+    is_visual = torch.zeros(batch, length, dtype=torch.bool)
+    is_visual[:, 5 : 5 + visual] = True
+    plan = plan_rows(config, is_visual, [length] * batch, [[visual]] * batch)
     return {
         "inputs_embeds": torch.randn(batch, length, 64),
         "position_ids": positions.contiguous(),
-        "visual_index": torch.arange(5, 5 + visual).expand(batch, visual).contiguous(),
+        **plan.inputs,
     }

@@ -30,7 +30,7 @@ def check(golden, case, backend):
     with torch.no_grad():
         output = routed(**golden.inputs)
     wanted = golden.cases[case]
-    assert output.routing.kv_lengths == wanted["kv_lengths"]
+    assert list(output.routing.kv_lengths[0]) == wanted["kv_lengths"]
     assert [layer.keys.shape[2] for layer in output.past_key_values.layers] == wanted["kv_lengths"]
     for layer in wanted["decision_layers"]:
         assert torch.equal(
@@ -78,3 +78,52 @@ def test_eager_matches_the_release(model, case, request):
 )
 def test_inductor_matches_the_release(model, case, request):
     check(request.getfixturevalue(MODELS[model]), case, "inductor")
+
+
+def batch_around(golden, side):
+    """The golden prompt as row 2 of a padded batch; the others are text, a shorter and a longer prompt."""
+    ids = golden.inputs["input_ids"][0]
+    rows = [
+        ids[-20:],
+        torch.cat([ids[:-14], torch.tensor([11, 23, 47, 5])]),
+        ids,
+        torch.cat([ids[:-1], torch.tensor([211, 7, 29, 86, 140, 33])]),
+    ]
+    width = max(map(len, rows))
+    inputs = {name: torch.zeros(4, width, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(len(row))
+        inputs["input_ids"][i, columns], inputs["attention_mask"][i, columns] = row, 1
+    for name in {"pixel_values", "image_grid_thw"} & golden.inputs.keys():
+        inputs[name] = torch.cat([golden.inputs[name]] * 3)
+    if "mm_token_type_ids" in golden.inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == golden.model.config.image_token_id).long()
+    return inputs
+
+
+@pytest.mark.parametrize(
+    "case", ["pdrop-physical_delete-192", "pdrop-compact_route-128", "fastv-compact_route_stagewise-64"]
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_row_of_a_padded_batch_matches_the_release(model, case, request):
+    golden, row = request.getfixturevalue(MODELS[model]), 2
+    routed = reroute_fx.compile(golden.model, config=golden.config(case), backend="eager")
+    wanted = golden.cases[case]
+    for side in ("left", "right"):
+        inputs = batch_around(golden, side)
+        with torch.no_grad():
+            output = routed(**inputs)
+        assert list(output.routing.kv_lengths[row]) == wanted["kv_lengths"]
+        for layer in wanted["decision_layers"]:
+            selected, scores = (rows[layer][row] for rows in (output.routing.selected, output.routing.scores))
+            assert torch.equal(selected.int(), golden.expected[f"{case}/selected.{layer}"])
+            torch.testing.assert_close(
+                scores, golden.expected[f"{case}/scores.{layer}"], atol=1e-6, rtol=1e-4
+            )
+        last = int(inputs["attention_mask"][row].nonzero().max())
+        error = (output.logits[row, last] - golden.expected[f"{case}/last_logits"]).abs().max()
+        assert error < LOGITS
+        generated = routed.generate(
+            **inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert torch.equal(generated[row, -8:].int(), golden.expected[f"{case}/generated"])

@@ -35,7 +35,7 @@ def test_regions_are_few_and_compute_the_same(captured, action, most):
     assert regions.distinct <= most
     whole, split = lower(program, "eager"), lower(program, "eager")
     split._module = regions.module
-    inputs = decoder_inputs(captured, batch=2)
+    inputs = decoder_inputs(captured, config, batch=2)
     for a, b in zip(flatten(whole(**inputs)), flatten(split(**inputs)), strict=True):
         assert torch.equal(a, b)
 
@@ -70,13 +70,14 @@ def test_sizes_inside_a_region_come_from_its_tensors(captured):
     for call in regions.module.graph.find_nodes(op="call_module"):
         integers = [a for a in call.args if not isinstance(a.meta.get("val"), torch.Tensor | None)]
         counts = [a for a in integers if a.target is not operator.getitem]
-        assert len(counts) <= 1  # the keep count of a decision
+        assert len(counts) <= 1  # the places of a stage
 
 
 def test_static_compilation(llava):
     captured = capture_decoder(llava.model)
-    program, _ = route(captured.program, RoutingConfig((3,), (0.5,)))
-    inputs = decoder_inputs(captured)
+    config = RoutingConfig((3,), (0.5,))
+    program, _ = route(captured.program, config)
+    inputs = decoder_inputs(captured, config)
     static, eager = lower(program, dynamic=False), lower(program, "eager")
     for a, b in zip(flatten(static(**inputs)), flatten(eager(**inputs)), strict=True):
         # Fused float32 kernels round in another order: 3e-5 on values near 4.

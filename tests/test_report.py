@@ -74,6 +74,7 @@ def test_dictionary_survives_json():
         "keep_ratios": [0.2655, 0.2655, 0.1328, 0.0664],
         "action": "compact_route_stagewise",
         "method": "pdrop",
+        "pool": "row",
     }
     assert (loaded["visual_tokens"], loaded["text_tokens"]) == (576, 40)
     assert loaded["tokens_per_layer"] == [576] * 2 + [152] * 13 + [76] * 8 + [38] * 9

@@ -126,6 +126,7 @@ def test_scoring_flops_match_the_flop_counter(sizes, rows):
             query.view(1, 1, heads, head_dim).transpose(1, 2),
             keys.view(1, rows, kv_heads, head_dim).transpose(1, 2),
             torch.arange(rows)[None],
+            torch.tensor([rows]),
             head_dim**-0.5,
         )
     assert LayerCost.dense(*sizes).scoring_flops(rows) == counter.get_total_flops()

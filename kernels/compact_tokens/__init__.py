@@ -17,11 +17,11 @@ def compact_tokens(
         tensors: tensors whose dimension ``sequence_dims[i]`` runs over the S rows of the stream and
             whose dimension before it is the batch, of size B or 1: ``[B, S, d]`` with 1,
             ``[3, B, S, d]`` with 2. Any dtype.
-        positions: ``[B, S']`` int64, values in 0..S-1.
+        positions: ``[B, S']`` int64, at least 0. S and above stand for no row.
         sequence_dims: one dimension for each tensor, at least 1.
 
     Returns:
-        The tensors with B batches and S' rows, contiguous.
+        The tensors with B batches and S' rows, contiguous; zeros where there is no row.
     """
     return compact_tokens_reference(tensors, positions, sequence_dims)
 

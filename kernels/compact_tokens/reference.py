@@ -12,7 +12,8 @@ def compact_tokens_reference(
 
 def _rows(x: torch.Tensor, positions: torch.Tensor, dim: int) -> torch.Tensor:
     batch, active = positions.shape
-    lead, tail = x.shape[: dim - 1], x.shape[dim + 1 :]
+    lead, length, tail = x.shape[: dim - 1], x.shape[dim], x.shape[dim + 1 :]
     index = positions.view(*(1 for _ in lead), batch, active, *(1 for _ in tail))
     source = x.expand(*lead, batch, *x.shape[dim:])
-    return source.gather(dim, index.expand(*lead, batch, active, *tail))
+    rows = source.gather(dim, index.clamp(max=length - 1).expand(*lead, batch, active, *tail))
+    return rows.masked_fill(index >= length, 0)

@@ -13,8 +13,9 @@ def restore_tokens(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Te
 
     Args:
         stream: ``[B, S, d]``.
-        rows: ``[B, S', d]``, same dtype.
-        positions: ``[B, S']`` int64, distinct values in 0..S-1 in each row.
+        rows: ``[B, S', d]``, same dtype, S' at least 1.
+        positions: ``[B, S']`` int64, at least 0, distinct in each row below S. Rows whose position is S or
+            above are not written.
 
     Returns:
         ``[B, S, d]``, contiguous.

@@ -4,12 +4,15 @@ import torch
 
 
 def visual_scores_reference(
-    query: torch.Tensor, keys: torch.Tensor, visual_index: torch.Tensor, scale: float
+    query: torch.Tensor, keys: torch.Tensor, visual_index: torch.Tensor, lengths: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """See `reroute_fx.kernels.visual_scores`."""
     batch, heads, _, head_dim = query.shape
-    kv_heads = keys.shape[1]
+    kv_heads, length = keys.shape[1:3]
     grouped = query.float().reshape(batch, kv_heads, heads // kv_heads, head_dim)
     logits = grouped @ keys.float().transpose(2, 3) * scale  # [B, Hkv, H/Hkv, S]
+    is_padding = torch.arange(length, device=keys.device) >= lengths[:, None]
+    logits = logits.masked_fill(is_padding[:, None, None], -torch.inf)
     attention = logits.softmax(dim=-1).mean(dim=(1, 2))  # [B, S]
-    return attention.gather(1, visual_index)
+    scores = attention.gather(1, visual_index.clamp(max=length - 1))
+    return scores.masked_fill(visual_index >= lengths[:, None], -torch.inf)

@@ -1,10 +1,14 @@
-"""Which token ids of a prompt stand for image or video features."""
+"""Which token ids of a prompt stand for image or video features, and how many of them each image has."""
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from ..errors import UnsupportedModelError
 
-_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_IMAGE_FIELDS = ("image_token_id", "image_token_index")
+_VIDEO_FIELDS = ("video_token_id", "video_token_index")
 
 
 def find_visual_token_ids(config: Any) -> tuple[int, ...]:
@@ -13,10 +17,59 @@ def find_visual_token_ids(config: Any) -> tuple[int, ...]:
     Raises:
         UnsupportedModelError: the config has none, so the model is no vision-language model.
     """
-    ids = {token for name in _FIELDS if (token := getattr(config, name, None)) is not None}
+    ids = {
+        token
+        for name in (*_IMAGE_FIELDS, *_VIDEO_FIELDS)
+        if (token := getattr(config, name, None)) is not None
+    }
     if not ids:
         raise UnsupportedModelError(
             f"{type(config).__name__} names no image or video token; expected a vision-language model with one of "
-            f"{', '.join(_FIELDS)} in its config."
+            f"{', '.join((*_IMAGE_FIELDS, *_VIDEO_FIELDS))} in its config."
         )
     return tuple(sorted(ids))
+
+
+def tokens_per_image(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[int]]:
+    """How many visual tokens each image and each video has, by the id of its placeholder and in order.
+
+    Args:
+        config: a model's config.
+        inputs: what the model is called with. `generate` encodes the images first and gives the model
+            ``mm_encoder_outputs`` in their place.
+
+    Returns:
+        An id is missing where the inputs alone don't tell, as with tiles and newline tokens.
+    """
+    found: dict[int, list[int]] = {}
+    encoded = inputs.get("mm_encoder_outputs") or {}
+    for fields, modality, grid, pixels in (
+        (_IMAGE_FIELDS, "image", "image_grid_thw", "pixel_values"),
+        (_VIDEO_FIELDS, "video", "video_grid_thw", "pixel_values_videos"),
+    ):
+        token = next((t for name in fields if (t := getattr(config, name, None)) is not None), None)
+        features = getattr(encoded.get(modality), "pooler_output", None)
+        if token is None or (inputs.get(pixels) is None and features is None):
+            continue
+        if features is not None:
+            if not isinstance(features, torch.Tensor) or features.ndim == 3:
+                found[token] = [len(image) for image in features]
+        elif inputs.get(grid) is not None:
+            merged = config.vision_config.spatial_merge_size**2
+            found[token] = (inputs[grid].prod(dim=-1) // merged).tolist()
+        elif _is_fixed_size(config, inputs):
+            images, _, height, width = inputs[pixels].shape
+            patch = config.vision_config.patch_size
+            whole = config.vision_feature_select_strategy == "full"  # with the CLS token
+            found[token] = [(height // patch) * (width // patch) + whole] * images
+    return found
+
+
+def _is_fixed_size(config: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether an image is one token for each patch of a CLIP tower, as in LLaVA-1.5."""
+    return (
+        config.model_type == "llava"
+        and config.vision_config.model_type == "clip_vision_model"
+        and inputs.get("image_sizes") is None
+        and inputs["pixel_values"].ndim == 4
+    )

@@ -1,6 +1,7 @@
 """Runtime: a routed model behaves like the Hugging Face model it was made from."""
 
+from .cache import RoutedCache
 from .model import RoutedModel, make_routed_model
-from .prompt import Routing
+from .routing import Routing
 
-__all__ = ["RoutedModel", "Routing", "make_routed_model"]
+__all__ = ["RoutedCache", "RoutedModel", "Routing", "make_routed_model"]

@@ -11,9 +11,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..config import RoutingConfig
 from ..errors import InputError, UnsupportedModelError
 from ..lowering import Executable
-from .prompt import DecodeStep, Prompt, Routing
+from .cache import CachedRows, RoutedCache
+from .prompt import Continuation, Prompt
+from .routing import Routing
+from .rows import Places
 
-current_call: ContextVar[Prompt | DecodeStep | None] = ContextVar("current_call", default=None)
+current_call: ContextVar[Prompt | Continuation | None] = ContextVar("current_call", default=None)
 """What the model that contains the decoder is doing."""
 
 
@@ -22,95 +25,147 @@ _HARMLESS = {"cache_position", "return_dict", "output_attentions", "output_hidde
 
 
 class RoutedDecoder(torch.nn.Module):
-    """Mixin for a Hugging Face text decoder: prompts with visual tokens run the routed program.
+    """Mixin for a Hugging Face text decoder: prompts with visual tokens and what follows run routed programs.
 
     Attributes:
-        executable: routed prefill.
-        routing_config: what it routes.
+        prefill: program for prompts.
+        continuation: program for tokens on a cache.
+        routing_config: what they route.
         position_rank: 2 for positions ``[B, S]``, 3 for ``[3, B, S]``.
+        owner: identity of the model, kept with the caches that it makes.
     """
 
-    executable: Executable
+    prefill: Executable
+    continuation: Executable
     routing_config: RoutingConfig
     position_rank: int
+    owner: str
     config: Any
 
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = current_call.get()
+        if call is None:
+            return unrouted(*args, **kwargs)
+        _refuse_what_the_programs_lack(**kwargs)
         if isinstance(call, Prompt):
-            return self._prefill(call, **kwargs)
-        if isinstance(call, DecodeStep):
-            # Without padding one new token sees all of a layer's cache. A mask would be built for the
-            # length of layer 0 and fit no other layer.
-            kwargs["attention_mask"] = None
-        return unrouted(*args, **kwargs)
+            return self._start(call, **kwargs)
+        return self._continue(call, **kwargs)
 
-    def _prefill(
+    def _start(
         self,
         prompt: Prompt,
         inputs_embeds: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
-        attention_mask: Any = None,
-        **rest: Any,
+        **_: Any,
     ) -> BaseModelOutputWithPast:
-        self._refuse_what_the_program_lacks(attention_mask, rest)
         cache = self._cache(past_key_values, use_cache)
-        result = self.executable(
-            inputs_embeds=inputs_embeds.contiguous(),
-            position_ids=self._positions(position_ids, inputs_embeds),
-            visual_index=prompt.visual_index,
-        )
-        values = result["routing"]
-        keys = [values[f"key.{i}"] for i in range(self.config.num_hidden_layers)]
-        if cache is not None:
-            for i, key in enumerate(keys):
-                cache.update(key, values[f"value.{i}"], i)
-            cache.routing_config = self.routing_config  # type: ignore[attr-defined]
+        positions = self._positions(position_ids, inputs_embeds, prompt.places)
+        embeds = prompt.places.to_front(inputs_embeds) if prompt.places else inputs_embeds
+        result = self.prefill(inputs_embeds=embeds.contiguous(), position_ids=positions, **prompt.plan.inputs)
+        values, layers = result["routing"], range(self.config.num_hidden_layers)
         prompt.routing = Routing(
             self.routing_config,
-            selected={i: values[f"selected.{i}"] for i in self.routing_config.decision_layers},
-            scores={i: values[f"scores.{i}"] for i in self.routing_config.decision_layers},
-            kv_lengths=[key.shape[2] for key in keys],
+            prompt.plan,
+            len(layers),
+            all_scores={i: values[f"scores.{i}"] for i in self.routing_config.decision_layers},
+            all_kept={i: values[f"kept.{i}"] for i in self.routing_config.decision_layers},
         )
+        if cache is not None:
+            rows = self._cached_rows(prompt, positions)
+            keys, values = ([values[f"{name}.{i}"] for i in layers] for name in ("key", "value"))
+            prompt.commit = lambda: cache.fill(rows, keys, values)
         hidden = result["output"].last_hidden_state
+        if prompt.places:
+            hidden = prompt.places.to_columns(hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
-    def _refuse_what_the_program_lacks(self, attention_mask: Any, rest: dict[str, Any]) -> None:
-        """The program attends causally and takes embeddings and positions, nothing else."""
-        if attention_mask is not None and not (
-            isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-        ):
-            raise UnsupportedModelError(
-                f"The model gives its decoder a mask of its own ({type(attention_mask).__name__}); expected the causal "
-                f"mask alone. Models whose image tokens see each other can't be routed."
-            )
-        unknown = [name for name, value in rest.items() if name not in _HARMLESS and value is not None]
-        if unknown:
-            raise UnsupportedModelError(
-                f"The model gives its decoder {unknown}; expected embeddings and positions only. Models that add image "
-                f"features inside the decoder can't be routed."
-            )
-
-    def _cache(self, given: Any, use_cache: bool | None) -> DynamicCache | None:
+    def _cache(self, given: Any, use_cache: bool | None) -> RoutedCache | None:
         if given is None:
             wanted = self.config.use_cache if use_cache is None else use_cache
-            return DynamicCache(config=self.config) if wanted else None
-        if not isinstance(given, DynamicCache):
-            raise InputError(
-                f"past_key_values is a {type(given).__name__}; expected a DynamicCache or none: the layers of a routed "
-                f"model cache different numbers of tokens. Leave cache_implementation unset."
+            return RoutedCache() if wanted else None
+        if not isinstance(given, DynamicCache) or given.offloading:
+            kind = (
+                "an offloading DynamicCache"
+                if isinstance(given, DynamicCache)
+                else f"a {type(given).__name__}"
             )
-        return given
+            raise InputError(
+                f"past_key_values is {kind}; expected a RoutedCache, an empty DynamicCache or none: the layers of a "
+                f"routed model cache different numbers of tokens. Leave cache_implementation unset."
+            )
+        return RoutedCache.adopt(given)
 
-    def _positions(self, given: torch.Tensor | None, embeds: torch.Tensor) -> torch.Tensor:
+    def _positions(
+        self, given: torch.Tensor | None, embeds: torch.Tensor, places: Places | None
+    ) -> torch.Tensor:
+        """Rotary positions of a prompt, tokens first, ``[B, S]`` or ``[3, B, S]``."""
         batch, length = embeds.shape[:2]
         if given is None:
             given = torch.arange(length, device=embeds.device).expand(batch, length)
+            places = None
         if self.position_rank == 3:
             # Hugging Face may put the text positions in front of the three visual ones.
             given = given[-3:] if given.ndim == 3 else given.expand(3, batch, length)
         else:
             given = given.expand(batch, length)
-        return given.contiguous()
+        return (places.to_front(given, given.ndim - 1) if places else given).contiguous()
+
+    def _cached_rows(self, prompt: Prompt, positions: torch.Tensor) -> CachedRows:
+        """What the cache holds after the prompt."""
+        plan, device = prompt.plan, positions.device
+        stages = {0: plan.lengths, **plan.stage_lengths}
+        lengths = plan.inputs["lengths"]
+        is_padding = torch.arange(positions.shape[-1], device=device) >= lengths[:, None]
+        highest = positions.masked_fill(is_padding, -1).amax(dim=-1)
+        columns = positions.shape[-1]
+        return CachedRows(
+            self.routing_config,
+            self.owner,
+            columns,
+            filled={0: columns} | {start: max(rows) for start, rows in plan.stage_lengths.items()},
+            tokens={start: torch.tensor(rows).to(device) for start, rows in stages.items()},
+            next_position=(highest.amax(dim=0) if positions.ndim == 3 else highest) + 1,
+        )
+
+    def _continue(self, call: Continuation, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+        cache, rows = call.cache, call.cache.rows
+        assert rows is not None
+        batch, new = inputs_embeds.shape[:2]
+        places = Places.of(call.is_token) if call.is_token is not None and new > 1 else None
+        embeds = places.to_front(inputs_embeds) if places else inputs_embeds
+        # What the model computes from its masks counts padding or belongs to its last prompt.
+        positions = rows.next_position[:, None] + torch.arange(new, device=embeds.device)
+        if self.position_rank == 3:
+            positions = positions.expand(3, batch, new)
+        cache.reserve(new)
+        result = self.continuation(
+            inputs_embeds=embeds.contiguous(), position_ids=positions.contiguous(), **cache.inputs()
+        )
+        tokens = (
+            torch.full_like(rows.next_position, new) if call.is_token is None else call.is_token.sum(dim=1)
+        )
+        call.commit = lambda: cache.advance(new, tokens)
+        hidden = result["output"].last_hidden_state
+        if places:
+            hidden = places.to_columns(hidden)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+
+def _refuse_what_the_programs_lack(attention_mask: Any = None, **given: Any) -> None:
+    """The programs attend causally and take embeddings and positions, nothing else."""
+    if attention_mask is not None and not (
+        isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    ):
+        raise UnsupportedModelError(
+            f"The model gives its decoder a mask of its own ({type(attention_mask).__name__}); expected the causal "
+            f"mask alone. Models whose image tokens see each other can't be routed."
+        )
+    known = {*_HARMLESS, "input_ids", "inputs_embeds", "position_ids", "past_key_values", "use_cache"}
+    unknown = [name for name, value in given.items() if name not in known and value is not None]
+    if unknown:
+        raise UnsupportedModelError(
+            f"The model gives its decoder {unknown}; expected embeddings and positions only. Models that add image "
+            f"features inside the decoder can't be routed."
+        )

@@ -2,29 +2,36 @@
 
 import inspect
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation import GenerationMode
 
 from ..config import RoutingConfig
 from ..errors import InputError
 from ..lowering import Executable
 from ..report import RoutingReport
+from .cache import RoutedCache
 from .clone import clone, clone_path, specialize
 from .decoder import RoutedDecoder, current_call
-from .prompt import Prompt, read_call
+from .prompt import Prompt, PromptReader
 
 
 class RoutedModel(torch.nn.Module):
     """A Hugging Face vision-language model with a routed decoder.
 
     It is an instance of the class it was made from, takes the same inputs and returns the same output
-    class; `generate` is Hugging Face's. After a prompt with visual tokens the output also has ``.routing``,
-    a `Routing`. Prompts without visual tokens run unrouted. Parameters are shared with the original model,
+    class; `generate` is Hugging Face's. Rows of a batch may have different lengths, padded on either side,
+    and different images, or none. After a batch with visual tokens the output also has ``.routing``, a
+    `Routing`. Batches without any visual token run unrouted. Parameters are shared with the original model,
     which stays as it was. For inference only: outputs carry no gradients through the decoder.
+
+    The key-value cache is a `RoutedCache`. Tokens that follow continue at the rotary position after the
+    row's last one, whatever `position_ids` says.
 
     Attributes:
         routing_config: what is routed.
@@ -32,25 +39,29 @@ class RoutedModel(torch.nn.Module):
 
     routing_config: RoutingConfig
     config: Any
-    _visual_ids: tuple[int, ...]
+    device: torch.device
+    _signature: inspect.Signature
+    _reader: PromptReader
     _report: RoutingReport
-    _executable: Executable
-    _first_prefill_seconds: float | None
+    _programs: dict[str, Executable]
+    _first_call_seconds: dict[str, float]
 
     @property
     def report(self) -> RoutingReport:
-        """What was matched and rewritten, and what it saves."""
-        if self._first_prefill_seconds is None:
-            return self._report
-        seconds = {**self._report.seconds, "first prefill": self._first_prefill_seconds}
-        return replace(self._report, seconds=seconds)
+        """What was matched and rewritten, what it saves, and how often it was compiled so far."""
+        seconds = {**self._report.seconds, **self._first_call_seconds}
+        compilations = {name: program.compilations for name, program in self._programs.items()}
+        return replace(self._report, seconds=seconds, compilations=compilations)
 
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.training:
             raise InputError("The routed model is in training mode; expected inference. Call .eval() on it.")
-        given = inspect.signature(unrouted).bind(*args, **kwargs).arguments
-        given = {**given, **given.pop("kwargs", {})}
-        call = read_call(given, self.routing_config, self._visual_ids)
+        given = self._signature.bind(self, *args, **kwargs).arguments
+        more = given.pop("kwargs", {})
+        call = self._reader.read({**given, **more}, self.device)
+        self._forget_position_offset()
+        if call is None:
+            return unrouted(*args, **kwargs)
         start = time.perf_counter()
         token = current_call.set(call)
         try:
@@ -63,31 +74,81 @@ class RoutedModel(torch.nn.Module):
             raise
         finally:
             current_call.reset(token)
-        if isinstance(call, Prompt):
-            if self._first_prefill_seconds is None:
-                self._first_prefill_seconds = time.perf_counter() - start
-            if not isinstance(output, tuple):
-                output.routing = call.routing
+        if call.commit:
+            call.commit()
+        self._first_call_seconds.setdefault(
+            f"first {'prefill' if isinstance(call, Prompt) else 'continuation'}", time.perf_counter() - start
+        )
+        if isinstance(call, Prompt) and not isinstance(output, tuple):
+            output.routing = call.routing
         return output
+
+    def _forget_position_offset(self) -> None:
+        """Let no call see the positions of the prompt before it.
+
+        Qwen2.5-VL keeps the offset of its last image prompt on the module and adds it to whatever follows, be it
+        another conversation. Here the cache knows its positions.
+        """
+        if hasattr(self.base_model, "rope_deltas"):
+            self.base_model.rope_deltas = None
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See the model's own `generate`. Bad inputs are refused before the images are encoded."""
+        given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
+        cache = given.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            self._reader.read(given, self.device)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._forget_position_offset()
+        return super()._prepare_position_ids_for_generation(*args, **kwargs)  # type: ignore[misc, no-any-return]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any
+    ) -> None:
+        """Called by `generate` before anything runs."""
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise InputError(
+                "generate was asked for assisted generation (assistant_model or prompt_lookup_num_tokens); expected "
+                "one token at a time: a guess behind the prompt would change what is selected. Leave it out."
+            )
+        if generation_config.prefill_chunk_size is not None:
+            raise InputError(
+                "generate was asked for prefill_chunk_size; expected the whole prompt at once: its last token selects. "
+                "Leave it out."
+            )
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, *args
+        )
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, DynamicCache) and not cache.offloading:
+            # The last token is generated but not cached.
+            RoutedCache.adopt(cache).expected_length = generation_config.max_length - 1
 
 
 def make_routed_model(
     model: PreTrainedModel,
     decoder: PreTrainedModel,
-    executable: Executable,
+    prefill: Executable,
+    continuation: Executable,
     report: RoutingReport,
     *,
     position_rank: int,
     visual_ids: tuple[int, ...],
 ) -> Any:
     """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed."""
+    owner = uuid.uuid4().hex
     inner = specialize(clone(decoder), RoutedDecoder)
-    inner.executable = executable
+    inner.prefill, inner.continuation = prefill, continuation
     inner.routing_config = report.config
     inner.position_rank = position_rank
+    inner.owner = owner
     routed = specialize(clone_path(model, decoder, inner), RoutedModel)
     routed.routing_config = report.config
-    routed._visual_ids = visual_ids
+    routed._signature = inspect.signature(type(model).forward)
+    routed._reader = PromptReader(model.config, report.config, visual_ids, owner)
     routed._report = report
-    routed._first_prefill_seconds = None
+    routed._programs = {"prefill": prefill, "continuation": continuation}
+    routed._first_call_seconds = {}
     return routed

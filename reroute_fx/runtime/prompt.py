@@ -1,160 +1,330 @@
 """Read and check the inputs of a call before anything runs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..capture import tokens_per_image
 from ..config import RoutingConfig
 from ..errors import InputError
+from ..plan import RowPlan, plan_rows
+from .cache import RoutedCache
+from .routing import Routing
+from .rows import Places
 
 _VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")
 _REFUSED_FLAGS = ("output_attentions", "output_hidden_states")
 
 
-@dataclass(frozen=True)
-class Routing:
-    """What was selected for the rows of a prompt.
+@dataclass
+class Prompt:
+    """A batch of prompts with visual tokens, on its way through the model.
 
     Attributes:
-        config: the configuration that selected.
-        selected: for each decision layer the kept tokens, ``[B, k]`` int64, ascending. They count in the row's
-            visual tokens, for `physical_delete` in those that were left.
-        scores: for each decision layer the scores of the tokens in its pool, ``[B, pool]`` float32.
-        kv_lengths: rows in the key-value cache of each layer after the prompt.
+        plan: how many tokens of each row run where.
+        places: where the tokens lie in the columns of the batch; None if no row is padded.
+        routing: set by the decoder.
+        commit: set by the decoder; puts keys and values into the cache when the whole call has succeeded.
     """
 
-    config: RoutingConfig
-    selected: dict[int, torch.Tensor]
-    scores: dict[int, torch.Tensor]
-    kv_lengths: list[int]
+    plan: RowPlan
+    places: Places | None
+    routing: Routing | None = None
+    commit: Callable[[], None] | None = None
 
 
 @dataclass
-class Prompt:
-    """A prompt with visual tokens, on its way through the model.
+class Continuation:
+    """New tokens on a routed cache.
 
     Attributes:
-        visual_index: ascending positions of the visual tokens, ``[B, N]`` int64.
-        routing: set by the decoder.
+        cache: what the rows hold so far.
+        is_token: which of the new columns hold a token, ``[B, Q]`` bool; None if all do.
+        commit: as in `Prompt`.
     """
 
-    visual_index: torch.Tensor
-    routing: Routing | None = field(default=None)
+    cache: RoutedCache
+    is_token: torch.Tensor | None
+    commit: Callable[[], None] | None = None
 
 
-class DecodeStep:
-    """One new token on a routed cache."""
+@dataclass(frozen=True)
+class PromptReader:
+    """Tells what a call of the model is.
 
-
-def read_call(
-    given: Mapping[str, Any], config: RoutingConfig, visual_ids: tuple[int, ...]
-) -> Prompt | DecodeStep | None:
-    """What a call of the model is: a prompt to route, a step on a routed cache, or (None) neither.
-
-    Raises:
-        InputError: the call asks for something that routing can't give, or would give wrongly.
+    Attributes:
+        model_config: config of the vision-language model.
+        routing_config: what is routed.
+        visual_ids: ids of the placeholders of visual features.
+        owner: identity of the model.
     """
-    for flag in _REFUSED_FLAGS:
-        if given.get(flag):
+
+    model_config: Any
+    routing_config: RoutingConfig
+    visual_ids: tuple[int, ...]
+    owner: str
+
+    def read(self, given: Mapping[str, Any], device: torch.device) -> Prompt | Continuation | None:
+        """A prompt to route, tokens on a routed cache, or (None) neither.
+
+        Args:
+            given: arguments of the call by name.
+            device: where the model is.
+
+        Raises:
+            InputError: the call asks for something that routing can't give, or would give wrongly.
+        """
+        for flag in _REFUSED_FLAGS:
+            if given.get(flag):
+                raise InputError(
+                    f"{flag}=True is not available on a routed model. Use the model that was compiled."
+                )
+        _check_tensors(given, device)
+        cache = given.get("past_key_values")
+        held = cache.get_seq_length() if cache is not None else 0
+        tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if isinstance(cache, RoutedCache) and tokens is not None:
+            cache.check_room(held + tokens.shape[1])
+        return self._continue(given, cache, tokens) if held else self._start(given)
+
+    def _continue(
+        self, given: Mapping[str, Any], cache: Any, tokens: torch.Tensor | None
+    ) -> Continuation | None:
+        """A call on a cache that holds tokens already."""
+        for name in _VISUAL_INPUTS:
+            if given.get(name) is not None:
+                raise InputError(
+                    f"{name} was given together with a cache of {cache.get_seq_length()} tokens; expected images only "
+                    f"in the first call. Leave {name} out if the new tokens have no image of their own; otherwise send "
+                    f"the whole conversation as one prompt without a cache."
+                )
+        if tokens is None or tokens.shape[1] == 0:
+            raise InputError("No new tokens were given on a cache; expected input_ids with one or more.")
+        # A single token was generated; looking at it would make the device wait at every step.
+        is_turn = given.get("input_ids") is not None and tokens.shape[1] > 1
+        if is_turn and self._is_visual(tokens).any():
             raise InputError(
-                f"{flag}=True is not available on a routed model. Use the model that was compiled."
+                "input_ids holds image tokens together with a cache; expected images only in the first call. Send the "
+                "whole conversation as one prompt without a cache."
             )
-    cache = given.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        return _continue(given, cache, config)
-    return _start(given, visual_ids)
-
-
-def _continue(given: Mapping[str, Any], cache: Any, config: RoutingConfig) -> DecodeStep | None:
-    """A call on a cache that holds tokens already."""
-    for name in _VISUAL_INPUTS:
-        if given.get(name) is not None:
+        rows = getattr(cache, "rows", None)
+        if rows is None:
+            _check_plain_cache(cache, self.model_config, tokens.shape[0])
+            return None
+        if rows.config != self.routing_config:
             raise InputError(
-                f"{name} was given together with a cache of {cache.get_seq_length()} tokens; expected images only "
-                f"in the first call. Send the whole conversation as one prompt without a cache."
+                f"past_key_values was made with {rows.config}, but this model routes with {self.routing_config}. Use "
+                f"the cache with the model that made it."
             )
-    made_by = getattr(cache, "routing_config", None)
-    if made_by is None:
-        return None
-    if made_by != config:
-        raise InputError(
-            f"past_key_values was made with {made_by}, but this model routes with {config}. Use the cache with "
-            f"the model that made it."
-        )
-    tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
-    if tokens is None or tokens.shape[1] != 1:
-        raise InputError(
-            f"{'no' if tokens is None else tokens.shape[1]} new tokens on a routed cache; expected one. Chunked "
-            f"prefill, assisted generation and further turns on the same cache are not supported: send the whole "
-            f"conversation as one prompt."
-        )
-    _refuse_padding(given.get("attention_mask"))
-    return DecodeStep()
-
-
-def _start(given: Mapping[str, Any], visual_ids: tuple[int, ...]) -> Prompt | None:
-    """A call that starts a sequence."""
-    input_ids = given.get("input_ids")
-    has_features = any(given.get(name) is not None for name in _VISUAL_INPUTS)
-    if input_ids is None:
-        raise InputError(
-            "The prompt came as inputs_embeds; expected input_ids, in which the visual tokens can be found."
-        )
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise InputError(
-            f"input_ids has shape {list(input_ids.shape)}; expected [batch, length], both above 0."
-        )
-    is_visual = torch.isin(input_ids, torch.tensor(visual_ids, device=input_ids.device))
-    counts = is_visual.sum(dim=1).tolist()
-    if any(counts) and not has_features and given.get("mm_encoder_outputs") is None:
-        raise InputError(
-            f"input_ids holds {max(counts)} image tokens but no pixel_values were given. Pass what the "
-            f"processor returned."
-        )
-    if not any(counts):
-        if has_features:
+        if rows.owner != self.owner:
             raise InputError(
-                "pixel_values were given but input_ids holds no image token; expected one for each feature. Use "
-                "the model's processor and put its image placeholder into the prompt."
+                "past_key_values was made by another routed model; expected a cache of this one. Use the cache with "
+                "the model that made it."
             )
-        return None
-    if len(set(counts)) > 1:
+        held = len(rows.next_position)
+        if tokens.shape[0] != held:
+            raise InputError(
+                f"The call has {tokens.shape[0]} rows, but the cache holds {held}; expected as many. Use "
+                f"cache.batch_select_indices or batch_repeat_interleave to change its rows."
+            )
+        return Continuation(cache, _new_tokens(given.get("attention_mask"), cache, tokens.shape[1]))
+
+    def _start(self, given: Mapping[str, Any]) -> Prompt | None:
+        """A call that starts a sequence."""
+        input_ids = given.get("input_ids")
+        has_features = any(given.get(name) is not None for name in _VISUAL_INPUTS)
+        if input_ids is None:
+            raise InputError(
+                "The prompt came as inputs_embeds; expected input_ids, in which the visual tokens can be found."
+            )
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise InputError(
+                f"input_ids has shape {list(input_ids.shape)}; expected [batch, length], both above 0."
+            )
+        is_token = _read_mask(given.get("attention_mask"), input_ids)
+        # One copy to the host: all shapes follow from what is read here.
+        ids = input_ids.cpu().masked_fill(~is_token, -1)
+        is_visual = self._is_visual(ids)
+        if not is_visual.any():
+            if has_features:
+                raise InputError(
+                    "pixel_values were given but input_ids holds no image token; expected one for each feature. Use "
+                    "the model's processor and put its image placeholder into the prompt."
+                )
+            return None
+        if not has_features and given.get("mm_encoder_outputs") is None:
+            raise InputError(
+                f"input_ids holds {is_visual.sum(dim=1).tolist()} image tokens in its rows but no pixel_values were "
+                f"given. Pass what the processor returned."
+            )
+        places = None
+        if not is_token.all():
+            places = Places.of(is_token)
+            is_visual, ids = places.to_front(is_visual), places.to_front(ids)
+        lengths = is_token.sum(dim=1)
+        _refuse_visual_end(is_visual, lengths)
+        images = _split_images(ids, is_visual, tokens_per_image(self.model_config, given))
+        plan = plan_rows(self.routing_config, is_visual.to(input_ids.device), lengths.tolist(), images)
+        return Prompt(plan, places.to(input_ids.device) if places else None)
+
+    def _is_visual(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+
+
+def _check_tensors(given: Mapping[str, Any], device: torch.device) -> None:
+    """Inputs have to lie where the model does and to have the kind of dtype that a processor returns."""
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.device.type != device.type or tensor.device.index not in (device.index, None):
+            raise InputError(
+                f"{name} is on {tensor.device}, but the model is on {device}; expected the same device. Call "
+                f"inputs.to(model.device)."
+            )
+        if name in ("input_ids", "position_ids") and tensor.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"{name} has dtype {tensor.dtype}; expected int64, as a processor returns.")
+        if name in (*_VISUAL_INPUTS, "inputs_embeds") and not tensor.is_floating_point():
+            raise InputError(
+                f"{name} has dtype {tensor.dtype}; expected floating point, rescaled and normalised as a processor "
+                f"returns it."
+            )
+
+
+def _check_plain_cache(cache: Any, model_config: Any, batch: int) -> None:
+    """A cache that nothing was routed into has to fit the decoder at least."""
+    text = model_config.get_text_config(decoder=True)
+    layers = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
+    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    expected = text.num_hidden_layers, batch, heads, width
+    first = layers[0].keys.shape if layers else (0, 0, 0, 0)
+    found = len(layers), first[0], first[1], first[3]
+    if found != expected:
         raise InputError(
-            f"The rows of the batch hold {counts} visual tokens; expected the same number in each. Run rows with "
-            f"different images one by one."
+            f"past_key_values holds {found[0]} layers of {found[1]} rows with {found[2]} heads of size {found[3]}; "
+            f"expected {expected[0]} layers of {batch} rows with {heads} heads of size {width}. It was made by another "
+            f"model."
         )
-    _refuse_padding(given.get("attention_mask"))
-    _refuse_visual_end(is_visual)
-    return Prompt(_positions(is_visual, counts[0]))
 
 
-def _positions(is_visual: torch.Tensor, count: int) -> torch.Tensor:
-    length = is_visual.shape[1]
-    position = torch.arange(length, device=is_visual.device).expand_as(is_visual)
-    return position.masked_fill(~is_visual, length).sort(dim=1).values[:, :count].contiguous()
-
-
-def _refuse_padding(attention_mask: Any) -> None:
-    if attention_mask is None:
-        return
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+def _read_mask(mask: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Which columns hold a token, ``[B, S]`` bool on the host."""
+    if mask is None:
+        return torch.ones(input_ids.shape, dtype=torch.bool)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         raise InputError(
             "attention_mask is no [batch, length] tensor; expected the mask that a processor returns."
         )
-    padded = (attention_mask == 0).any(dim=1).nonzero().flatten().tolist()
-    if padded:
+    if mask.shape != input_ids.shape:
         raise InputError(
-            f"attention_mask marks padding in rows {padded}; expected rows of equal length without padding. Run rows "
-            f"of different lengths one by one."
+            f"attention_mask has shape {list(mask.shape)}, but input_ids {list(input_ids.shape)}; expected one entry "
+            f"for each token."
+        )
+    mask = mask.cpu()
+    _refuse_other_values(mask)
+    is_token: torch.Tensor = mask != 0
+    empty = (~is_token).all(dim=1).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(
+            f"attention_mask marks rows {empty} as padding throughout; expected at least one token in each row. Leave "
+            f"empty rows out of the batch."
+        )
+    return is_token
+
+
+def _refuse_other_values(mask: torch.Tensor) -> None:
+    if not ((mask == 0) | (mask == 1)).all():
+        raise InputError(
+            "attention_mask holds values other than 0 and 1; expected the mask that a processor returns."
         )
 
 
-def _refuse_visual_end(is_visual: torch.Tensor) -> None:
-    rows = is_visual[:, -1].nonzero().flatten().tolist()
+def _new_tokens(mask: Any, cache: RoutedCache, new: int) -> torch.Tensor | None:
+    """Which of the `new` columns hold a token, from a mask over all columns."""
+    if mask is None:
+        return None
+    rows = cache.rows
+    assert rows is not None
+    wanted = (len(rows.next_position), rows.columns + new)
+    if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != wanted:
+        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise InputError(
+            f"attention_mask has shape {shape}; expected {list(wanted)}: the mask of the prompt, followed by that of "
+            f"all tokens since."
+        )
+    # Reading it on the device would make every generated token wait; for a turn of a conversation it is cheap.
+    if new > 1 or mask.device.type == "cpu":
+        _refuse_other_values(mask)
+        seen = (mask[:, :-new] != 0).sum(dim=1)
+        differ = (seen != rows.tokens[0]).nonzero().flatten().tolist()
+        if differ:
+            raise InputError(
+                f"attention_mask marks {seen[differ].tolist()} earlier tokens in rows {differ}, but the cache holds "
+                f"{rows.tokens[0][differ].tolist()}; expected the masks of the earlier calls, followed by the new one."
+            )
+    is_token: torch.Tensor = mask[:, -new:] != 0
+    return is_token
+
+
+def _refuse_visual_end(is_visual: torch.Tensor, lengths: torch.Tensor) -> None:
+    rows = is_visual.gather(1, lengths[:, None] - 1).flatten().nonzero().flatten().tolist()
     if rows:
         raise InputError(
             f"The prompt ends with a visual token in rows {rows}; expected text after the images: its last token asks "
             f"for the visual ones. Apply the chat template with add_generation_prompt=True."
         )
+
+
+def _split_images(
+    ids: torch.Tensor, is_visual: torch.Tensor, sizes: Mapping[int, list[int]]
+) -> list[list[int]]:
+    """Visual tokens of each image of each row.
+
+    Args:
+        ids: ``[B, S]`` on the host.
+        is_visual: ``[B, S]`` bool.
+        sizes: visual tokens of each image in the order of the batch, by placeholder id; for ids that are missing
+            an image is a run of neighbouring placeholders.
+    """
+    left = {token: list(counts) for token, counts in sizes.items()}
+    rows = []
+    for row, (row_ids, visual) in enumerate(zip(ids, is_visual, strict=True)):
+        runs = _runs(row_ids[visual].tolist(), visual.nonzero().flatten().tolist(), left)
+        rows.append([n for token, run in runs for n in _images_of_run(token, run, row, left)])
+    for token, counts in left.items():
+        if counts:
+            raise InputError(
+                f"{len(counts)} images or videos are left over after the last row: the rows hold "
+                f"{(ids == token).sum(dim=1).tolist()} placeholders with id {token}, and the images need "
+                f"{sizes[token]}. Pass input_ids and pixel_values as the processor returned them."
+            )
+    return rows
+
+
+def _runs(ids: list[int], positions: list[int], known: Container[int]) -> list[tuple[int, int]]:
+    """Id and length of each run of placeholders with one id; text in between ends a run if its id is not known."""
+    runs: list[tuple[int, int]] = []
+    for i, (token, position) in enumerate(zip(ids, positions, strict=True)):
+        if i and token == ids[i - 1] and (token in known or position == positions[i - 1] + 1):
+            runs[-1] = token, runs[-1][1] + 1
+        else:
+            runs.append((token, 1))
+    return runs
+
+
+def _images_of_run(token: int, run: int, row: int, left: dict[int, list[int]]) -> list[int]:
+    """Take the images of a run of placeholders from those that are left."""
+    if token not in left:
+        return [run]
+    images: list[int] = []
+    while sum(images) < run and left[token]:
+        images.append(left[token].pop(0))
+    if sum(images) != run:
+        raise InputError(
+            f"Row {row} holds a run of {run} placeholders with id {token}, but the images that are due there have "
+            f"{images or 'no'} features; expected one placeholder for each feature. Pass input_ids and pixel_values as "
+            f"the processor returned them."
+        )
+    return images

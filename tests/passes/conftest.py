@@ -1,6 +1,8 @@
 """A small hand-written decoder, its exports, and the checks that several pass tests share."""
 
 import copy
+import math
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 from reroute_fx.passes import CanonicalizeAttention, FindLayers, ProveCausal, RemoveNoOps
+from reroute_fx.plan import plan_rows
 
 WIDTH, HEADS, HEAD_DIM = 32, 4, 8
 
@@ -199,11 +202,32 @@ def make_inputs(batch=2, length=64, padding=False, seed=1):
     return inputs
 
 
-def make_visual_index(batch, length, tokens, seed=2):
-    """Ascending positions, interleaved with text and different in each row; first and last token are text."""
+def make_visual(lengths, images, seed=2):
+    """For each row the positions of each image's tokens, ascending: `images` has their numbers.
+
+    They are interleaved with text and different in each row; first and last token are text.
+    """
     generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randperm(length - 2, generator=generator)[:tokens].sort().values + 1 for _ in range(batch)]
-    return torch.stack(rows)
+    rows = []
+    for length, counts in zip(lengths, images, strict=True):
+        between = torch.randperm(max(0, length - 2), generator=generator) + 1
+        tokens = between[: sum(counts)].sort().values
+        assert len(tokens) == sum(counts)
+        rows.append([image.tolist() for image in tokens.split(list(counts))])
+    return rows
+
+
+def make_prompt(config, lengths, images, places=None, garbage=5, padding=False):
+    """Inputs of a routed program. What lies behind a row's tokens grows with `garbage`."""
+    places = places or max(lengths)
+    inputs = make_inputs(len(lengths), places, padding)
+    is_padding = torch.arange(places) >= torch.tensor(lengths)[:, None]
+    inputs["inputs_embeds"][is_padding] *= garbage
+    inputs["position_ids"][is_padding] = garbage
+    is_visual = torch.zeros(len(lengths), places, dtype=torch.bool)
+    for row, tokens in zip(is_visual, make_visual(lengths, images), strict=True):
+        row[[*chain(*tokens)]] = True
+    return inputs | plan_rows(config, is_visual, lengths, images).inputs
 
 
 def export(model, inputs=None, padding=False, **dynamic):
@@ -258,17 +282,57 @@ def assert_agrees(program, model, inputs):
 
 
 def assert_exports_again(program, inputs, other):
-    """Exported from `inputs` once more, the program gives the same at the sizes of `other`."""
+    """Exported from `inputs` once more, the program gives and writes the same at the sizes of `other`."""
     names = program.graph_signature.user_inputs
-    inputs, other = ({name: tensors[name] for name in names} for tensors in (inputs, other))
-    dynamic = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
+    sample, first, second = ({n: t[n].clone() for n in names} for t in (inputs, other, other))
+    dynamic = {
+        name: {dim: Dim.DYNAMIC for dim, size in enumerate(sample[name].shape) if size != tensor.shape[dim]}
+        for name, tensor in first.items()
+    }
     with torch.no_grad():
-        again = torch.export.export(program.module(check_guards=False), (), inputs, dynamic_shapes=dynamic)
-        results = pytree.tree_leaves(again.module()(**other))
-    expected = pytree.tree_leaves(call(program, other))
+        again = torch.export.export(program.module(check_guards=False), (), sample, dynamic_shapes=dynamic)
+        results = pytree.tree_leaves(again.module()(**first))
+    expected = pytree.tree_leaves(call(program, second))
     assert len(results) == len(expected) > 0
-    for result, wanted in zip(results, expected, strict=True):
+    for result, wanted in zip([*results, *first.values()], [*expected, *second.values()], strict=True):
         assert torch.equal(result, wanted)
+
+
+def normalised(rows, norm):
+    return rows / (rows.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+
+
+def turned(rows, angles):
+    """Rotary embedding of ``[S, H, D]`` as a rotation of each pair (i, i + D/2)."""
+    half = rows.shape[-1] // 2
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    low, high = rows[..., :half], rows[..., half:]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def heads_of(rows, linear):
+    return F.linear(rows, linear.weight, linear.bias).view(rows.shape[0], -1, HEAD_DIM)
+
+
+def layer_by_hand(layer, rows, angles, cached=None):
+    """A layer on the rows of one sequence, after `cached` keys and values; with the new ones, ``[S, H, D]``."""
+    normed = normalised(rows, layer.input_norm)
+    query, new_key = (turned(heads_of(normed, linear), angles) for linear in (layer.query, layer.key))
+    new_value = heads_of(normed, layer.value)
+    key, value = new_key, new_value
+    if cached:
+        key, value = (torch.cat(pair) for pair in zip(cached, (new_key, new_value), strict=True))
+    later = torch.ones(len(rows), len(key), dtype=torch.bool).triu(1 + len(key) - len(rows))
+    mixed = torch.zeros_like(query)
+    for head in range(query.shape[1]):
+        shared = head // (query.shape[1] // key.shape[1])
+        logits = query[:, head] @ key[:, shared].T / math.sqrt(HEAD_DIM)
+        mixed[:, head] = logits.masked_fill(later, -math.inf).softmax(-1) @ value[:, shared]
+    attention = F.linear(mixed.flatten(1), layer.output.weight)
+    source = normed if layer.parallel else normalised(rows + attention, layer.output_norm)
+    gate, up = F.linear(source, layer.gate.weight), F.linear(source, layer.up.weight)
+    result = rows + attention + F.linear(gate * gate.sigmoid() * up, layer.down.weight)
+    return result, new_key, new_value
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -285,8 +349,9 @@ def toy():
     """What the tests build decoders from; test modules can't import this file."""
     names = (
         "Blocks, Decoder, Layer, WIDTH, HEADS, HEAD_DIM, additive_mask, assert_agrees, assert_exports_again, call, "
-        "causal_mask, double, eager, export, in_double, make_inputs, make_visual_index, no_mask, operators, passes, "
-        "repeat_heads, rotary, rotate, sdpa, sdpa_causal, tolerance"
+        "causal_mask, double, eager, export, heads_of, in_double, layer_by_hand, make_inputs, make_prompt, "
+        "make_visual, no_mask, normalised, operators, passes, repeat_heads, rotary, rotate, run_layers, sdpa, "
+        "sdpa_causal, tolerance, turned"
     )
     return SimpleNamespace(**{name: globals()[name] for name in names.split(", ")})
 

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from reroute_fx import RoutingConfig
 from reroute_fx.passes import ACTIONS, ExposeOutputs, InsertSelection, RouteStages, run_passes, to_program
 
 aten = torch.ops.aten
 
 
-def expose(toy, program, action=None, decisions=None):
+def expose(toy, program, config=None):
     steps = toy.passes(4)
-    if action:
-        steps += [InsertSelection(tuple(decisions), tuple(decisions.values())), RouteStages(action)]
+    if config:
+        steps += [InsertSelection(config.decision_layers), RouteStages(config.action)]
     graph, results = run_passes(program, [*steps, ExposeOutputs()])
     return graph, results[-1]
 
@@ -53,30 +54,31 @@ def test_keys_and_values_of_an_unrouted_decoder(toy, exported, kv_heads):
 @pytest.mark.parametrize("action", ACTIONS)
 def test_outputs_of_a_routed_decoder(toy, exported, action):
     _, program = exported(layers=3, kv_heads=2)
-    graph, result = expose(toy, program, action, {1: 0.5, 2: 0.25})
+    config = RoutingConfig((1, 2), (0.5, 0.25), action)
+    graph, result = expose(toy, program, config)
     names = [f"{name}.{index}" for index in range(3) for name in ("key", "value")]
-    names += [f"{name}.{index}" for index in (1, 2) for name in ("scores", "selected")]
+    names += [f"{name}.{index}" for index in (1, 2) for name in ("scores", "kept")]
     assert result.matched == len(names)
     assert list(graph.outputs) == names
     original, *added = graph.fx_graph.output_node().args[0]
     assert added == list(graph.outputs.values())
     assert original not in added
-    inputs = toy.make_inputs(3, 40) | {"visual_index": toy.make_visual_index(3, 40, 24)}
+    inputs = toy.make_prompt(config, (40, 33), ((24,), (20,)))
     returned = toy.call(to_program(graph, program), inputs)
     assert list(returned) == ["output", "routing"]
-    assert list(returned["routing"]) == names
-    rows = [40, 16 + 12, 16 + 6]
+    routing = returned["routing"]
+    assert list(routing) == names
+    rows = [40, max(16 + 12, 13 + 10), max(16 + 6, 13 + 5)]
     for index in range(3):
         for name in ("key", "value"):
-            assert returned["routing"][f"{name}.{index}"].shape == (3, 2, rows[index], toy.HEAD_DIM)
-    pool = 12 if action == "physical_delete" else 24
-    assert returned["routing"]["scores.1"].shape == (3, 24)
-    assert returned["routing"]["scores.2"].shape == (3, pool)
-    assert returned["routing"]["selected.1"].shape == (3, 12)
-    assert returned["routing"]["selected.2"].shape == (3, 6)
-    for index in (1, 2):
-        assert returned["routing"][f"scores.{index}"].dtype == torch.float32
-        assert returned["routing"][f"selected.{index}"].dtype == torch.int64
+            assert routing[f"{name}.{index}"].shape == (2, 2, rows[index], toy.HEAD_DIM)
+    candidates = {1: [24, 20], 2: [12, 10] if action == "physical_delete" else [24, 20]}
+    for index, kept in ((1, [12, 10]), (2, [6, 5])):
+        assert routing[f"scores.{index}"].dtype == torch.float32
+        assert routing[f"kept.{index}"].dtype == torch.bool
+        assert routing[f"scores.{index}"].shape == routing[f"kept.{index}"].shape == (2, 24)
+        assert routing[f"kept.{index}"].sum(1).tolist() == kept
+        assert routing[f"scores.{index}"].isfinite().sum(1).tolist() == candidates[index]
 
 
 def test_only_the_output_node_changes(toy, exported):

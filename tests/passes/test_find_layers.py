@@ -152,7 +152,7 @@ def without_attention(decoder, hidden, cos, sin, mask):
 def test_no_attention_is_refused(toy, exported):
     _, program = exported(run=without_attention)
     _, message = refusal(toy, program)
-    assert message == "No attention was found; expected at least one decoder layers."
+    assert message == "No attention was found; expected at least one decoder layer."
 
 
 def cross_attending(toy, keys_from_memory, values_from_memory):

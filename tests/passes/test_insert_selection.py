@@ -1,16 +1,22 @@
 """InsertSelection: decisions score with the decision layer's own query and keys, and change nothing else."""
 
+from itertools import chain
+
 import pytest
 import torch
 
+from reroute_fx import RoutingConfig
 from reroute_fx.passes import ExposeOutputs, InsertSelection, MatchError, run_passes, to_program
 
 aten = torch.ops.aten
 reroute = torch.ops.reroute
+CONFIG = RoutingConfig((1, 2), (0.5, 0.25))
+UNEVEN = {"lengths": (40, 31, 18), "images": ((21,), (20,), ())}
 
 
-def select(toy, program, layers, ratios, *more):
-    graph, results = run_passes(program, [*toy.passes(4), InsertSelection(layers, ratios), *more])
+def select(toy, program, layers, *more, several_pools=False):
+    steps = [*toy.passes(4), InsertSelection(layers, several_pools), *more]
+    graph, results = run_passes(program, steps)
     return graph, results[4]
 
 
@@ -24,8 +30,8 @@ def layer_input(model, inputs, index):
     return seen[0]
 
 
-def attention_of_last_row(toy, model, inputs, index):
-    """Head mean of the last row's attention on every row, ``[B, S]``, written out head by head."""
+def attention_of_last_token(toy, model, inputs, index, lengths):
+    """Head mean of each row's last token's attention on the row's tokens, written out head by head."""
     layer, hidden = model.layers[index], layer_input(model, inputs, index)
     with torch.no_grad():
         normed = layer.input_norm(hidden)
@@ -33,11 +39,18 @@ def attention_of_last_row(toy, model, inputs, index):
         query = toy.rotate(layer.split_heads(layer.query(normed)), cos, sin)
         key = toy.rotate(layer.split_heads(layer.key(normed)), cos, sin)
     group = toy.HEADS // layer.kv_heads
-    heads = []
-    for head in range(toy.HEADS):
-        logits = torch.einsum("bd,bsd->bs", query[:, head, -1], key[:, head // group]) / toy.HEAD_DIM**0.5
-        heads.append(logits.softmax(-1))
-    return torch.stack(heads).mean(0)
+    rows = []
+    for row, length in enumerate(lengths):
+        heads = []
+        for head in range(toy.HEADS):
+            logits = key[row, head // group, :length] @ query[row, head, length - 1] / toy.HEAD_DIM**0.5
+            heads.append(logits.softmax(-1))
+        rows.append(torch.stack(heads).mean(0))
+    return rows
+
+
+def eager_inputs(inputs):
+    return {name: inputs[name] for name in ("inputs_embeds", "position_ids")}
 
 
 @pytest.mark.parametrize(
@@ -45,63 +58,105 @@ def attention_of_last_row(toy, model, inputs, index):
 )
 def test_scores_and_selections(toy, exported, options):
     model, program = exported(layers=3, **options)
-    graph, result = select(toy, program, (1, 2), (0.5, 0.25), ExposeOutputs())
+    graph, result = select(toy, program, CONFIG.decision_layers, ExposeOutputs())
     assert (result.matched, result.rewritten) == (2, 2)
-    inputs = toy.make_inputs(3, 40)
-    inputs["visual_index"] = toy.make_visual_index(3, 40, 21)
+    inputs = toy.make_prompt(CONFIG, **UNEVEN)
     routing = toy.call(to_program(graph, program), inputs)["routing"]
-    visual = inputs.pop("visual_index")
-    precise = toy.double(model)
-    for index, keep in ((1, 10), (2, 5)):
-        rounded = attention_of_last_row(toy, model, inputs, index).gather(1, visual)
-        exact = attention_of_last_row(toy, precise, toy.in_double(inputs), index).gather(1, visual)
-        scores = routing[f"scores.{index}"]
+    plain, lengths, precise = eager_inputs(inputs), UNEVEN["lengths"], toy.double(model)
+    visual = [[*chain(*images)] for images in toy.make_visual(**UNEVEN)]
+    for index, keep in ((1, [10, 10, 0]), (2, [5, 5, 0])):
+        rounded = attention_of_last_token(toy, model, plain, index, lengths)
+        exact = attention_of_last_token(toy, precise, toy.in_double(plain), index, lengths)
+        bound = toy.tolerance(torch.cat(rounded), torch.cat(exact))
+        scores, kept = routing[f"scores.{index}"], routing[f"kept.{index}"]
         assert scores.dtype == torch.float32
-        assert (scores - exact).abs().max().item() <= toy.tolerance(rounded, exact)
-        best = exact.topk(keep, dim=1).indices.sort(dim=1).values
-        assert torch.equal(routing[f"selected.{index}"], best)
+        assert scores.shape == kept.shape == (3, 21)
+        for row, tokens in enumerate(visual):
+            wanted = exact[row][tokens]
+            torch.testing.assert_close(scores[row, : len(tokens)].double(), wanted, rtol=0, atol=bound)
+            assert (scores[row, len(tokens) :] == -torch.inf).all()
+            best = wanted.topk(keep[row]).indices.sort().values
+            assert torch.equal(kept[row].nonzero().flatten(), best)
+
+
+def test_each_image_keeps_its_share(toy, exported):
+    model, program = exported(layers=3, kv_heads=2)
+    graph, _ = select(toy, program, (1,), ExposeOutputs(), several_pools=True)
+    config = RoutingConfig((1,), (0.5,), pool="image")
+    images = ((4, 11, 1), (), (3, 9))
+    inputs = toy.make_prompt(config, UNEVEN["lengths"], images)
+    kept = toy.call(to_program(graph, program), inputs)["routing"]["kept.1"]
+    precise = toy.in_double(eager_inputs(inputs))
+    attention = attention_of_last_token(toy, toy.double(model), precise, 1, UNEVEN["lengths"])
+    for row, tokens in enumerate(toy.make_visual(UNEVEN["lengths"], images)):
+        wanted = []
+        for image in tokens:
+            best = attention[row][image].topk(max(1, len(image) // 2)).indices.tolist()
+            wanted += [image[place] for place in sorted(best)]
+        of_row = inputs["visual_index"][row][kept[row]].tolist()
+        assert of_row == wanted
 
 
 def test_output_is_unchanged(toy, exported):
     _, program = exported(layers=3, kv_heads=2)
-    graph, _ = select(toy, program, (1, 2), (0.5, 0.25))
-    inputs = toy.make_inputs(3, 40)
-    edited = to_program(graph, program)
-    routed_inputs = inputs | {"visual_index": toy.make_visual_index(3, 40, 21)}
+    graph, _ = select(toy, program, CONFIG.decision_layers)
+    inputs = toy.make_prompt(CONFIG, **UNEVEN)
     unrouted, _ = run_passes(program, toy.passes(4))
     expected = toy.call(to_program(unrouted, program), inputs)["output"]
-    assert torch.equal(toy.call(edited, routed_inputs)["output"], expected)
+    assert torch.equal(toy.call(to_program(graph, program), inputs)["output"], expected)
 
 
 def test_nodes_of_a_decision(toy, exported):
     _, program = exported(layers=3, kv_heads=2)
     before, _ = run_passes(program, toy.passes(4))
-    graph, _ = select(toy, program, (1, 2), (0.5, 0.25))
+    graph, _ = select(toy, program, (1, 2))
     for operator, extra in ((reroute.visual_scores, 2), (reroute.select_tokens, 2), (aten.linear, 4)):
         added = len(toy.operators(graph.fx_graph, operator)) - len(toy.operators(before.fx_graph, operator))
         assert added == extra
     assert [decision.layer for decision in graph.decisions] == [1, 2]
     order = {node: place for place, node in enumerate(graph.fx_graph.nodes)}
-    batch, length = graph.layers[0].start.meta["val"].shape[:2]
-    tokens = graph.visual_index.meta["val"].shape[1]
+    inputs = {node.name: node for node in graph.inputs}
+    batch = graph.layers[0].start.meta["val"].shape[0]
+    tokens = inputs["visual_index"].meta["val"].shape[1]
     for decision in graph.decisions:
-        assert decision.pool is graph.visual_index
+        assert decision.visual_index is inputs["visual_index"]
+        assert decision.lengths is inputs["lengths"]
         assert decision.scores.meta["val"].shape == (batch, tokens)
-        keep = decision.selected.meta["val"].shape[1]
-        assert decision.positions.meta["val"].shape == (batch, length - tokens + keep)
+        assert decision.kept.meta["val"].shape == (batch, tokens)
+        (slots,) = inputs[f"slots_{decision.layer}"].meta["val"].shape
+        assert decision.positions.meta["val"].shape == (batch, slots)
         assert {node.meta["region"] for node in decision.nodes} == {f"decision.{decision.layer}"}
-        assert {decision.scores, decision.positions, decision.selected} <= set(decision.nodes)
+        assert {decision.scores, decision.positions, decision.kept} <= set(decision.nodes)
         layer = graph.layers[decision.layer]
         assert order[layer.start] < min(order[n] for n in decision.nodes)
         assert max(order[n] for n in decision.nodes) < order[layer.end]
         assert all(n not in layer.nodes for n in decision.nodes)
-    assert graph.inputs[-1] is graph.visual_index
-    assert graph.visual_index.meta["val"].dtype == torch.int64
 
 
-def test_query_is_computed_for_the_last_row_only(toy, exported):
+@pytest.mark.parametrize("several_pools", [False, True])
+def test_added_inputs(toy, exported, several_pools):
     _, program = exported(layers=3, kv_heads=2)
-    graph, _ = select(toy, program, (1,), (0.5,))
+    graph, _ = select(toy, program, (1, 2), several_pools=several_pools)
+    batch = graph.layers[0].start.meta["val"].shape[0]
+    added = {node.name: node.meta["val"] for node in graph.inputs[2:]}
+    tokens = added["visual_index"].shape[1]
+    by_token = ["pools"] if several_pools else []
+    names = ["visual_index", "lengths", *by_token, "keep_1", "slots_1", "keep_2", "slots_2"]
+    assert list(added) == names
+    assert [node.name for node in graph.added_inputs] == names
+    for name in ("visual_index", "keep_1", "keep_2", *by_token):
+        assert added[name].shape == (batch, tokens)
+    assert added["lengths"].shape == (batch,)
+    sizes = {str(added[name].shape[-1]) for name in ("visual_index", "slots_1", "slots_2", "lengths")}
+    assert len(sizes) == 4
+    integers = {name for name in names if added[name].dtype == torch.int64}
+    assert integers == {"visual_index", "lengths", *by_token}
+    assert {added[name].dtype for name in set(names) - integers} == {torch.bool}
+
+
+def test_query_is_computed_for_the_last_token_only(toy, exported):
+    _, program = exported(layers=3, kv_heads=2)
+    graph, _ = select(toy, program, (1,))
     (decision,) = graph.decisions
     query, key = (decision.scores.args[i].meta["val"] for i in (0, 1))
     assert query.shape[1:] == (toy.HEADS, 1, toy.HEAD_DIM)
@@ -117,31 +172,31 @@ def test_query_is_computed_for_the_last_row_only(toy, exported):
     ("tokens", "ratio", "keep"), [(1, 0.1, 1), (7, 0.5, 3), (30, 0.1, 3), (10, 0.7, 7), (9, 1.0, 9)]
 )
 def test_number_of_kept_tokens(toy, exported, tokens, ratio, keep):
-    """``max(1, int(N * ratio))``, worked out at run time."""
+    """``max(1, int(N * ratio))``; the stage has as many places as that and the text."""
     _, program = exported(layers=3, kv_heads=2)
-    graph, _ = select(toy, program, (1,), (ratio,), ExposeOutputs())
-    inputs = toy.make_inputs(1, 40) | {"visual_index": toy.make_visual_index(1, 40, tokens)}
+    graph, _ = select(toy, program, (1,), ExposeOutputs())
+    inputs = toy.make_prompt(RoutingConfig((1,), (ratio,)), (40,), ((tokens,),))
+    assert inputs["slots_1"].shape == (40 - tokens + keep,)
     routing = toy.call(to_program(graph, program), inputs)["routing"]
-    assert routing["selected.1"].shape == (1, keep)
-    assert routing["scores.1"].shape == (1, tokens)
+    assert routing["kept.1"].sum() == keep
+    assert routing["scores.1"].shape == routing["kept.1"].shape == (1, tokens)
 
 
 def test_result_exports_again(toy, exported):
     _, program = exported(kv_heads=2)
-    graph, _ = select(toy, program, (1,), (0.5,), ExposeOutputs())
-    inputs, other = (
-        toy.make_inputs(*size) | {"visual_index": toy.make_visual_index(*size, tokens)}
-        for size, tokens in (((2, 64), 40), ((3, 40), 13))
-    )
+    config = RoutingConfig((1,), (0.5,), pool="image")
+    graph, _ = select(toy, program, (1,), ExposeOutputs(), several_pools=True)
+    inputs = toy.make_prompt(config, (64, 60), ((40,), (10, 5)))
+    other = toy.make_prompt(config, (40, 11, 30), ((6, 7), (), (12,)))
     toy.assert_exports_again(to_program(graph, program), inputs, other)
 
 
 def test_no_decisions_change_nothing(toy, exported):
     _, program = exported(layers=3, kv_heads=2)
-    graph, result = select(toy, program, (), ())
+    graph, result = select(toy, program, ())
     assert (result.matched, result.rewritten) == (0, 0)
     assert graph.decisions == ()
-    assert graph.visual_index is None
+    assert graph.added_inputs == ()
     assert [n.name for n in graph.inputs] == ["inputs_embeds", "position_ids"]
 
 
@@ -150,12 +205,7 @@ def test_layer_beyond_the_decoder_is_refused(toy, exported):
     with pytest.raises(
         MatchError, match=r"decision_layers has 3, but the graph has 3 layers; expected 1\.\.2"
     ):
-        select(toy, program, (1, 3), (0.5, 0.25))
-
-
-def test_a_ratio_is_needed_for_each_layer():
-    with pytest.raises(ValueError, match="shorter"):
-        InsertSelection((1, 2), (0.5,))
+        select(toy, program, (1, 3))
 
 
 def counts_rows(decoder, position_ids):
@@ -176,7 +226,7 @@ def test_rotary_positions_without_a_batch_are_refused(toy, exported):
     with pytest.raises(
         MatchError, match=r"%\w+ of shape \[.*\] runs over the sequence in a layout that can't be"
     ):
-        select(toy, program, (1,), (0.5,))
+        select(toy, program, (1,))
 
 
 def centred(normed):
@@ -189,7 +239,7 @@ def accumulated(normed):
 
 @pytest.mark.parametrize(("mix", "name"), [(centred, "mean"), (accumulated, "cumsum")])
 def test_query_that_depends_on_other_rows_is_refused(toy, mix, name):
-    """From the last row alone the layer's query can't be computed."""
+    """From the last token alone the layer's query can't be computed."""
 
     def run(decoder, hidden, cos, sin, mask):
         for layer in decoder.layers:
@@ -199,11 +249,11 @@ def test_query_that_depends_on_other_rows_is_refused(toy, mix, name):
 
     program = toy.export(toy.Decoder(run=run))
     with pytest.raises(MatchError, match=rf"%{name}\w*"):
-        select(toy, program, (1,), (0.5,))
+        select(toy, program, (1,))
 
 
 def test_static_length_is_refused(toy):
     with torch.no_grad():
         program = torch.export.export(toy.Decoder(), (), toy.make_inputs())
     with pytest.raises(MatchError, match=r"%inputs_embeds .*(dynamic|symbolic)"):
-        select(toy, program, (1,), (0.5,))
+        select(toy, program, (1,))

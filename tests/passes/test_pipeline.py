@@ -18,15 +18,14 @@ from reroute_fx.passes import (
     run_passes,
     to_program,
 )
-from reroute_fx.routing import unrouted
+from reroute_fx.routing import continuation, unrouted
 
 CONFIG = RoutingConfig((1,), (0.4,), "compact_route_stagewise")
 DELETING = RoutingConfig((1,), (0.7,), "physical_delete")
 
 
-def make_inputs(toy, batch=2, length=40, tokens=17, padding=False):
-    inputs = toy.make_inputs(batch, length, padding=padding)
-    return inputs | {"visual_index": toy.make_visual_index(batch, length, tokens)}
+def make_inputs(toy, config=CONFIG, **options):
+    return toy.make_prompt(config, (40, 33), ((17,), (20,)), **options)
 
 
 def assert_equal_results(first, second):
@@ -134,18 +133,21 @@ def test_original_is_unchanged_and_can_be_routed_again(toy, exported):
     _, program = exported(padding=True, kv_heads=2)
     before = fingerprint(program)
     inputs = make_inputs(toy, padding=True)
+    other = make_inputs(toy, DELETING)
     plain = toy.call(program, inputs)
     first, _ = route(program, CONFIG)
     results = toy.call(first, inputs)
     assert fingerprint(program) == before
     deleting, _ = route(program, DELETING)
     assert fingerprint(program) == before
+    continuation(program, (1,))
+    assert fingerprint(program) == before
     again, _ = route(program, CONFIG)
     assert torch.equal(toy.call(program, inputs), plain)
     assert_equal_results(toy.call(first, inputs), results)
     assert_equal_results(toy.call(again, inputs), results)
-    assert toy.call(deleting, inputs)["routing"]["selected.1"].shape == (2, 11)
-    assert results["routing"]["selected.1"].shape == (2, 6)
+    assert toy.call(deleting, other)["routing"]["kept.1"].sum(1).tolist() == [11, 14]
+    assert results["routing"]["kept.1"].sum(1).tolist() == [6, 8]
 
 
 def test_routed_program_is_not_routed_again(exported):
@@ -159,9 +161,8 @@ def test_routed_program_is_not_routed_again(exported):
 def test_parameters_are_shared(exported):
     model, program = exported(padding=True, kv_heads=2)
     routed, _ = route(program, CONFIG)
-    plain = unrouted(program)
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
-    for other in (routed, plain):
+    for other in (routed, unrouted(program), continuation(program, (1,))):
         assert other.state_dict.keys() == program.state_dict.keys() == parameters.keys()
         for name, tensor in parameters.items():
             assert (
@@ -182,20 +183,37 @@ def test_weights_that_change_later_count(toy):
     assert torch.equal(toy.call(routed, inputs)["output"], before * 2)
 
 
+ADDED = {
+    "routed": ["visual_index", "lengths", "keep_1", "slots_1"],
+    "continuation": [
+        *("cached_0", "key_cache_0", "value_cache_0"),
+        *("cached_1", "key_cache_1", "value_cache_1"),
+    ],
+    "unrouted": [],
+}
+
+
+def make_program(kind, program):
+    """The routed program, the one that continues it, or the one that routes nothing."""
+    if kind == "routed":
+        return route(program, CONFIG)[0]
+    return continuation(program, CONFIG.decision_layers) if kind == "continuation" else unrouted(program)
+
+
 @pytest.mark.parametrize("padding", [False, True])
-def test_signature(exported, padding):
+@pytest.mark.parametrize("kind", ADDED)
+def test_signature(exported, padding, kind):
     _, program = exported(padding=padding, kv_heads=2)
-    routed, _ = route(program, CONFIG)
+    edited = make_program(kind, program)
     original = ["inputs_embeds", "position_ids"] + (["attention_mask"] if padding else [])
     assert list(program.graph_signature.user_inputs) == original
-    assert list(routed.graph_signature.user_inputs) == ["inputs_embeds", "position_ids", "visual_index"]
-    assert list(unrouted(program).graph_signature.user_inputs) == ["inputs_embeds", "position_ids"]
-    assert routed.graph_signature.parameters == program.graph_signature.parameters
-    assert routed.graph_signature.buffers == program.graph_signature.buffers
-    placeholders = [n.name for n in routed.graph.find_nodes(op="placeholder")]
-    assert placeholders == [spec.arg.name for spec in routed.graph_signature.input_specs]
-    returned = [n.name for n in routed.graph.output_node().args[0]]
-    assert returned == list(routed.graph_signature.user_outputs)
+    assert list(edited.graph_signature.user_inputs) == ["inputs_embeds", "position_ids", *ADDED[kind]]
+    assert edited.graph_signature.parameters == program.graph_signature.parameters
+    assert edited.graph_signature.buffers == program.graph_signature.buffers
+    placeholders = [n.name for n in edited.graph.find_nodes(op="placeholder")]
+    assert placeholders == [spec.arg.name for spec in edited.graph_signature.input_specs]
+    returned = [n.name for n in edited.graph.output_node().args[0]]
+    assert returned == list(edited.graph_signature.user_outputs)
 
 
 def test_padding_is_no_argument_any_more(toy, exported):
@@ -225,22 +243,31 @@ def test_inputs_given_by_place(toy, exported):
         program = torch.export.export(ByPlace(model), tuple(inputs.values()), dynamic_shapes=(sizes,) * 3)
         routed = route(program, CONFIG)[0].module(check_guards=False)
         inputs = make_inputs(toy)
-        result = routed(inputs["inputs_embeds"], inputs["position_ids"], visual_index=inputs["visual_index"])
+        added = {name: inputs[name] for name in ADDED["routed"]}
+        result = routed(inputs["inputs_embeds"], inputs["position_ids"], **added)
     assert_equal_results(result, toy.call(route(by_name, CONFIG)[0], inputs))
 
 
-def test_sizes_of_the_routed_program_are_symbolic(exported):
+@pytest.mark.parametrize(
+    ("kind", "new"),
+    [("routed", {"visual_index", "slots_1"}), ("continuation", {"key_cache_0", "key_cache_1"})],
+)
+def test_sizes_of_the_edited_program_are_symbolic(exported, kind, new):
+    """Each of the `new` inputs brings in a size."""
     _, program = exported(padding=True, kv_heads=2)
-    routed, _ = route(program, CONFIG)
-    shapes = {n.name: n.meta["val"].shape for n in routed.graph.find_nodes(op="placeholder")}
+    edited = make_program(kind, program)
+    shapes = {n.name: n.meta["val"].shape for n in edited.graph.find_nodes(op="placeholder")}
     batch, length = shapes["inputs_embeds"][:2]
     assert isinstance(batch, torch.SymInt)
     assert isinstance(length, torch.SymInt)
-    visual_batch, tokens = shapes["visual_index"]
-    assert visual_batch.node.expr == batch.node.expr
-    assert tokens.node.expr not in {batch.node.expr, length.node.expr}
-    assert {batch.node.expr, length.node.expr, tokens.node.expr} <= set(routed.range_constraints)
-    assert set(routed.range_constraints) - set(program.range_constraints) == {tokens.node.expr}
+    sizes = {batch.node.expr, length.node.expr}
+    for name in ADDED[kind]:
+        if not name.startswith("slots"):
+            assert shapes[name][0].node.expr == batch.node.expr
+        if name in new:
+            sizes.add(shapes[name][2 if "cache" in name else -1].node.expr)
+    assert len(sizes) == 2 + len(new)
+    assert set(edited.range_constraints) == sizes
 
 
 def test_routed_program_survives_saving(toy, exported, tmp_path):

@@ -1,12 +1,12 @@
-"""is_sequence_tensor: which layouts can be compacted, by the symbols in the shape."""
+"""Which layouts can be compacted, by the symbols in the shape, and which rows are taken."""
 
 import pytest
 import torch
 from torch import nn
 
-from reroute_fx.passes import run_passes
-from reroute_fx.passes.graph_edit import expression
-from reroute_fx.passes.replay import is_sequence_tensor
+from reroute_fx.passes import run_passes, to_program
+from reroute_fx.passes.graph_edit import add_input, edit_after, expression
+from reroute_fx.passes.replay import LastTokens, is_sequence_tensor
 
 
 class Layouts(nn.Module):
@@ -48,3 +48,25 @@ def layouts(toy):
 def test_layouts(layouts, name):
     nodes, length, batch = layouts
     assert is_sequence_tensor(nodes[name], length, batch) == (name in COMPACTABLE)
+
+
+def test_last_tokens(toy, exported):
+    """Of each row the token before its length, with the shape of one row."""
+    _, program = exported(kv_heads=2)
+    graph, _ = run_passes(program, toy.passes(4))
+    batch = graph.layers[0].start.meta["val"].shape[0]
+    lengths = add_input(graph, "lengths", (batch,), torch.int64)
+    stream, positions = graph.inputs[:2]
+    with edit_after(graph, graph.inputs[-1], region="") as edit:
+        last = LastTokens(edit, lengths)
+        tensors = {"stream": stream, "positions": positions}
+        graph.outputs = {name: last.rows(edit, tensor, 1) for name, tensor in tensors.items()}
+    output = graph.fx_graph.output_node()
+    output.args = ((*output.args[0], *graph.outputs.values()),)
+    assert last.length == 1
+    assert graph.outputs["stream"].meta["val"].shape[1:] == (1, toy.WIDTH)
+    inputs = toy.make_inputs(3, 20)
+    rows = toy.call(to_program(graph, program), inputs | {"lengths": torch.tensor([20, 1, 7])})["routing"]
+    for row, place in enumerate((19, 0, 6)):
+        assert torch.equal(rows["stream"][row], inputs["inputs_embeds"][row, place : place + 1])
+        assert torch.equal(rows["positions"][row], inputs["position_ids"][row, place : place + 1])

@@ -1,0 +1,95 @@
+"""Models with random weights and the proportions of real ones, for benchmarks."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+
+def build(width: int, layers: int) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights whose decoder has the proportions of a 7B one."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=int(width * 2.6875),
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        vocab_size=1000,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=999)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def build_qwen(width: int, layers: int) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL with random weights, grouped-query attention and a vision tower that costs next to nothing."""
+    torch.manual_seed(0)
+    heads = width // 64
+    text = {
+        "hidden_size": width,
+        "intermediate_size": int(width * 2.6875),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4,
+        "vocab_size": 1000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": width,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=999,
+        video_token_id=998,
+        vision_start_token_id=997,
+        vision_end_token_id=996,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def qwen_prompts(
+    model: Qwen2_5_VLForConditionalGeneration, sizes: Sequence[tuple[Sequence[tuple[int, int]], int]]
+) -> dict[str, torch.Tensor]:
+    """Inputs of a batch, padded on the left.
+
+    Args:
+        model: from `build_qwen`.
+        sizes: for each row the images, as height and width in merged patches, and the number of text tokens.
+    """
+    config, merge = model.config, model.config.vision_config.spatial_merge_size
+    rows, grids = [], []
+    for images, text in sizes:
+        row = [5]
+        for height, width in images:
+            grids.append([1, height * merge, width * merge])
+            row += [config.vision_start_token_id, *[config.image_token_id] * (height * width)]
+            row += [config.vision_end_token_id]
+        rows.append(row + list(range(6, 6 + text - 1 - 2 * len(images))))
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    is_token = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    patches = sum(t * h * w for t, h, w in grids)
+    vision = config.vision_config
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "input_ids": ids,
+        "attention_mask": is_token,
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+        "pixel_values": torch.randn(patches, values),
+        "image_grid_thw": torch.tensor(grids),
+    }

@@ -1,0 +1,142 @@
+"""Let attention read a key-value cache: new tokens see what their row cached before, and each other.
+
+Before: ``attention(%query, %key, %value, None, causal)`` on Q tokens that are a sequence of their own
+After:  ``%keys = index_put_(%key_cache_7, [row, :, slot], %key)``, the same for the values, and
+        ``attention(%query, %keys, %values, slot number <= own slot)``
+
+Layers of a stage cache the same tokens; stages differ. Inputs that are added, for each stage and named after
+its first layer: ``cached_7 [B]`` int64, the tokens that each row has in the cache; for each layer:
+``key_cache_7`` and ``value_cache_7`` ``[B, Hkv, C, D]``, which the program writes into. New tokens go behind
+those of their row, so C has to be at least Q more than ``cached_7``. What lies behind them is never read.
+
+Outside attention nothing may depend on earlier tokens or on their number: a graph that counts its own positions
+or sums over tokens is refused.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import fx
+
+from .canonicalize_attention import attention_arguments
+from .decoder_graph import DecoderGraph, Layer
+from .errors import MatchError
+from .graph_edit import (
+    Editor,
+    add_input,
+    aten,
+    edit_after,
+    expression,
+    is_tensor,
+    sequence_dims,
+    shape,
+    value,
+)
+from .interface import Pass, PassResult, Rejection, refuse
+from .token_mixing import mixes_tokens
+
+
+class AttendToCache(Pass):
+    """Args:
+    stage_starts: first layers of the stages, ascending; the layers before the first are a stage too.
+    """
+
+    def __init__(self, stage_starts: Sequence[int] = ()) -> None:
+        self.starts = (0, *stage_starts)
+
+    def apply(self, graph: DecoderGraph) -> PassResult:
+        if not graph.layers:
+            return PassResult(self.name)
+        deepest, found = self.starts[-1], len(graph.layers)
+        if deepest >= found:
+            raise MatchError(
+                f"stage_starts has {deepest}, but the graph has {found} layers; expected 1..{found - 1}."
+            )
+        if any(a >= b for a, b in pairwise(self.starts)):
+            raise MatchError(f"stage_starts is {list(self.starts[1:])}; expected ascending layers above 0.")
+        rejected = tuple(_what_depends_on_earlier_tokens(graph))
+        if rejected:
+            raise refuse(
+                f"{len(rejected)} calls outside attention depend on earlier tokens",
+                "a decoder in which new tokens know earlier ones by attention and position_ids alone",
+                rejected,
+            )
+        ends = (*self.starts[1:], found)
+        stages = [graph.layers[a:b] for a, b in zip(self.starts, ends, strict=True)]
+        inputs = [_add_inputs(graph, stage) for stage in stages]
+        stream = graph.layers[0].start
+        before = graph.inputs[-1] if stream.op == "placeholder" else stream
+        for stage, (cached, caches) in zip(stages, inputs, strict=True):
+            with edit_after(graph, before, region=f"slots.{stage[0].index}") as edit:
+                places = _Slots(edit, cached, caches[0][0], stream)
+            for layer, (keys, values) in zip(stage, caches, strict=True):
+                _attend(graph, layer, keys, values, places)
+        return PassResult(self.name, matched=found, rewritten=found, detail=f"{len(stages)} stages")
+
+
+def _what_depends_on_earlier_tokens(graph: DecoderGraph) -> Iterator[Rejection]:
+    length = expression(shape(graph.layers[0].start)[1])
+    attention = {layer.attention for layer in graph.layers}
+    for node in graph.fx_graph.nodes:
+        if node.op != "call_function" or node in attention or not is_tensor(node):
+            continue
+        if mixes_tokens(node, length):
+            yield Rejection(node.name, f"it lets tokens see each other ({node.target})")
+        elif sequence_dims(node, length) and all(
+            isinstance(value(n), torch.SymInt) for n in node.all_input_nodes
+        ):
+            yield Rejection(node.name, f"it numbers the tokens from the first of a call ({node.target})")
+
+
+def _add_inputs(graph: DecoderGraph, stage: Sequence[Layer]) -> tuple[fx.Node, list[tuple[fx.Node, ...]]]:
+    first = stage[0].index
+    cached = add_input(graph, f"cached_{first}", shape(stage[0].start)[:1], torch.int64)
+    caches = []
+    for layer in stage:
+        given = attention_arguments(layer.attention)
+        pair = []
+        for name, new in (("key", given.key), ("value", given.value)):
+            batch, heads, _, width = shape(new)
+            size = (batch, heads, f"capacity_{first}", width)
+            pair.append(add_input(graph, f"{name}_cache_{layer.index}", size, value(new).dtype))
+        caches.append(tuple(pair))
+    return cached, caches
+
+
+class _Slots:
+    """Where the new tokens of a stage go in its caches and what they see there.
+
+    Attributes:
+        row: ``[B, 1]``.
+        slot: ``[B, Q]``.
+        mask: ``[B, 1, Q, C]`` bool.
+    """
+
+    def __init__(self, edit: Editor, cached: fx.Node, cache: fx.Node, stream: fx.Node) -> None:
+        def count(size: fx.Node) -> fx.Node:
+            return edit.call(aten.arange.default, size, device=value(cached).device)
+
+        def unsqueeze(node: fx.Node, dim: int) -> fx.Node:
+            return edit.call(aten.unsqueeze.default, node, dim)
+
+        self.row = unsqueeze(count(edit.size(stream, 0)), 1)
+        self.slot = edit.call(aten.add.Tensor, unsqueeze(cached, 1), count(edit.size(stream, 1)))
+        own = unsqueeze(unsqueeze(self.slot, 1), 3)  # [B, 1, Q, 1]
+        self.mask = edit.call(aten.le.Tensor, count(edit.size(cache, 2)), own)
+
+
+def _attend(graph: DecoderGraph, layer: Layer, keys: fx.Node, values: fx.Node, slots: _Slots) -> None:
+    given = attention_arguments(layer.attention)
+    with edit_after(graph, layer.attention.prev, region=f"layer.{layer.index}") as edit:
+        keys, values = (
+            edit.call(
+                aten.index_put_.default,
+                cache,
+                [slots.row, None, slots.slot],
+                edit.call(aten.transpose.int, new, 1, 2),
+            )
+            for cache, new in ((keys, given.key), (values, given.value))
+        )
+    query, _, _, _, dropout, _ = layer.attention.args
+    layer.attention.args = (query, keys, values, slots.mask, dropout, False)

@@ -1,0 +1,72 @@
+"""How many tokens of each row run through each stage: known from the prompt before anything runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .config import RoutingConfig
+from .kernels import keep_count
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Counts of a batch of prompts and the inputs of a routed program that carry them.
+
+    Attributes:
+        lengths: tokens of each row.
+        images: for each row the visual tokens of each of its images.
+        stage_lengths: for each decision layer the tokens of each row that run through its stage.
+        inputs: ``visual_index``, ``lengths``, ``pools``, ``keep_<layer>`` and ``slots_<layer>`` as `InsertSelection`
+            describes them.
+    """
+
+    lengths: tuple[int, ...]
+    images: tuple[tuple[int, ...], ...]
+    stage_lengths: dict[int, tuple[int, ...]]
+    inputs: dict[str, torch.Tensor]
+
+
+def plan_rows(
+    config: RoutingConfig, is_visual: torch.Tensor, lengths: Sequence[int], images: Sequence[Sequence[int]]
+) -> RowPlan:
+    """Plan a batch.
+
+    Args:
+        config: what is routed.
+        is_visual: which places hold a visual token, ``[B, S]`` bool; rows start with their first token and are
+            padded at the end.
+        lengths: tokens of each row.
+        images: for each row the visual tokens of each of its images, in order.
+    """
+    batch, places = is_visual.shape
+    pools = images if config.pool == "image" else [[sum(row)] for row in images]
+    widest = max(1, *(sum(row) for row in images))
+    position = torch.arange(places, device=is_visual.device).expand(batch, places)
+    visual_index = position.masked_fill(~is_visual, places).sort(dim=1).values[:, :widest].contiguous()
+    inputs = {"visual_index": visual_index, "lengths": torch.tensor(lengths)}
+    if config.pool == "image":
+        inputs["pools"] = torch.tensor([_pool_numbers(row, widest) for row in pools])
+    stage_lengths = {}
+    for layer, ratio in zip(config.decision_layers, config.keep_ratios, strict=True):
+        kept = [[keep_count(tokens, ratio) for tokens in row] for row in pools]
+        inputs[f"keep_{layer}"] = torch.tensor(
+            [_places(p, k, widest) for p, k in zip(pools, kept, strict=True)]
+        )
+        rows = zip(lengths, images, kept, strict=True)
+        stage_lengths[layer] = tuple(length - sum(image) + sum(k) for length, image, k in rows)
+        inputs[f"slots_{layer}"] = torch.zeros(max(stage_lengths[layer]), dtype=torch.bool)
+    inputs = {name: tensor.to(is_visual.device) for name, tensor in inputs.items()}
+    return RowPlan(tuple(lengths), tuple(map(tuple, images)), stage_lengths, inputs)
+
+
+def _pool_numbers(pools: Sequence[int], width: int) -> list[int]:
+    """The pool of each visual token; what is no token comes last."""
+    numbers = [number for number, tokens in enumerate(pools) for _ in range(tokens)]
+    return numbers + [len(pools)] * (width - len(numbers))
+
+
+def _places(pools: Sequence[int], kept: Sequence[int], width: int) -> list[bool]:
+    """Which places of the ranking are kept: the first ones of each pool."""
+    places = [place < k for tokens, k in zip(pools, kept, strict=True) for place in range(tokens)]
+    return places + [False] * (width - len(places))

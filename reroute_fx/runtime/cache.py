@@ -1,0 +1,193 @@
+"""The key-value cache of a routed model: every layer holds the tokens that ran through it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..config import RoutingConfig
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """What is in a cache, for each stage (the layers from one decision layer to the next) and row.
+
+    Attributes:
+        config: the configuration that routed the prompt.
+        owner: identity of the model that made the cache.
+        columns: length that Hugging Face counts: places of the prompt and of all calls since, padding included.
+        filled: for each first layer of a stage, places in use in the longest row.
+        tokens: for each first layer of a stage, tokens of each row, ``[B]`` int64. They lie at the front.
+        next_position: rotary position of each row's next token, ``[B]`` int64.
+    """
+
+    config: RoutingConfig
+    owner: str
+    columns: int
+    filled: Mapping[int, int]
+    tokens: Mapping[int, torch.Tensor]
+    next_position: torch.Tensor
+
+    def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "CachedRows":
+        tokens = {start: change(rows) for start, rows in self.tokens.items()}
+        return replace(self, tokens=tokens, next_position=change(self.next_position))
+
+
+class RoutedCache(DynamicCache):
+    """Keys and values of a conversation with a routed model.
+
+    `generate` and `forward` make one when none is given; a plain empty `DynamicCache` that is given becomes one in
+    place. Before a prompt with visual tokens, and if none comes, it is an ordinary `DynamicCache`. After one
+    each layer has a buffer of its own length ``[B, Hkv, C, D]``. Buffers hold exactly what `generate` asked for;
+    outside `generate` they grow by doubling.
+
+    Args:
+        max_length: tokens, padding included, that a row may come to hold. A call that goes beyond is refused, and
+            buffers are allocated for it once. None for no limit.
+
+    Attributes:
+        expected_length: length for which buffers are allocated; set by `generate`.
+        rows: None as long as nothing was routed.
+    """
+
+    max_length: int | None = None
+    expected_length: int | None = None
+    rows: CachedRows | None = None
+
+    def __init__(self, max_length: int | None = None) -> None:
+        super().__init__()
+        self.max_length = max_length
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache) -> "RoutedCache":
+        """Turn an empty `DynamicCache` into a `RoutedCache`, so that whoever holds it holds the conversation."""
+        if not isinstance(cache, cls):
+            cache.__class__ = cls
+        assert isinstance(cache, cls)
+        return cache
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all keys and values, room for new tokens included."""
+        held = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
+        return sum(t.nbytes for t in held)
+
+    def fill(self, rows: CachedRows, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+        """Take the keys and values of a prompt, ``[B, Hkv, S', D]`` for each layer."""
+        layers = []
+        for key, value in zip(keys, values, strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(key, value)
+            layer.keys, layer.values = key, value
+            layers.append(layer)
+        self.layers, self.rows = layers, rows
+
+    def check_room(self, columns: int) -> None:
+        """Raise unless a row may grow to `columns` places."""
+        if self.max_length is not None and columns > self.max_length:
+            raise InputError(
+                f"The call would bring the cache to {columns} tokens in a row; expected at most max_length="
+                f"{self.max_length}. Nothing was changed. Use RoutedCache(max_length={columns}) or more, or none."
+            )
+
+    def reserve(self, new: int) -> None:
+        """Make room for `new` places in every layer. What is cached stays as it is."""
+        rows = self._routed()
+        self.check_room(rows.columns + new)
+        wanted = max(self.expected_length or 0, self.max_length or 0)
+        for start, end in self._stages():
+            needed, capacity = rows.filled[start] + new, self.layers[start].keys.shape[2]
+            if needed > capacity:
+                announced = rows.filled[start] + wanted - rows.columns
+                capacity = announced if announced >= needed else max(needed, 2 * capacity)
+            for layer in self.layers[start:end]:
+                layer.keys, layer.values = _fit(layer.keys, capacity), _fit(layer.values, capacity)
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Inputs that `AttendToCache` adds to a program."""
+        given = {f"cached_{start}": tokens for start, tokens in self._routed().tokens.items()}
+        for i, layer in enumerate(self.layers):
+            given[f"key_cache_{i}"], given[f"value_cache_{i}"] = layer.keys, layer.values
+        return given
+
+    def advance(self, columns: int, tokens: torch.Tensor) -> None:
+        """Count what a program wrote: `tokens` ``[B]`` of `columns` new places in each row."""
+        rows = self._routed()
+        self.rows = replace(
+            rows.map_rows(lambda counts: counts + tokens),
+            columns=rows.columns + columns,
+            filled={start: filled + columns for start, filled in rows.filled.items()},
+        )
+
+    def _routed(self) -> CachedRows:
+        assert self.rows is not None
+        return self.rows
+
+    def _stages(self) -> list[tuple[int, int]]:
+        starts = list(self._routed().filled)
+        return list(zip(starts, [*starts[1:], len(self.layers)], strict=True))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.rows.columns if self.rows else super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if self.rows:
+            return self.rows.columns + query_length, 0
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.rows:
+            raise InputError(
+                "past_key_values was made by a routed model; expected to be used by that model. Its layers cache "
+                "different numbers of tokens, which this model can't read."
+            )
+        states: tuple[torch.Tensor, torch.Tensor] = super().update(*args, **kwargs)
+        return states
+
+    @property
+    def is_croppable(self) -> bool:
+        return not self.rows and bool(super().is_croppable)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        if self.rows:
+            raise InputError(
+                "A routed cache can't be cropped; expected a conversation that only grows. Keep a copy.deepcopy of "
+                "the cache to come back to an earlier state."
+            )
+        super().crop(*args, **kwargs)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.rows:
+            self.layers, self.layer_class_to_replicate, self.rows = [], DynamicLayer, None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices])
+
+    def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.rows:
+            self.rows = self.rows.map_rows(change)
+
+
+def _fit(states: torch.Tensor, capacity: int) -> torch.Tensor:
+    """``[B, Hkv, capacity, D]``, contiguous, with `states` at the front; zeros behind, as masked NaNs would show."""
+    if states.shape[2] == capacity and states.is_contiguous() and states.storage_offset() == 0:
+        return states
+    batch, heads, length, width = states.shape
+    buffer = states.new_zeros(batch, heads, capacity, width)
+    buffer[:, :, :length] = states
+    return buffer

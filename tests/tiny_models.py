@@ -1,0 +1,175 @@
+"""Tiny vision-language models with sharp attention, and batches of prompts for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+IMAGE, VIDEO, PAD = 50, 49, 0
+LAYERS = 8
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_llava() -> Any:
+    """16 tokens for each image."""
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, pad_token_id=PAD
+    )
+    return _sharp(LlavaForConditionalGeneration, config)
+
+
+def tiny_qwen() -> Any:
+    """One token for each 2 x 2 patches of an image or of a frame of a video."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **TEXT,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 4,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=48,
+        vision_end_token_id=47,
+    )
+    return _sharp(Qwen2_5_VLForConditionalGeneration, config)
+
+
+def _sharp(model_class: type, config: Any) -> Any:
+    """With initial weights attention is nearly uniform, and the ranking of the visual tokens is rounding."""
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(10)
+    return model
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image or a video.
+
+    Attributes:
+        token: its placeholder.
+        grid: patches in time, height and width.
+        size: number of its visual tokens.
+        pixels: as the model takes them.
+        seconds: between the frames of a video.
+    """
+
+    token: int
+    grid: tuple[int, int, int]
+    size: int
+    pixels: torch.Tensor = field(repr=False)
+    seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt: ids with a placeholder for each visual token, and the pictures in order."""
+
+    ids: tuple[int, ...]
+    pictures: tuple[Picture, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(picture.size for picture in self.pictures)
+
+    @property
+    def visual_positions(self) -> list[int]:
+        return [i for i, token in enumerate(self.ids) if token in (IMAGE, VIDEO)]
+
+    @property
+    def pools(self) -> list[int]:
+        """Number of the picture of each visual token."""
+        return [number for number, size in enumerate(self.sizes) for _ in range(size)]
+
+
+def llava_image(random: torch.Generator) -> Picture:
+    return Picture(IMAGE, (1, 4, 4), 16, torch.randn(1, 3, 16, 16, generator=random))
+
+
+def qwen_picture(
+    random: torch.Generator, grid: tuple[int, int, int], token: int = IMAGE, seconds: float = 1.0
+) -> Picture:
+    time, height, width = grid
+    patches = time * height * width
+    # A patch holds 3 colours, 2 neighbouring frames and 14 x 14 pixels.
+    pixels = torch.randn(patches, 3 * 2 * 14 * 14, generator=random)
+    return Picture(token, grid, patches // 4, pixels, seconds)
+
+
+def make_row(random: torch.Generator, texts: Sequence[int], pictures: Sequence[Picture]) -> Row:
+    """Text and pictures by turns: `texts` are the lengths of the text before, between and behind the pictures."""
+    assert len(texts) == len(pictures) + 1
+    ids = torch.randint(3, 40, (texts[0],), generator=random).tolist()
+    for picture, text in zip(pictures, texts[1:], strict=True):
+        ids += [picture.token] * picture.size
+        ids += torch.randint(3, 40, (text,), generator=random).tolist()
+    return Row(tuple(ids), tuple(pictures))
+
+
+def collate(model: Any, rows: Sequence[Row], side: str = "left", extra: int = 0) -> dict[str, torch.Tensor]:
+    """Inputs of a batch as a processor makes them, padded on one side by at least `extra` columns."""
+    width = max(len(row.ids) for row in rows) + extra
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        columns = columns_of(row, width, side)
+        ids[i, columns], mask[i, columns] = torch.tensor(row.ids), 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    pictures = [picture for row in rows for picture in row.pictures]
+    images = [picture for picture in pictures if picture.token == IMAGE]
+    videos = [picture for picture in pictures if picture.token == VIDEO]
+    if images:
+        inputs["pixel_values"] = torch.cat([picture.pixels for picture in images])
+    if videos:
+        inputs["pixel_values_videos"] = torch.cat([picture.pixels for picture in videos])
+    if isinstance(model, Qwen2_5_VLForConditionalGeneration):
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        if images:
+            inputs["image_grid_thw"] = torch.tensor([picture.grid for picture in images])
+        if videos:
+            inputs["video_grid_thw"] = torch.tensor([picture.grid for picture in videos])
+            inputs["second_per_grid_ts"] = torch.tensor([picture.seconds for picture in videos])
+    return inputs
+
+
+def columns_of(row: Row, width: int, side: str) -> slice:
+    """Where a row lies in a batch of `width` columns."""
+    length = len(row.ids)
+    return slice(width - length, width) if side == "left" else slice(length)
