@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_generation import (
+from conversations import (
     IMAGE,
     MIXED,
     NOISE,
@@ -223,6 +223,16 @@ def test_copies_diverge(family):
             found[i].append(step(routed, branch, *[token] * 3))
     for ours, alone in zip(found, wanted, strict=True):
         torch.testing.assert_close(torch.cat(ours, dim=1), alone, atol=NOISE, rtol=0)
+
+
+def test_a_cache_can_leave_inference_mode(family):
+    """As one of Hugging Face can."""
+    routed, inputs = routed_model(family), batch(family, *SINGLE)
+    wanted = forward_and_steps(routed, inputs, [3, 4])[:, -1:]
+    with torch.inference_mode():
+        cache = routed(**inputs).past_key_values
+        step(routed, cache, 3)
+    assert torch.equal(step(routed, cache, 4), wanted)
 
 
 CHANGES = {

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_generation import (
+from conversations import (
     IMAGE,
     MIXED,
     NOISE,
@@ -374,3 +374,18 @@ def test_rows_of_a_turn_are_padded_within_it(family):
     for i, said in enumerate(([5, 6], [8], [9])):
         wanted = forward_and_steps(routed, batch(family, MIXED[i]), said)[0, -1]
         torch.testing.assert_close(found[i], wanted, atol=NOISE, rtol=0)
+
+
+def test_what_is_no_cache(family):
+    with refused(family, "past_key_values is a list; expected a RoutedCache") as routed:
+        routed(**batch(family, *SINGLE), past_key_values=[])
+
+
+def test_pictures_again_in_generate_on_a_cache(family):
+    cache, _, wanted = start(family, *SINGLE)
+    inputs = batch(family, [*SINGLE[0], 5, 6])
+    with refused(
+        family, "pixel_values was given together with a cache of 23 tokens.*Leave pixel_values out"
+    ) as routed:
+        routed.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+    assert goes_on(family, cache, wanted)

@@ -5,14 +5,27 @@ import functools
 
 import pytest
 import torch
+from conversations import (
+    BATCHES,
+    DECISIONS,
+    EVERYTHING,
+    IMAGE,
+    MARKERS,
+    MIXED,
+    NOISE,
+    ROUTING,
+    SINGLE,
+    TEXT,
+    batch,
+    build,
+    forward_and_steps,
+    new_tokens,
+    padded,
+    prompt,
+    routed_model,
+    unrouted_model,
+)
 from transformers import (
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     StoppingCriteria,
     TextStreamer,
 )
@@ -20,132 +33,6 @@ from transformers import (
 import reroute_fx
 from reroute_fx import RoutingConfig
 from reroute_fx.runtime import RoutedCache
-
-END, START, VIDEO, IMAGE = MARKERS = (47, 48, 49, 50)
-PICTURE = [START, *[IMAGE] * 16, END]
-GRIDS = [[1, 8, 8], [1, 4, 16]]
-"""Patches of a picture of Qwen2.5-VL: 16 tokens that span 4 or 8 rotary positions."""
-
-DECISIONS = (1, 3)
-EVERYTHING = RoutingConfig(DECISIONS, (1.0, 1.0))
-ROUTING = {
-    "llava": RoutingConfig(DECISIONS, (0.5, 0.25)),
-    "qwen": RoutingConfig(DECISIONS, (0.6, 0.2), "physical_delete"),
-}
-NOISE = 1e-4
-"""Allowed difference of logits near 8, where float32 has a spacing of 1e-6: a hundred roundings in another order.
-
-Another selection, position or cached token moves them by 1e-1 and more.
-"""
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def tiny_llava(layers, spread):
-    text = LlamaConfig(**SIZES, vocab_size=64, num_hidden_layers=layers, initializer_range=spread)
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-        initializer_range=spread,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
-    config.initializer_range = spread
-    return LlavaForConditionalGeneration(config)
-
-
-def tiny_qwen(layers, spread):
-    """Grouped queries and rotary positions in three dimensions."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    text = {**SIZES, "vocab_size": 64, "num_hidden_layers": layers, "rope_parameters": rope}
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "patch_size": 4,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-        "initializer_range": spread,
-    }
-    config = Qwen2_5_VLConfig(
-        text_config={**text, "initializer_range": spread},
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
-    config.initializer_range = spread
-    return Qwen2_5_VLForConditionalGeneration(config)
-
-
-BUILDERS = {"llava": tiny_llava, "qwen": tiny_qwen}
-
-
-def build(family, layers=4, spread=0.5):
-    """A model whose weights are spread so far that its next token depends on the picture and on what is kept."""
-    torch.manual_seed(0)
-    model = BUILDERS[family](layers, spread).eval()
-    model.generation_config = GenerationConfig(pad_token_id=0, suppress_tokens=list(MARKERS))
-    return model
-
-
-@functools.cache
-def unrouted_model(family):
-    return build(family)
-
-
-@functools.cache
-def routed_model(family, config=None):
-    config = config or ROUTING[family]
-    return reroute_fx.compile(unrouted_model(family), config=config, backend="eager")
-
-
-def prompt(name, *text, images=1):
-    """Token ids of a prompt; `name` is its second token and stands for its pictures."""
-    return [1, name, *PICTURE * images, *text]
-
-
-def batch(family, *rows, pad="left"):
-    """Inputs for rows of token ids, padded on one side."""
-    ids, mask = padded(rows, pad)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if family == "qwen":
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
-    pictures = [(row[1], row.count(IMAGE) // 16) for row in rows if IMAGE in row]
-    if pictures:
-        inputs["pixel_values"] = torch.cat([draw(family, name, count) for name, count in pictures])
-        if family == "qwen":
-            grids = [GRIDS[(name + i) % 2] for name, count in pictures for i in range(count)]
-            inputs["image_grid_thw"] = torch.tensor(grids)
-    return inputs
-
-
-def padded(rows, pad="left", width=None):
-    """Token ids and attention mask ``[B, S]`` of rows."""
-    width = width or max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        first = width - len(row) if pad == "left" else 0
-        ids[i, first : first + len(row)] = torch.tensor(row)
-        mask[i, first : first + len(row)] = 1
-    return ids, mask
-
-
-def draw(family, name, count):
-    shape = (count, 3, 16, 16) if family == "llava" else (count * 64, 3 * 2 * 4 * 4)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(name))
-
-
-SINGLE = [prompt(7, 9, 11, 13)]
-MIXED = [prompt(7, 9, 11, 13), [1, 5, 17, 23, 29], prompt(6, 31, 8, images=2)]
-TEXT = [[1, 5, 17, 23, 29]]
-BATCHES = {"single": SINGLE, "padded": MIXED}
 
 
 @pytest.fixture(params=["llava", "qwen"])
@@ -177,10 +64,6 @@ def loop(model, inputs, count, choose):
 
 def greedy(scores):
     return scores.argmax(dim=-1)
-
-
-def new_tokens(model, inputs, **arguments):
-    return model.generate(**inputs, **arguments)[:, inputs["input_ids"].shape[1] :]
 
 
 def test_the_models_depend_on_pictures_and_routing(family):
@@ -350,17 +233,6 @@ def test_rows_that_end_early_are_padded(family):
     assert isinstance(output.past_key_values, RoutedCache)
     # The last token is not fed back.
     assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
-
-
-def forward_and_steps(model, inputs, tokens):
-    """Logits of a prompt and of `tokens` that are fed after it one by one."""
-    output = model(**inputs)
-    logits = [output.logits]
-    for token in tokens:
-        step = torch.full_like(inputs["input_ids"][:, :1], token)
-        output = model(input_ids=step, past_key_values=output.past_key_values)
-        logits.append(output.logits)
-    return torch.cat(logits, dim=1)
 
 
 def test_prompts_in_turn_are_those_of_fresh_models(family):

@@ -185,7 +185,10 @@ class RoutedCache(DynamicCache):
 
 def _fit(states: torch.Tensor, capacity: int) -> torch.Tensor:
     """``[B, Hkv, capacity, D]``, contiguous, with `states` at the front; zeros behind, as masked NaNs would show."""
-    if states.shape[2] == capacity and states.is_contiguous() and states.storage_offset() == 0:
+    is_buffer = states.is_contiguous() and states.storage_offset() == 0
+    # What was made in inference mode can't be written into outside it.
+    is_writable = torch.is_inference_mode_enabled() or not states.is_inference()
+    if states.shape[2] == capacity and is_buffer and is_writable:
         return states
     batch, heads, length, width = states.shape
     buffer = states.new_zeros(batch, heads, capacity, width)

@@ -95,9 +95,7 @@ class RoutedModel(torch.nn.Module):
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """See the model's own `generate`. Bad inputs are refused before the images are encoded."""
         given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
-        cache = given.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0:
-            self._reader.read(given, self.device)
+        self._reader.check_generate(given, self.device)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> torch.Tensor:

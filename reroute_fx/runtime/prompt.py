@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import Cache
 
 from ..capture import tokens_per_image
 from ..config import RoutingConfig
@@ -82,24 +83,25 @@ class PromptReader:
                     f"{flag}=True is not available on a routed model. Use the model that was compiled."
                 )
         _check_tensors(given, device)
-        cache = given.get("past_key_values")
-        held = cache.get_seq_length() if cache is not None else 0
+        cache, held = _cache_of(given)
         tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if isinstance(cache, RoutedCache) and tokens is not None:
             cache.check_room(held + tokens.shape[1])
         return self._continue(given, cache, tokens) if held else self._start(given)
 
+    def check_generate(self, given: Mapping[str, Any], device: torch.device) -> None:
+        """Refuse what `read` would refuse after `generate` has encoded the images."""
+        cache, held = _cache_of(given)
+        if held:
+            _refuse_new_images(given, cache)
+        else:
+            self.read(given, device)
+
     def _continue(
         self, given: Mapping[str, Any], cache: Any, tokens: torch.Tensor | None
     ) -> Continuation | None:
         """A call on a cache that holds tokens already."""
-        for name in _VISUAL_INPUTS:
-            if given.get(name) is not None:
-                raise InputError(
-                    f"{name} was given together with a cache of {cache.get_seq_length()} tokens; expected images only "
-                    f"in the first call. Leave {name} out if the new tokens have no image of their own; otherwise send "
-                    f"the whole conversation as one prompt without a cache."
-                )
+        _refuse_new_images(given, cache)
         if tokens is None or tokens.shape[1] == 0:
             raise InputError("No new tokens were given on a cache; expected input_ids with one or more.")
         # A single token was generated; looking at it would make the device wait at every step.
@@ -136,8 +138,9 @@ class PromptReader:
         input_ids = given.get("input_ids")
         has_features = any(given.get(name) is not None for name in _VISUAL_INPUTS)
         if input_ids is None:
+            came = "came as inputs_embeds" if given.get("inputs_embeds") is not None else "is missing"
             raise InputError(
-                "The prompt came as inputs_embeds; expected input_ids, in which the visual tokens can be found."
+                f"The prompt {came}; expected input_ids, in which the visual tokens can be found."
             )
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise InputError(
@@ -171,6 +174,26 @@ class PromptReader:
 
     def _is_visual(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+
+
+def _cache_of(given: Mapping[str, Any]) -> tuple[Any, int]:
+    """The cache of a call and the tokens that it holds."""
+    cache = given.get("past_key_values")
+    if cache is not None and not isinstance(cache, Cache):
+        raise InputError(
+            f"past_key_values is a {type(cache).__name__}; expected a RoutedCache, an empty DynamicCache or none."
+        )
+    return cache, cache.get_seq_length() if cache is not None else 0
+
+
+def _refuse_new_images(given: Mapping[str, Any], cache: Any) -> None:
+    for name in _VISUAL_INPUTS:
+        if given.get(name) is not None:
+            raise InputError(
+                f"{name} was given together with a cache of {cache.get_seq_length()} tokens; expected images only "
+                f"in the first call. Leave {name} out if the new tokens have no image of their own; otherwise send "
+                f"the whole conversation as one prompt without a cache."
+            )
 
 
 def _check_tensors(given: Mapping[str, Any], device: torch.device) -> None:
