@@ -9,6 +9,9 @@ its first layer: ``cached_7 [B]`` int64, the tokens that each row has in the cac
 ``key_cache_7`` and ``value_cache_7`` ``[B, Hkv, C, D]``, which the program writes into. New tokens go behind
 those of their row, so C has to be at least Q more than ``cached_7``. What lies behind them is never read.
 
+Four layers of a stage become one region: a step is short, and every region that is compiled apart costs 0.15 ms
+on CPU (measured: 1.13 instead of 1.03 of the time of a graph compiled as a whole, 32 layers of width 1024).
+
 Outside attention nothing may depend on earlier tokens or on their number: a graph that counts its own positions
 or sums over tokens is refused.
 """
@@ -35,6 +38,9 @@ from .graph_edit import (
 )
 from .interface import Pass, PassResult, Rejection, refuse
 from .token_mixing import mixes_tokens
+
+
+LAYERS_PER_REGION = 4
 
 
 class AttendToCache(Pass):
@@ -72,7 +78,19 @@ class AttendToCache(Pass):
                 places = _Slots(edit, cached, caches[0][0], stream)
             for layer, (keys, values) in zip(stage, caches, strict=True):
                 _attend(graph, layer, keys, values, places)
+            _join_regions(graph, stage)
         return PassResult(self.name, matched=found, rewritten=found, detail=f"{len(stages)} stages")
+
+
+def _join_regions(graph: DecoderGraph, stage: Sequence[Layer]) -> None:
+    """Name the regions of each four layers of a stage alike."""
+    names = {}
+    for first in range(0, len(stage) - LAYERS_PER_REGION + 1, LAYERS_PER_REGION):
+        group = [layer.index for layer in stage[first : first + LAYERS_PER_REGION]]
+        names |= {f"layer.{index}": f"layer.{group[0]}-{group[-1]}" for index in group}
+    for node in graph.fx_graph.nodes:
+        region = node.meta.get("region")
+        node.meta["region"] = names.get(region, region)
 
 
 def _what_depends_on_earlier_tokens(graph: DecoderGraph) -> Iterator[Rejection]:

@@ -30,7 +30,7 @@ def flatten(result):
 def test_regions_are_few_and_compute_the_same(captured, action, most):
     config = RoutingConfig((3, 10, 17), (0.5, 0.3, 0.1), action)
     program, _ = route(captured.program, config)
-    regions = share_regions(program.graph_module, lambda region: region)
+    regions = share_regions(program.graph_module, lambda region: region.forward)
     assert regions.calls > captured.num_layers
     assert regions.distinct <= most
     whole, split = lower(program, "eager"), lower(program, "eager")
@@ -43,7 +43,7 @@ def test_regions_are_few_and_compute_the_same(captured, action, most):
 def test_all_layers_of_an_unrouted_decoder_are_one_region(captured):
     program = unrouted(captured.program, captured.num_layers)
     seen = []
-    regions = share_regions(program.graph_module, lambda region: seen.append(region) or region)
+    regions = share_regions(program.graph_module, lambda region: seen.append(region) or region.forward)
     layers = [r for r in seen if any("scaled_dot" in str(n.target) for n in r.graph.nodes)]
     assert len(layers) == 1
     assert regions.distinct == 3  # rotary positions, layer, final norm
@@ -52,7 +52,7 @@ def test_all_layers_of_an_unrouted_decoder_are_one_region(captured):
 def test_layers_that_differ_do_not_share(captured):
     program = unrouted(captured.program, captured.num_layers)
     module = program.graph_module
-    before = share_regions(module, lambda region: region).distinct
+    before = share_regions(module, lambda region: region.forward).distinct
     norm = next(
         n
         for n in module.graph.nodes
@@ -61,13 +61,15 @@ def test_layers_that_differ_do_not_share(captured):
         and isinstance(n.args[1], float)
     )
     norm.args = (norm.args[0], 0.5)
-    assert share_regions(module, lambda region: region).distinct == before + 1
+    assert share_regions(module, lambda region: region.forward).distinct == before + 1
 
 
 def test_sizes_inside_a_region_come_from_its_tensors(captured):
     program, _ = route(captured.program, RoutingConfig((3, 10), (0.5, 0.3)))
-    regions = share_regions(program.graph_module, lambda region: region)
-    for call in regions.module.graph.find_nodes(op="call_module"):
+    regions = share_regions(program.graph_module, lambda region: region.forward)
+    calls = [n for n in regions.module.graph.nodes if "region" in getattr(n.target, "__name__", "")]
+    assert len(calls) == regions.calls
+    for call in calls:
         integers = [a for a in call.args if not isinstance(a.meta.get("val"), torch.Tensor | None)]
         counts = [a for a in integers if a.target is not operator.getitem]
         assert len(counts) <= 1  # the places of a stage

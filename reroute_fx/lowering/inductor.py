@@ -19,10 +19,8 @@ def lower(module: fx.GraphModule, dynamic: bool, counter: Counter[str]) -> Regio
         counter["compilations"] += 1
         return cast(Callable[..., Any], lookup_backend("inductor")(graph, inputs))
 
-    def compile_region(region: fx.GraphModule) -> torch.nn.Module:
-        compiled = torch.compile(
-            use_references(region), backend=compile_graph, dynamic=dynamic, fullgraph=True
-        )
-        return cast(torch.nn.Module, compiled)
+    def compile_region(region: fx.GraphModule) -> Callable[..., Any]:
+        forward = use_references(region).forward
+        return torch.compile(forward, backend=compile_graph, dynamic=dynamic, fullgraph=True)
 
     return share_regions(module, compile_region)

@@ -11,13 +11,14 @@ regions look equal whatever the length they run on; keep counts come in as integ
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
-CompileRegion = Callable[[fx.GraphModule], torch.nn.Module]
+CompileRegion = Callable[[fx.GraphModule], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class Regions:
 
 def share_regions(module: fx.GraphModule, compile_region: CompileRegion) -> Regions:
     """Outer graph over the regions of `module`; `compile_region` is called once for each distinct one."""
-    names: dict[str, str] = {}
-    functions: dict[str, torch.nn.Module] = {}
+    functions: dict[str, Callable[..., Any]] = {}
     outer = _Outer()
     runs = _runs(module.graph)
     for node in module.graph.find_nodes(op="placeholder"):
@@ -46,13 +46,23 @@ def share_regions(module: fx.GraphModule, compile_region: CompileRegion) -> Regi
     for run in runs:
         region = _Region(run)
         key = region.key()
-        if key not in names:
-            names[key] = f"region_{len(names)}"
-            functions[names[key]] = compile_region(fx.GraphModule({}, region.graph))
-        outer.call(names[key], region)
+        if key not in functions:
+            compiled = compile_region(fx.GraphModule({}, region.graph))
+            functions[key] = _named(compiled, f"region_{len(functions)}")
+        outer.call(functions[key], region)
     outer.graph.output(map_arg(module.graph.output_node().args[0], outer.new.__getitem__))
     outer.graph.lint()
-    return Regions(fx.GraphModule(functions, outer.graph), len(runs), len(functions))
+    return Regions(fx.GraphModule({}, outer.graph), len(runs), len(functions))
+
+
+def _named(compiled: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`compiled` as a function that a graph can call. As a module it would cost several more calls for each layer."""
+
+    def region(*inputs: Any) -> Any:
+        return compiled(*inputs)
+
+    region.__name__ = name
+    return region
 
 
 def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -83,8 +93,8 @@ class _Outer:
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
 
-    def call(self, function: str, region: "_Region") -> None:
-        call = self.graph.call_module(function, tuple(self._input(n) for n in region.inputs))
+    def call(self, function: Callable[..., Any], region: "_Region") -> None:
+        call = self.graph.call_function(function, tuple(self._input(n) for n in region.inputs))
         for i, node in enumerate(region.outputs):
             self.new[node] = self.graph.call_function(operator.getitem, (call, i))
 

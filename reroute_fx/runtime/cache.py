@@ -100,10 +100,13 @@ class RoutedCache(DynamicCache):
         self.check_room(rows.columns + new)
         wanted = max(self.expected_length or 0, self.max_length or 0)
         for start, end in self._stages():
-            needed, capacity = rows.filled[start] + new, self.layers[start].keys.shape[2]
+            keys, needed = self.layers[start].keys, rows.filled[start] + new
+            capacity = keys.shape[2]
             if needed > capacity:
                 announced = rows.filled[start] + wanted - rows.columns
                 capacity = announced if announced >= needed else max(needed, 2 * capacity)
+            elif _is_buffer(keys):
+                continue  # the layers of a stage are allocated together
             for layer in self.layers[start:end]:
                 layer.keys, layer.values = _fit(layer.keys, capacity), _fit(layer.values, capacity)
 
@@ -185,12 +188,15 @@ class RoutedCache(DynamicCache):
 
 def _fit(states: torch.Tensor, capacity: int) -> torch.Tensor:
     """``[B, Hkv, capacity, D]``, contiguous, with `states` at the front; zeros behind, as masked NaNs would show."""
-    is_buffer = states.is_contiguous() and states.storage_offset() == 0
-    # What was made in inference mode can't be written into outside it.
-    is_writable = torch.is_inference_mode_enabled() or not states.is_inference()
-    if states.shape[2] == capacity and is_buffer and is_writable:
+    if states.shape[2] == capacity and _is_buffer(states):
         return states
     batch, heads, length, width = states.shape
     buffer = states.new_zeros(batch, heads, capacity, width)
     buffer[:, :, :length] = states
     return buffer
+
+
+def _is_buffer(states: torch.Tensor) -> bool:
+    """Whether a program can write into `states`. What was made in inference mode is fixed outside it."""
+    is_writable = torch.is_inference_mode_enabled() or not states.is_inference()
+    return is_writable and states.is_contiguous() and states.storage_offset() == 0

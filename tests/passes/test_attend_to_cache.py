@@ -402,3 +402,10 @@ def test_what_depends_on_earlier_tokens_outside_attention_is_refused(toy, kind):
     program = toy.export(toy.Decoder(**options))
     with pytest.raises(MatchError):
         continuation(program, (1,))
+
+
+def test_four_layers_of_a_stage_are_one_region(exported):
+    _, program = exported(layers=7)
+    graph = continuation(program, (2,)).graph_module.graph
+    writes = [n.meta["region"] for n in graph.nodes if n.target is torch.ops.aten.index_put_.default]
+    assert writes == ["layer.0"] * 2 + ["layer.1"] * 2 + ["layer.2-5"] * 8 + ["layer.6"] * 2
