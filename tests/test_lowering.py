@@ -5,6 +5,7 @@ import operator
 import pytest
 import torch
 from golden_models import Golden, decoder_inputs
+from torch.export import Dim
 
 from reroute_fx import ConfigError, RoutingConfig
 from reroute_fx.capture import capture_decoder
@@ -84,6 +85,37 @@ def test_static_compilation(llava):
     for a, b in zip(flatten(static(**inputs)), flatten(eager(**inputs)), strict=True):
         # Fused float32 kernels round in another order: 3e-5 on values near 4.
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_a_call_outside_the_compiled_range_says_what_it_cost(caplog):
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return {"output": x * 2}
+
+    program = torch.export.export(Double(), (), {"x": torch.ones(4)}, dynamic_shapes={"x": {0: Dim("n")}})
+    executable = lower(program, dynamic=False, name="doubling")
+    caplog.set_level("INFO", "reroute_fx.lowering")
+    for size in (4, 4, 5, 5):
+        assert torch.equal(executable(x=torch.ones(size))["output"], torch.full((size,), 2.0))
+    first, again = caplog.records
+    assert (first.levelname, again.levelname) == ("INFO", "WARNING")
+    assert again.getMessage().startswith(
+        "doubling: a call outside what was compiled so far; compiled 1 regions in "
+    )
+    assert "'x': [5]" in again.getMessage()
+    assert executable.compilations == 2
+
+
+def test_a_fixed_size_program_serves_more_sizes_than_torch_recompiles_by_default():
+    class Shift(torch.nn.Module):
+        def forward(self, x):
+            return {"output": x + 1}
+
+    program = torch.export.export(Shift(), (), {"x": torch.ones(4)}, dynamic_shapes={"x": {0: Dim("n")}})
+    executable = lower(program, dynamic=False)
+    for size in range(2, 12):
+        assert torch.equal(executable(x=torch.ones(size))["output"], torch.full((size,), 2.0))
+    assert executable.compilations == 10
 
 
 def test_unknown_backend(captured):

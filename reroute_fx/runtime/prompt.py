@@ -1,6 +1,6 @@
 """Read and check the inputs of a call before anything runs."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..config import RoutingConfig
 from ..errors import InputError
 from ..plan import RowPlan, plan_rows
 from .cache import RoutedCache
+from .images import split_images
 from .routing import Routing
 from .rows import Places
 
@@ -168,7 +169,7 @@ class PromptReader:
             is_visual, ids = places.to_front(is_visual), places.to_front(ids)
         lengths = is_token.sum(dim=1)
         _refuse_visual_end(is_visual, lengths)
-        images = _split_images(ids, is_visual, tokens_per_image(self.model_config, given))
+        images = split_images(ids, is_visual, tokens_per_image(self.model_config, given))
         plan = plan_rows(self.routing_config, is_visual.to(input_ids.device), lengths.tolist(), images)
         return Prompt(plan, places.to(input_ids.device) if places else None)
 
@@ -298,56 +299,3 @@ def _refuse_visual_end(is_visual: torch.Tensor, lengths: torch.Tensor) -> None:
             f"The prompt ends with a visual token in rows {rows}; expected text after the images: its last token asks "
             f"for the visual ones. Apply the chat template with add_generation_prompt=True."
         )
-
-
-def _split_images(
-    ids: torch.Tensor, is_visual: torch.Tensor, sizes: Mapping[int, list[int]]
-) -> list[list[int]]:
-    """Visual tokens of each image of each row.
-
-    Args:
-        ids: ``[B, S]`` on the host.
-        is_visual: ``[B, S]`` bool.
-        sizes: visual tokens of each image in the order of the batch, by placeholder id; for ids that are missing
-            an image is a run of neighbouring placeholders.
-    """
-    left = {token: list(counts) for token, counts in sizes.items()}
-    rows = []
-    for row, (row_ids, visual) in enumerate(zip(ids, is_visual, strict=True)):
-        runs = _runs(row_ids[visual].tolist(), visual.nonzero().flatten().tolist(), left)
-        rows.append([n for token, run in runs for n in _images_of_run(token, run, row, left)])
-    for token, counts in left.items():
-        if counts:
-            raise InputError(
-                f"{len(counts)} images or videos are left over after the last row: the rows hold "
-                f"{(ids == token).sum(dim=1).tolist()} placeholders with id {token}, and the images need "
-                f"{sizes[token]}. Pass input_ids and pixel_values as the processor returned them."
-            )
-    return rows
-
-
-def _runs(ids: list[int], positions: list[int], known: Container[int]) -> list[tuple[int, int]]:
-    """Id and length of each run of placeholders with one id; text in between ends a run if its id is not known."""
-    runs: list[tuple[int, int]] = []
-    for i, (token, position) in enumerate(zip(ids, positions, strict=True)):
-        if i and token == ids[i - 1] and (token in known or position == positions[i - 1] + 1):
-            runs[-1] = token, runs[-1][1] + 1
-        else:
-            runs.append((token, 1))
-    return runs
-
-
-def _images_of_run(token: int, run: int, row: int, left: dict[int, list[int]]) -> list[int]:
-    """Take the images of a run of placeholders from those that are left."""
-    if token not in left:
-        return [run]
-    images: list[int] = []
-    while sum(images) < run and left[token]:
-        images.append(left[token].pop(0))
-    if sum(images) != run:
-        raise InputError(
-            f"Row {row} holds a run of {run} placeholders with id {token}, but the images that are due there have "
-            f"{images or 'no'} features; expected one placeholder for each feature. Pass input_ids and pixel_values as "
-            f"the processor returned them."
-        )
-    return images
