@@ -83,7 +83,7 @@ class AttendToCache(Pass):
 
 def _join_regions(graph: DecoderGraph, stage: Sequence[Layer]) -> None:
     """Name the regions of each four layers of a stage alike."""
-    names = {}
+    names: dict[str | None, str] = {}
     for first in range(0, len(stage) - LAYERS_PER_REGION + 1, LAYERS_PER_REGION):
         group = [layer.index for layer in stage[first : first + LAYERS_PER_REGION]]
         names |= {f"layer.{index}": f"layer.{group[0]}-{group[-1]}" for index in group}
