@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import pytest
+import torch
 from golden_models import Golden, load_golden
 
 from reroute_fx._compat import settle_cpu_math
@@ -19,3 +20,23 @@ def llava() -> Golden:
 @pytest.fixture(scope="session")
 def qwen() -> Golden:
     return load_golden("qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny tensors: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=["llava", "qwen"])
+def family(request):
+    return request.param

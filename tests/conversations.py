@@ -3,20 +3,13 @@
 import functools
 
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from tiny_models import END, IMAGE, START, VIDEO, llava_config, qwen_config
+from transformers import GenerationConfig, LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
 import reroute_fx
 from reroute_fx import RoutingConfig
 
-END, START, VIDEO, IMAGE = MARKERS = (47, 48, 49, 50)
+MARKERS = (END, START, VIDEO, IMAGE)
 PICTURE = [START, *[IMAGE] * 16, END]
 GRIDS = [[1, 8, 8], [1, 4, 16]]
 """Patches of a picture of Qwen2.5-VL: 16 tokens that span 4 or 8 rotary positions."""
@@ -32,67 +25,17 @@ NOISE = 1e-4
 
 Another selection, position or cached token moves them by 1e-1 and more.
 """
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+MODELS = {
+    "llava": (LlavaForConditionalGeneration, llava_config, {}),
+    "qwen": (Qwen2_5_VLForConditionalGeneration, qwen_config, {"patch_size": 4, "window_size": 16}),
 }
-
-
-def tiny_llava(layers, spread):
-    text = LlamaConfig(**SIZES, num_hidden_layers=layers, initializer_range=spread)
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-        initializer_range=spread,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
-    config.initializer_range = spread
-    return LlavaForConditionalGeneration(config)
-
-
-def tiny_qwen(layers, spread):
-    """Grouped queries and rotary positions in three dimensions."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    text = {**SIZES, "num_hidden_layers": layers, "rope_parameters": rope}
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "patch_size": 4,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-        "initializer_range": spread,
-    }
-    config = Qwen2_5_VLConfig(
-        text_config={**text, "initializer_range": spread},
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
-    config.initializer_range = spread
-    return Qwen2_5_VLForConditionalGeneration(config)
-
-
-BUILDERS = {"llava": tiny_llava, "qwen": tiny_qwen}
 
 
 def build(family, layers=4, spread=0.5):
     """A model whose weights are spread so far that its next token depends on the picture and on what is kept."""
     torch.manual_seed(0)
-    model = BUILDERS[family](layers, spread).eval()
+    model_class, config, options = MODELS[family]
+    model = model_class(config(layers, spread, **options)).eval()
     model.generation_config = GenerationConfig(pad_token_id=0, suppress_tokens=list(MARKERS))
     return model
 

@@ -43,13 +43,7 @@ IMAGE_GRIDS = [(1, 2, 2), (1, 4, 4), (1, 4, 8), (1, 8, 6)]
 VIDEO_GRIDS = [(2, 4, 4), (3, 4, 6)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On such small tensors threads cost more than they save."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @lru_cache

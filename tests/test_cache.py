@@ -22,16 +22,7 @@ from transformers import DynamicCache
 from reroute_fx import InputError
 from reroute_fx.runtime import RoutedCache
 
-
-@pytest.fixture(params=["llava", "qwen"])
-def family(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def sizes(cache):

@@ -28,11 +28,6 @@ from reroute_fx import InputError
 from reroute_fx.runtime import RoutedCache
 
 
-@pytest.fixture(params=["llava", "qwen"])
-def family(request):
-    return request.param
-
-
 @pytest.fixture(params=["forward", "generate"])
 def call(request):
     """A call with inputs, in either way."""
@@ -46,10 +41,7 @@ def call(request):
     return {"forward": forward, "generate": generate}[request.param]
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def good_calls(family, routed):

@@ -34,16 +34,7 @@ import reroute_fx
 from reroute_fx import RoutingConfig
 from reroute_fx.runtime import RoutedCache
 
-
-@pytest.fixture(params=["llava", "qwen"])
-def family(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def scores(output):

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
+from tiny_models import llava_config
 from transformers import (
-    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     StaticCache,
     TextStreamer,
@@ -28,27 +27,7 @@ from reroute_fx import (
 def tiny_llava():
     """A LLaVA of 8 layers with 16 visual tokens; 50 is the image token."""
     torch.manual_seed(0)
-    text = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-    )
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=50)
-    ).eval()
+    return LlavaForConditionalGeneration(llava_config(8)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-IMAGE, VIDEO, PAD = 50, 49, 0
+PAD, END, START, VIDEO, IMAGE = 0, 47, 48, 49, 50
 LAYERS = 8
 TEXT = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "bos_token_id": 1,
@@ -28,8 +27,9 @@ TEXT = {
 }
 
 
-def tiny_llava() -> Any:
-    """16 tokens for each image."""
+def llava_config(layers: int, spread: float | None = None, **options: Any) -> LlavaConfig:
+    """16 tokens for each image. `spread` is the standard deviation of the initial weights."""
+    drawn = {} if spread is None else {"initializer_range": spread}
     vision = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=32,
@@ -37,20 +37,19 @@ def tiny_llava() -> Any:
         num_attention_heads=2,
         image_size=16,
         patch_size=4,
+        **drawn,
     )
-    config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, pad_token_id=PAD
-    )
-    return _sharp(LlavaForConditionalGeneration, config)
+    text = LlamaConfig(**TEXT, num_hidden_layers=layers, **drawn)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **options)
+    return _spread(config, spread)
 
 
-def tiny_qwen() -> Any:
-    """One token for each 2 x 2 patches of an image or of a frame of a video."""
+def qwen_config(layers: int, spread: float | None = None, **vision: Any) -> Qwen2_5_VLConfig:
+    """Grouped queries, rotary positions in three dimensions, a token for each 2 x 2 patches of a frame."""
+    drawn = {} if spread is None else {"initializer_range": spread}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
     config = Qwen2_5_VLConfig(
-        text_config={
-            **TEXT,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-        },
+        text_config={**TEXT, "num_hidden_layers": layers, "rope_parameters": rope, **drawn},
         vision_config={
             "depth": 2,
             "hidden_size": 16,
@@ -58,14 +57,29 @@ def tiny_qwen() -> Any:
             "num_heads": 2,
             "out_hidden_size": 32,
             "fullatt_block_indexes": [1],
-            "tokens_per_second": 4,
+            **drawn,
+            **vision,
         },
         image_token_id=IMAGE,
         video_token_id=VIDEO,
-        vision_start_token_id=48,
-        vision_end_token_id=47,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
     )
-    return _sharp(Qwen2_5_VLForConditionalGeneration, config)
+    return _spread(config, spread)
+
+
+def _spread(config: Any, spread: float | None) -> Any:
+    if spread is not None:
+        config.initializer_range = spread
+    return config
+
+
+def tiny_llava() -> Any:
+    return _sharp(LlavaForConditionalGeneration, llava_config(LAYERS, pad_token_id=PAD))
+
+
+def tiny_qwen() -> Any:
+    return _sharp(Qwen2_5_VLForConditionalGeneration, qwen_config(LAYERS, tokens_per_second=4))
 
 
 def _sharp(model_class: type, config: Any) -> Any:

@@ -336,12 +336,8 @@ def layer_by_hand(layer, rows, angles, cached=None):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The tensors are tiny: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """All tensors here are tiny."""
 
 
 @pytest.fixture(scope="session")
