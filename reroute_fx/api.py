@@ -35,7 +35,7 @@ def compile(
             kept as a float in (0, 1].
         config: decision layers and ratios spelled out; `tier`, `method`, `action`, `schedule` and `pool` are
             then not used.
-        method: ``"pdrop"`` or ``"fastv"``.
+        method: ``"pdrop"`` or ``"fastv"``; ``"none"`` compiles without routing, the baseline of a comparison.
         action: ``"compact_route_stagewise"``, ``"compact_route"`` or ``"physical_delete"``.
         schedule: ``"exact"`` keeps the tier's promise, ``"paper"`` takes the released ratios.
         pool: ``"row"`` lets all visual tokens of a prompt compete, ``"image"`` those of each image or video.

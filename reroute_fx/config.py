@@ -10,6 +10,8 @@ from .kernels import keep_count
 from .passes import ACTIONS
 
 METHODS = ("fastv", "pdrop")
+UNROUTED = "none"
+"""Method that decides nothing: the same compiler without routing, the baseline of every comparison."""
 SCHEDULES = ("exact", "paper")
 POOLS = ("row", "image")
 TIERS = (192, 128, 64)
@@ -47,7 +49,8 @@ class RoutingConfig:
         keep_ratios: for each decision the share of the prompt's visual tokens that is kept, in (0, 1];
             ``k = max(1, int(N * ratio))`` for each pool of N tokens.
         action: ``"physical_delete"``, ``"compact_route"`` or ``"compact_route_stagewise"``.
-        method: whose ranking rule and stage schedule this is, ``"fastv"`` or ``"pdrop"``.
+        method: whose ranking rule and stage schedule this is, ``"fastv"`` or ``"pdrop"``; ``"none"`` without
+            decisions.
         pool: which visual tokens compete with each other: all of a ``"row"`` of the batch, or those of an
             ``"image"``, so that each image or video keeps its share.
 
@@ -70,12 +73,20 @@ class RoutingConfig:
                 )
             object.__setattr__(self, field, tuple(given))
         _one_of("action", self.action, ACTIONS)
-        _one_of("method", self.method, METHODS)
+        _one_of("method", self.method, (*METHODS, UNROUTED))
         _one_of("pool", self.pool, POOLS)
         layers, ratios = self.decision_layers, self.keep_ratios
+        if self.method == UNROUTED:
+            if layers or ratios:
+                raise ConfigError(
+                    f"decision_layers is {layers!r} with method 'none', which decides nothing; expected none. Name the "
+                    f"method that decides, one of {list(METHODS)}."
+                )
+            return
         if not layers or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
             raise ConfigError(
-                f"decision_layers is {layers!r}; expected at least one layer index, a Python int."
+                f"decision_layers is {layers!r}; expected at least one layer index, a Python int. To compile without "
+                f"routing use method='none'."
             )
         if len(layers) != len(ratios):
             raise ConfigError(
@@ -113,7 +124,8 @@ class RoutingConfig:
         Args:
             tier: 192, 128 or 64 tokens of 576, or the share itself, a float in (0, 1].
             method: ``"fastv"`` keeps the same number in every stage, ``"pdrop"`` ``[a, a, a/2, a/4]`` when
-                routing and ``[a, a^2, a^3, a^4]`` when deleting.
+                routing and ``[a, a^2, a^3, a^4]`` when deleting; ``"none"`` routes nothing, whatever the
+                tier.
             action: see `RoutingConfig`.
             schedule: ``"exact"`` solves the shape for the tier; ``"paper"`` takes the released ratios as they
                 are, of which the pdrop ones for 64 average 80 and more.
@@ -123,10 +135,12 @@ class RoutingConfig:
         Raises:
             ConfigError: unknown names, a tier that is neither, or one that the decoder can't reach.
         """
-        _one_of("method", method, METHODS)
+        _one_of("method", method, (*METHODS, UNROUTED))
         _one_of("action", action, ACTIONS)
         _one_of("schedule", schedule, SCHEDULES)
         share = _share(tier)
+        if method == UNROUTED:
+            return cls((), (), action, method, pool)
         deletes = action == "physical_delete"
         layers = (_FIRST_DELETED if deletes else _ROUTED)[method]
         if schedule == "paper":

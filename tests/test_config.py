@@ -367,3 +367,14 @@ def test_average_lies_between_the_fewest_and_all_tokens(ratios, tokens, depth):
     assert entering[0] == tokens
     assert all(1 <= count <= tokens for count in entering)
     assert config.average_tokens(depth, tokens) == pytest.approx(sum(entering) / depth)
+
+
+def test_without_routing_nothing_is_decided():
+    config = RoutingConfig.from_tier(128, "none", num_layers=8)
+    assert config == RoutingConfig((), (), method="none")
+    assert config.tokens_per_layer(8, 100) == (100,) * 8
+
+
+def test_without_routing_no_decision_is_accepted():
+    with pytest.raises(ConfigError, match=r"decision_layers is \(2,\) with method 'none'.*expected none"):
+        RoutingConfig((2,), (0.5,), method="none")

@@ -36,6 +36,17 @@ def test_keeping_everything_is_the_unrouted_model(golden, action):
         torch.testing.assert_close(ours, theirs, atol=NOISE, rtol=0)
 
 
+def test_compiling_without_routing_is_the_unrouted_model(golden):
+    baseline = reroute_fx.compile(golden.model, method="none", backend="eager")
+    with torch.no_grad():
+        output, unrouted = baseline(**golden.inputs), golden.model(**golden.inputs)
+    torch.testing.assert_close(output.logits, unrouted.logits, atol=NOISE, rtol=0)
+    assert output.routing.selected == {}
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    generated = [model.generate(**golden.inputs, **greedy) for model in (baseline, golden.model)]
+    assert torch.equal(*generated)
+
+
 @pytest.mark.parametrize("case", ["pdrop-{}-192", "pdrop-{}-64", "fastv-{}-128"])
 def test_both_routing_actions_are_bit_identical(golden, case):
     per_layer = forward(golden, golden.config(case.format("compact_route")))
