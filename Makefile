@@ -1,6 +1,8 @@
-# Everything runs in .venv. torch comes first and pinned: left to itself pip would take another build.
+# Everything runs in .venv. torch comes first and pinned, with the Triton that belongs to it: left to itself pip would
+# take other builds.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -25,7 +27,7 @@ types: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)"
 	$(BIN)/pip install --quiet -e ".[dev,bench]"
 	touch $@
 

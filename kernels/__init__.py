@@ -4,15 +4,21 @@
 ``visual_scores``         attention of the last prompt row on every visual token, mean over heads
 ``select_tokens``         positions of the active tokens: all text, and the best visual tokens
 ``compact_tokens``        rows of sequence tensors at the active positions
-``restore_tokens``        rows written back into the residual stream
+``restore_tokens``        rows written back into the residual stream; ``restore_tokens_`` in place
 ========================  ==========================================================================
 
-The reference of an operator is plain PyTorch and defines what the operator means. Importing this
+The reference of an operator is plain PyTorch and defines what the operator means; it runs on CPU. On CUDA the
+Triton kernels beside it run, ``torch.ops.reroute.<name>_triton``, and Triton is imported then. Importing this
 package registers the operators as ``torch.ops.reroute.*``.
 """
 
 from .compact_tokens import compact_tokens, compact_tokens_reference
-from .restore_tokens import restore_tokens, restore_tokens_reference
+from .restore_tokens import (
+    restore_tokens,
+    restore_tokens_,
+    restore_tokens_reference,
+    restore_tokens_reference_,
+)
 from .select_tokens import keep_count, select_tokens, select_tokens_reference
 from .visual_scores import visual_scores, visual_scores_reference
 
@@ -21,7 +27,9 @@ __all__ = [
     "compact_tokens_reference",
     "keep_count",
     "restore_tokens",
+    "restore_tokens_",
     "restore_tokens_reference",
+    "restore_tokens_reference_",
     "select_tokens",
     "select_tokens_reference",
     "visual_scores",

@@ -33,3 +33,10 @@ def _(tensors: list[torch.Tensor], positions: torch.Tensor, sequence_dims: list[
         x.new_empty((*x.shape[: dim - 1], batch, active, *x.shape[dim + 1 :]))
         for x, dim in zip(tensors, sequence_dims, strict=True)
     ]
+
+
+@compact_tokens.register_kernel("cuda")
+def _(tensors: list[torch.Tensor], positions: torch.Tensor, sequence_dims: list[int]) -> list[torch.Tensor]:
+    from .triton import compact_tokens_triton
+
+    return compact_tokens_triton(tensors, positions, sequence_dims)

@@ -2,9 +2,9 @@
 
 import torch
 
-from .reference import restore_tokens_reference
+from .reference import restore_tokens_reference, restore_tokens_reference_
 
-__all__ = ["restore_tokens", "restore_tokens_reference"]
+__all__ = ["restore_tokens", "restore_tokens_", "restore_tokens_reference", "restore_tokens_reference_"]
 
 
 @torch.library.custom_op("reroute::restore_tokens", mutates_args=())
@@ -26,3 +26,34 @@ def restore_tokens(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Te
 @restore_tokens.register_fake
 def _(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return stream.new_empty(stream.shape)
+
+
+@restore_tokens.register_kernel("cuda")
+def _(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    from .triton import restore_tokens_triton
+
+    return restore_tokens_triton(stream, rows, positions)
+
+
+@torch.library.custom_op("reroute::restore_tokens_", mutates_args={"stream"})
+def restore_tokens_(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
+    """Write `rows` into the residual stream itself, S' rows instead of S.
+
+    Args:
+        stream: ``[B, S, d]``, contiguous; written.
+        rows: as for `restore_tokens`.
+        positions: as for `restore_tokens`, and ascending.
+    """
+    restore_tokens_reference_(stream, rows, positions)
+
+
+@restore_tokens_.register_fake
+def _(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
+    return None
+
+
+@restore_tokens_.register_kernel("cuda")
+def _(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
+    from .triton import restore_tokens_triton_
+
+    restore_tokens_triton_(stream, rows, positions)

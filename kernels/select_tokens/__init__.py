@@ -60,3 +60,18 @@ def _(
     return visual_index.new_empty((batch, slots)), torch.empty_like(
         keep, memory_format=torch.contiguous_format
     )
+
+
+@select_tokens.register_kernel("cuda")
+def _(
+    scores: torch.Tensor,
+    visual_index: torch.Tensor,
+    lengths: torch.Tensor,
+    keep: torch.Tensor,
+    pools: torch.Tensor | None,
+    length: int,
+    slots: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .triton import select_tokens_triton
+
+    return select_tokens_triton(scores, visual_index, lengths, keep, pools, length, slots)

@@ -34,3 +34,12 @@ def _(
     query: torch.Tensor, keys: torch.Tensor, visual_index: torch.Tensor, lengths: torch.Tensor, scale: float
 ) -> torch.Tensor:
     return torch.empty(visual_index.shape, dtype=torch.float32, device=query.device)
+
+
+@visual_scores.register_kernel("cuda")
+def _(
+    query: torch.Tensor, keys: torch.Tensor, visual_index: torch.Tensor, lengths: torch.Tensor, scale: float
+) -> torch.Tensor:
+    from .triton import visual_scores_triton
+
+    return visual_scores_triton(query, keys, visual_index, lengths, scale)
