@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 from . import kernels, passes
 from .api import compile, inspect
+from .benchmarking import BenchmarkResult, benchmark
 from .config import RoutingConfig
 from .errors import (
     BackendUnavailableError,
@@ -17,24 +18,27 @@ from .errors import (
     ConfigError,
     InputError,
     MatchError,
+    ParityError,
     RerouteError,
     UnsupportedModelError,
 )
 from .paper import PaperConfig, paper_configs
 from .plan import RowPlan, plan_rows
 from .report import RoutingReport
-from .routing import route
+from .routing import Savings, route
 from .runtime import RoutedCache, RoutedModel, Routing
 
 __version__ = version("reroute-fx")
 
 __all__ = [
     "BackendUnavailableError",
+    "BenchmarkResult",
     "CaptureError",
     "ConfigError",
     "InputError",
     "MatchError",
     "PaperConfig",
+    "ParityError",
     "RerouteError",
     "RoutedCache",
     "RoutedModel",
@@ -42,7 +46,9 @@ __all__ = [
     "RoutingConfig",
     "RoutingReport",
     "RowPlan",
+    "Savings",
     "UnsupportedModelError",
+    "benchmark",
     "compile",
     "inspect",
     "kernels",

@@ -1,17 +1,19 @@
 """The front door: `compile` a model."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from ._compat import settle_cpu_math
 from .capture import capture_decoder, find_visual_token_ids, text_decoder
 from .config import RoutingConfig
 from .errors import ConfigError, UnsupportedModelError
-from .lowering import check_backend, lower
+from .lowering import CudaRecorder, check_backend, check_device, describe_operators, lower
 from .report import RoutingReport
-from .routing import continuation, route
+from .routing import Savings, continuation, route
 from .runtime import RoutedModel, make_routed_model
 
 
@@ -26,6 +28,9 @@ def compile(
     pool: str = "row",
     backend: str = "inductor",
     dynamic: bool = True,
+    savings: Savings | None = None,
+    cuda_graphs: bool = False,
+    progress: bool = False,
 ) -> Any:
     """Route the visual tokens of a Hugging Face vision-language model.
 
@@ -41,12 +46,15 @@ def compile(
         pool: ``"row"`` lets all visual tokens of a prompt compete, ``"image"`` those of each image or video.
         backend: ``"inductor"`` or ``"eager"``.
         dynamic: compile for any prompt length, number of visual tokens and batch size.
+        savings: rewrites that save work and change no result; None for those that were measured to pay.
+        cuda_graphs: replay prefills, in sizes rounded up to multiples of 64, and decoding steps as CUDA graphs.
+        progress: show on the terminal what is going on, also while the first calls compile.
 
     Returns:
         A `RoutedModel` that is also an instance of the model's class.
 
     Raises:
-        ConfigError, UnsupportedModelError: before anything is traced.
+        ConfigError, UnsupportedModelError, BackendUnavailableError: before anything is traced.
         CaptureError: the decoder can't be exported.
         MatchError: not every attention block of the decoder was found in a form that can be routed.
     """
@@ -61,20 +69,42 @@ def compile(
             "model is on the meta device and has no weights; expected a loaded model. To see the report without "
             "weights use reroute_fx.inspect or `reroute-fx inspect`."
         )
+    check_device(decoder.device, decoder.dtype)
+    if cuda_graphs and decoder.device.type != "cuda":
+        raise ConfigError(
+            f"cuda_graphs is True, but the model is on {decoder.device}; expected a model on cuda. Leave it out."
+        )
     config = _config(decoder, tier, config, method, action, schedule, pool)
     settle_cpu_math()
-    captured = capture_decoder(model)
-    program, report = route(captured.program, config, num_layers=captured.num_layers)
-    following = continuation(captured.program, config.decision_layers, captured.num_layers)
+    with _status(progress, "capturing the decoder"):
+        captured = capture_decoder(model)
+    with _status(progress, "routing"):
+        program, report = route(captured.program, config, num_layers=captured.num_layers, savings=savings)
+        following = continuation(captured.program, config.decision_layers, captured.num_layers)
+    lowered = {
+        name: lower(
+            source,
+            backend,
+            dynamic,
+            name,
+            recorder=CudaRecorder() if cuda_graphs else None,
+            show_progress=progress,
+        )
+        for name, source in (("prefill", program), ("continuation", following))
+    }
+    report = replace(report, operators=describe_operators(decoder.device))
     return make_routed_model(
         model,  # type: ignore[arg-type]
         decoder,
-        lower(program, backend, dynamic, name="prefill"),
-        lower(following, backend, dynamic, name="continuation"),
-        _named(report, model, backend, captured.seconds),
+        report=_named(report, model, backend, captured.seconds),
         position_rank=captured.position_rank,
         visual_ids=find_visual_token_ids(model.config),
+        **lowered,
     )
+
+
+def _status(show: bool, text: str) -> AbstractContextManager[Any]:
+    return Console(stderr=True).status(text) if show else nullcontext()
 
 
 def inspect(

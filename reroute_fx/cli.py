@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import METHODS, SCHEDULES
-from .errors import RerouteError
-from .lowering import BACKENDS
+from .errors import ConfigError, RerouteError
+from .lowering import BACKENDS, check_backend
 from .paper import PaperConfig, paper_configs
 from .passes import ACTIONS
 
@@ -105,6 +105,73 @@ def demo(backend: Annotated[str, typer.Option(help=" or ".join(BACKENDS))] = "in
         run(backend, _console)
     except RerouteError as error:
         _fail(error)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a random one")],
+    tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
+    batch: Annotated[str, typer.Option(help="rows of each batch, such as 1,8")] = "1",
+    method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",
+    action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
+    backend: Annotated[str, typer.Option(help=" or ".join(BACKENDS))] = "inductor",
+    new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="measured rounds")] = 10,
+    image: Annotated[
+        Path | None, typer.Option(help="picture for all rows; generated ones if left out")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="text behind the picture")] = "Describe the image.",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="file for all samples")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="picture of the times, .png or .svg")
+    ] = None,
+) -> None:
+    """Time a model in eager mode, compiled without routing, and routed: first token, decoding, generate."""
+    from . import api
+    from .benchmarking import benchmark, check_benchmark, check_file, check_plot, plot_results, write_json
+    from .benchmarking.models import check_device, load_model, read_config
+    from .benchmarking.prompts import check_image, make_batch
+
+    try:
+        sizes = _batch_sizes(batch)
+        check_backend(backend)
+        check_device(device, dtype)
+        check_image(image)
+        if json_file:
+            check_file(json_file)
+        if plot_file:
+            check_plot(plot_file)
+        config = read_config(model, tier, method, action)
+        with _errors.status("loading and routing"):
+            loaded = load_model(model, device, dtype)
+            batches = [make_batch(loaded.processor, loaded.model, rows, prompt, image) for rows in sizes]
+            routed = api.compile(
+                loaded.model, tier, config=config, method=method, action=action, backend=backend
+            )
+        amounts = {"new_tokens": new_tokens, "rounds": rounds}
+        for inputs in batches:
+            check_benchmark(loaded.model, routed, inputs, **amounts)
+        results = []
+        for inputs in batches:
+            results.append(benchmark(loaded.model, routed, inputs, progress=True, **amounts))
+            _console.print(results[-1])
+            if json_file:
+                write_json(json_file, [result.to_dict() for result in results])
+        if plot_file:
+            plot_results(results, plot_file)
+    except RerouteError as error:
+        _fail(error)
+
+
+def _batch_sizes(given: str) -> list[int]:
+    sizes = given.split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise ConfigError(
+            f"batch is {given!r}; expected whole numbers of 1 or more with commas between, such as 1,8."
+        )
+    return [int(size) for size in sizes]
 
 
 def _meta_model(name: str) -> Any:

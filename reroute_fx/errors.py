@@ -8,6 +8,7 @@ __all__ = [
     "ConfigError",
     "InputError",
     "MatchError",
+    "ParityError",
     "RerouteError",
     "UnsupportedModelError",
 ]
@@ -31,3 +32,7 @@ class InputError(RerouteError, ValueError):
 
 class BackendUnavailableError(RerouteError):
     """A backend needs something that is not installed."""
+
+
+class ParityError(RerouteError):
+    """Two models that should compute the same don't."""

@@ -26,6 +26,19 @@ class RowPlan:
     stage_lengths: dict[int, tuple[int, ...]]
     inputs: dict[str, torch.Tensor]
 
+    def layer_lengths(self, num_layers: int) -> list[tuple[int, ...]]:
+        """For each layer the tokens of each row that run through it."""
+        current, layers = self.lengths, []
+        for layer in range(num_layers):
+            current = self.stage_lengths.get(layer, current)
+            layers.append(current)
+        return layers
+
+    def slots(self, layer: int, places: int) -> int:
+        """Places of the stream that a layer runs on, of `places` in the prompt."""
+        stages = [start for start in self.stage_lengths if start <= layer]
+        return max(self.stage_lengths[stages[-1]]) if stages else places
+
 
 def plan_rows(
     config: RoutingConfig, is_visual: torch.Tensor, lengths: Sequence[int], images: Sequence[Sequence[int]]

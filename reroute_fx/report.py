@@ -28,6 +28,7 @@ class RoutingReport:
         element_bytes: bytes of a cached key or value.
         model: name of the model class, if known.
         backend: name of the backend, if lowered.
+        operators: which implementation of the `reroute::` operators runs, and why.
         seconds: wall-clock seconds by phase.
         compilations: how often regions of each program were compiled so far.
     """
@@ -38,6 +39,7 @@ class RoutingReport:
     element_bytes: int
     model: str = ""
     backend: str = ""
+    operators: str = ""
     visual_tokens: int = REFERENCE_TOKENS
     text_tokens: int = REFERENCE_TEXT
     seconds: dict[str, float] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class RoutingReport:
         record = {
             "model": self.model,
             "backend": self.backend,
+            "operators": self.operators,
             "config": asdict(self.config),
             "visual_tokens": self.visual_tokens,
             "text_tokens": self.text_tokens,
@@ -119,6 +122,8 @@ class RoutingReport:
             parts.append(self._pass_table())
         if self.uncounted:
             parts.append(Text(f"Not counted: {', '.join(self.uncounted)}.", style="bold"))
+        if self.operators:
+            parts.append(Text(f"Operators: {self.operators}"))
         if self.seconds:
             parts.append(Text("  ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items())))
         if self.compilations:

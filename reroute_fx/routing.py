@@ -1,6 +1,7 @@
 """Route an exported decoder: the pipeline of passes on its own."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch.export import ExportedProgram
 
@@ -16,6 +17,8 @@ from .passes import (
     PassResult,
     ProveCausal,
     RemoveNoOps,
+    RestoreInPlace,
+    ReuseKeys,
     RouteStages,
     run_passes,
     to_program,
@@ -24,8 +27,32 @@ from .report import RoutingReport
 from .theory import LayerCost
 
 
+@dataclass(frozen=True)
+class Savings:
+    """Rewrites of the routed graph that change nothing about what it computes; each can be switched off.
+
+    Attributes:
+        reuse_keys: see `ReuseKeys`.
+        restore_in_place: see `RestoreInPlace`.
+    """
+
+    reuse_keys: bool = False
+    restore_in_place: bool = True
+
+    def passes(self) -> list[Pass]:
+        switches: list[tuple[bool, Pass]] = [
+            (self.reuse_keys, ReuseKeys()),
+            (self.restore_in_place, RestoreInPlace()),
+        ]
+        return [step for is_on, step in switches if is_on]
+
+
 def route(
-    exported_program: ExportedProgram, config: RoutingConfig, *, num_layers: int | None = None
+    exported_program: ExportedProgram,
+    config: RoutingConfig,
+    *,
+    num_layers: int | None = None,
+    savings: Savings | None = None,
 ) -> tuple[ExportedProgram, RoutingReport]:
     """Rewrite an exported text decoder so that it runs on routed visual tokens.
 
@@ -35,6 +62,7 @@ def route(
             not changed, and its parameters are shared.
         config: what to route.
         num_layers: layers that the decoder has, if known: finding another number is then an error.
+        savings: rewrites that save work; None for those that were measured to pay.
 
     Returns:
         The routed program and its report. The program takes the inputs of `exported_program`, less a
@@ -55,6 +83,7 @@ def route(
         *find_passes(num_layers),
         InsertSelection(config.decision_layers, several_pools=config.pool == "image"),
         RouteStages(config.action),
+        *(savings or Savings()).passes(),
         ExposeOutputs(),
     ]
     graph, results = run_passes(exported_program, passes)

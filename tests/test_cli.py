@@ -6,11 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
+import torch
+from PIL import Image
+from tiny_models import llava_config
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 import reroute_fx
+from reroute_fx.benchmarking.models import load_model
+from reroute_fx.benchmarking.prompts import make_batch
 from reroute_fx.cli import app
+from reroute_fx.demo import build_tokenizer, picture
 
 PUBLISHED = Path(__file__).parent / "published"
 GIB = 2**30
@@ -86,3 +95,109 @@ def test_configs_lists_the_release():
     assert "84.1" in table
     assert "llava15, 7B decoder" in table
     assert table.count("baseline") == 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny LLaVA with weights and a processor: 16 visual tokens for each picture."""
+    folder, tokenizer = tmp_path_factory.mktemp("checkpoint"), build_tokenizer()
+    torch.manual_seed(0)
+    config = llava_config(4, spread=0.5)
+    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    config.text_config.vocab_size = len(tokenizer)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def validated(path):
+    schema = json.loads((Path(__file__).parent / "bench.schema.json").read_text())
+    results = json.loads(path.read_text())
+    jsonschema.validate(results, schema, jsonschema.Draft202012Validator)
+    return results
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_bench_measures_every_batch(checkpoint, tmp_path):
+    out = {"--json": tmp_path / "times.json", "--plot": tmp_path / "times.png"}
+    files = [str(word) for pair in out.items() for word in pair]
+    amounts = ["--batch", "1,2", "--rounds", "1", "--new-tokens", "2", "--tier", "0.5", "--backend", "eager"]
+    result = run("bench", str(checkpoint), *amounts, *files)
+    assert result.exit_code == 0, result.stderr
+    results = validated(out["--json"])
+    assert [r["visual_tokens"] for r in results] == [[16], [16, 16]]
+    assert {r["new_tokens"] for r in results} == {2}
+    assert result.stdout.count("decode, per token: milliseconds, 2 samples") == 2
+    with Image.open(out["--plot"]) as plot:
+        assert len(plot.getcolors(2**24)) > 10
+
+
+def test_bench_asks_as_the_model_was_taught(checkpoint, tmp_path):
+    picture(3).save(tmp_path / "cat.png")
+    loaded = load_model(str(checkpoint), "cpu", "bfloat16")
+    tokenizer = loaded.processor.tokenizer
+
+    def asked(image):
+        inputs = make_batch(loaded.processor, loaded.model, 2, "What?", image)
+        assert inputs["pixel_values"].dtype == loaded.model.dtype == torch.bfloat16
+        same = torch.equal(*inputs["pixel_values"])
+        return tokenizer.decode(inputs["input_ids"][1]).replace("<image>" * 16, "[picture]"), same
+
+    assert asked(None) == ("USER: [picture]\nWhat? ASSISTANT:", False)
+    part = "{{ '<image>' if part.type == 'image' else part.text }}"
+    loaded.processor.chat_template = f"{{% for part in messages[0].content %}}{part}{{% endfor %}} Answer:"
+    assert asked(tmp_path / "cat.png") == ("[picture]What? Answer:", True)
+
+
+def test_bench_knows_the_demo():
+    demo = load_model("demo", "cpu", "auto")
+    inputs = make_batch(demo.processor, demo.model, 1, "What?", None)
+    assert (inputs["input_ids"] == demo.model.config.image_token_id).sum() == 576
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0,2"], "ConfigError: batch is '0,2'"),
+        (["--batch", "1,x"], "ConfigError: batch is '1,x'"),
+        (["--tier", "100"], "ConfigError: tier is 100"),
+        (["--method", "magic"], "ConfigError: method is 'magic'"),
+        (["--backend", "tpu"], "ConfigError: backend is 'tpu'"),
+        (["--device", "tpu"], "ConfigError: device is 'tpu'"),
+        (["--dtype", "int8"], "ConfigError: dtype is 'int8'"),
+        (["--image", "nowhere.png"], "InputError: image is 'nowhere.png'"),
+        (["--image", __file__], "InputError: image is"),
+        (["--json", "nowhere/times.json"], "InputError: path is 'nowhere/times.json'"),
+        (["--plot", "times.xyz"], "InputError: path is 'times.xyz'"),
+    ],
+)
+def test_bench_refuses_before_it_loads_anything(checkpoint, monkeypatch, arguments, message):
+    monkeypatch.setattr("reroute_fx.benchmarking.models.load_model", lambda *a: pytest.fail("loaded"))
+    result = run("bench", str(checkpoint), *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_bench_without_a_gpu_says_so(checkpoint):
+    result = run("bench", str(checkpoint), "--device", "cuda")
+    assert result.exit_code == 2
+    assert "torch finds no GPU" in result.stderr
+
+
+def test_bench_needs_weights_and_an_existing_model(checkpoint, tmp_path):
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    for model in (tmp_path, tmp_path / "nowhere"):
+        result = run("bench", str(model), "--tier", "0.5")
+        assert result.exit_code == 2
+        assert f"ConfigError: model is '{model}'" in result.stderr

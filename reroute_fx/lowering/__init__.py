@@ -1,5 +1,15 @@
 """Lowering: an exported program in, something that runs fast out. Knows backends only."""
 
+from .cuda_graphs import CudaRecorder
+from .device import check_device, describe_operators
 from .executable import BACKENDS, Executable, check_backend, lower
 
-__all__ = ["BACKENDS", "Executable", "check_backend", "lower"]
+__all__ = [
+    "BACKENDS",
+    "CudaRecorder",
+    "Executable",
+    "check_backend",
+    "check_device",
+    "describe_operators",
+    "lower",
+]

@@ -2,11 +2,14 @@
 
 import logging
 import time
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from rich.console import Console
+from rich.progress import Progress
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -14,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from .._compat import compilation_settings
 from ..errors import ConfigError
 from . import inductor
+from .cuda_graphs import CudaGraphs, Recorder, Role
 
 BACKENDS = ("inductor", "eager")
 logger = logging.getLogger(__name__)
@@ -27,18 +31,20 @@ class Executable:
         backend: name of the backend.
         regions: calls of compiled regions in one run; 0 on `eager`.
         distinct_regions: functions that are compiled for them.
+        cuda_graphs: replays calls of kinds that came before; None if every call is launched anew.
+        show_progress: whether the first call shows on the terminal what is being compiled.
     """
 
-    def __init__(
-        self, program: ExportedProgram, backend: str, module: fx.GraphModule, name: str, counter: Counter[str]
-    ) -> None:
+    def __init__(self, program: ExportedProgram, backend: str, name: str) -> None:
         self.name = name
         self.backend = backend
         self.regions = 0
         self.distinct_regions = 0
-        self._counter = counter
+        self.cuda_graphs: CudaGraphs | None = None
+        self.show_progress = False
+        self._compiled = inductor.Compilations()
         self._first_compilation_seconds = 0.0
-        self._module = module
+        self._module = program.graph_module
         self._state = {**program.state_dict, **program.constants}
         self._inputs = [(s.kind, s.arg.name, s.target) for s in program.graph_signature.input_specs]
         self._out_spec = program.call_spec.out_spec
@@ -46,7 +52,12 @@ class Executable:
     @property
     def compilations(self) -> int:
         """How often a region was compiled so far."""
-        return self._counter["compilations"]
+        return self._compiled.regions
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that the compiler has taken so far."""
+        return self._compiled.seconds
 
     @torch.no_grad()
     def __call__(self, **inputs: torch.Tensor) -> Any:
@@ -56,11 +67,33 @@ class Executable:
             for kind, name, target in self._inputs
         ]
         before, start = self.compilations, time.perf_counter()
-        with compilation_settings():
-            result = pytree.tree_unflatten(self._module(*flat), self._out_spec)
+        with compilation_settings(), self._progress():
+            result = pytree.tree_unflatten((self.cuda_graphs or self._module)(*flat), self._out_spec)
         if self.compilations > before:
             self._tell(self.compilations - before, time.perf_counter() - start, inputs)
         return result
+
+    @contextmanager
+    def _progress(self) -> Iterator[None]:
+        """A bar that counts the regions of a first call."""
+        if not self.show_progress or not self.distinct_regions or self.compilations:
+            yield
+            return
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(f"compiling {self.name}", total=self.distinct_regions)
+            self._compiled.on_region = lambda: bar.advance(task)
+            try:
+                yield
+            finally:
+                self._compiled.on_region = None
+
+    def _record_graphs(self, program: ExportedProgram, recorder: Recorder) -> None:
+        written = _written_inputs(program)
+        roles: list[Role] = [
+            "parameter" if kind is not InputKind.USER_INPUT else "cache" if name in written else "input"
+            for kind, name, _ in self._inputs
+        ]
+        self.cuda_graphs = CudaGraphs(self._module, roles, recorder)
 
     def _tell(self, compilations: int, seconds: float, inputs: dict[str, torch.Tensor]) -> None:
         """Say what compiling has cost; after the first call it was a request outside the compiled range."""
@@ -79,7 +112,13 @@ class Executable:
 
 
 def lower(
-    program: ExportedProgram, backend: str = "inductor", dynamic: bool = True, name: str = "program"
+    program: ExportedProgram,
+    backend: str = "inductor",
+    dynamic: bool = True,
+    name: str = "program",
+    *,
+    recorder: Recorder | None = None,
+    show_progress: bool = False,
 ) -> Executable:
     """Lower a program.
 
@@ -90,20 +129,45 @@ def lower(
         dynamic: compile for any batch size and length; otherwise for those of the first call, and again
             when they change.
         name: what the program is for, in messages.
+        recorder: records calls as CUDA graphs; None to launch every call anew.
+        show_progress: show what the first call compiles.
 
     Raises:
         ConfigError: unknown backend.
     """
     check_backend(backend)
-    counter: Counter[str] = Counter()
-    if backend == "eager":
-        return Executable(program, backend, program.graph_module, name, counter)
-    regions = inductor.lower(program.graph_module, dynamic, counter)
-    executable = Executable(program, backend, regions.module, name, counter)
-    executable.regions, executable.distinct_regions = regions.calls, regions.distinct
+    executable = Executable(program, backend, name)
+    if backend == "inductor":
+        device = _device(program)
+        regions = inductor.lower(program.graph_module, device, dynamic, executable._compiled)
+        executable._module = regions.module
+        executable.regions, executable.distinct_regions = regions.calls, regions.distinct
+        executable.show_progress = show_progress
+    if recorder is not None:
+        executable._record_graphs(program, recorder)
     return executable
 
 
 def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; expected one of {list(BACKENDS)}.")
+
+
+def _device(program: ExportedProgram) -> torch.device:
+    """Where a program runs: on the device of its inputs."""
+    fakes = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
+    device: torch.device = next(fake.device for fake in fakes if isinstance(fake, torch.Tensor))
+    return device
+
+
+def _written_inputs(program: ExportedProgram) -> set[str]:
+    """Names of the inputs that a program writes into."""
+    calls = (n for n in program.graph.nodes if n.op == "call_function")
+    schemas = ((n, getattr(n.target, "_schema", None)) for n in calls)
+    return {
+        given.name
+        for node, schema in schemas
+        if schema is not None and schema.is_mutable
+        for given, argument in zip(node.args, schema.arguments, strict=False)
+        if argument.is_write and isinstance(given, fx.Node) and given.op == "placeholder"
+    }

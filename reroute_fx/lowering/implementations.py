@@ -1,25 +1,40 @@
 """Pick the implementation of each `reroute::` operator for a compiler that should see through it.
 
 Before: ``torch.ops.reroute.select_tokens(...)``, opaque to the compiler
-After:  ``select_tokens_reference(...)``, a Python function that the compiler traces into ATen
+After:  on CPU ``select_tokens_reference(...)``, a Python function that the compiler traces into ATen;
+        on CUDA ``torch.ops.reroute.select_tokens_triton(...)``, which it takes apart into kernel launches
 """
+
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 
 from .. import kernels
 
-REFERENCES = {
+_REFERENCES: dict[Any, Callable[..., Any]] = {
     torch.ops.reroute.visual_scores.default: kernels.visual_scores_reference,
     torch.ops.reroute.select_tokens.default: kernels.select_tokens_reference,
     torch.ops.reroute.compact_tokens.default: kernels.compact_tokens_reference,
     torch.ops.reroute.restore_tokens.default: kernels.restore_tokens_reference,
+    torch.ops.reroute.restore_tokens_.default: kernels.restore_tokens_reference_,
 }
 
 
-def use_references(module: fx.GraphModule) -> fx.GraphModule:
-    """Replace the operators of `module` in place by the functions that define them."""
+def use_implementations(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """Replace the operators of `module` in place by their implementations on `device`."""
     for node in module.graph.nodes:
-        node.target = REFERENCES.get(node.target, node.target)
+        if node.target in _REFERENCES:
+            node.target = _on_cuda(node.target) if device.type == "cuda" else _REFERENCES[node.target]
     module.recompile()
     return module
+
+
+def _on_cuda(operator: Any) -> Any:
+    name = operator._schema.name.removeprefix("reroute::")
+    # Triton is imported where it is used only: on CPU it need not be installed.
+    importlib.import_module(f"{kernels.__name__}.{name.removesuffix('_')}.triton")
+    in_place = "_" if name.endswith("_") else ""
+    return getattr(torch.ops.reroute, f"{name.removesuffix('_')}_triton{in_place}").default

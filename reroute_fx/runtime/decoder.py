@@ -11,6 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..config import RoutingConfig
 from ..errors import InputError, UnsupportedModelError
 from ..lowering import Executable
+from ..plan import RowPlan
+from .buckets import cut_outputs, pad_inputs
 from .cache import CachedRows, RoutedCache
 from .prompt import Continuation, Prompt
 from .routing import Routing
@@ -33,6 +35,7 @@ class RoutedDecoder(torch.nn.Module):
         routing_config: what they route.
         position_rank: 2 for positions ``[B, S]``, 3 for ``[3, B, S]``.
         owner: identity of the model, kept with the caches that it makes.
+        uses_buckets: whether prompts run in rounded sizes, for CUDA graphs.
     """
 
     prefill: Executable
@@ -40,6 +43,7 @@ class RoutedDecoder(torch.nn.Module):
     routing_config: RoutingConfig
     position_rank: int
     owner: str
+    uses_buckets: bool
     config: Any
 
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,8 +67,8 @@ class RoutedDecoder(torch.nn.Module):
         cache = self._cache(past_key_values, use_cache)
         positions = self._positions(position_ids, inputs_embeds, prompt.places)
         embeds = prompt.places.to_front(inputs_embeds) if prompt.places else inputs_embeds
-        result = self.prefill(inputs_embeds=embeds.contiguous(), position_ids=positions, **prompt.plan.inputs)
-        values, layers = result["routing"], range(self.config.num_hidden_layers)
+        hidden, values = self._prefill(embeds, positions, prompt.plan)
+        layers = range(self.config.num_hidden_layers)
         prompt.routing = Routing(
             self.routing_config,
             prompt.plan,
@@ -76,10 +80,23 @@ class RoutedDecoder(torch.nn.Module):
             rows = self._cached_rows(prompt, positions)
             keys, values = ([values[f"{name}.{i}"] for i in layers] for name in ("key", "value"))
             prompt.commit = lambda: cache.fill(rows, keys, values)
-        hidden = result["output"].last_hidden_state
         if prompt.places:
             hidden = prompt.places.to_columns(hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _prefill(
+        self, embeds: torch.Tensor, positions: torch.Tensor, plan: RowPlan
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Hidden states ``[B, S, d]`` and what `route` exposes, in the sizes of the prompt."""
+        inputs = {"inputs_embeds": embeds.contiguous(), "position_ids": positions, **plan.inputs}
+        if self.uses_buckets:
+            inputs = pad_inputs(inputs)
+        result = self.prefill(**inputs)
+        hidden, values = result["output"].last_hidden_state, result["routing"]
+        if self.uses_buckets:
+            hidden = hidden[:, : embeds.shape[1]]
+            values = cut_outputs(values, plan, embeds.shape[1])
+        return hidden, values
 
     def _cache(self, given: Any, use_cache: bool | None) -> RoutedCache | None:
         if given is None:
@@ -110,7 +127,10 @@ class RoutedDecoder(torch.nn.Module):
             given = given[-3:] if given.ndim == 3 else given.expand(3, batch, length)
         else:
             given = given.expand(batch, length)
-        return (places.to_front(given, given.ndim - 1) if places else given).contiguous()
+        if places:
+            return places.to_front(given, given.ndim - 1)
+        # A copy: a program that was compiled for a tensor of its own is compiled again for a view.
+        return given.clone(memory_format=torch.contiguous_format)
 
     def _cached_rows(self, prompt: Prompt, positions: torch.Tensor) -> CachedRows:
         """What the cache holds after the prompt."""

@@ -49,7 +49,12 @@ class RoutedModel(torch.nn.Module):
     @property
     def report(self) -> RoutingReport:
         """What was matched and rewritten, what it saves, and how often it was compiled so far."""
-        seconds = {**self._report.seconds, **self._first_call_seconds}
+        compiling = {
+            f"compiling {name}": program.compile_seconds
+            for name, program in self._programs.items()
+            if program.compilations
+        }
+        seconds = {**self._report.seconds, **compiling, **self._first_call_seconds}
         compilations = {name: program.compilations for name, program in self._programs.items()}
         return replace(self._report, seconds=seconds, compilations=compilations)
 
@@ -142,6 +147,7 @@ def make_routed_model(
     inner.routing_config = report.config
     inner.position_rank = position_rank
     inner.owner = owner
+    inner.uses_buckets = prefill.cuda_graphs is not None
     routed = specialize(clone_path(model, decoder, inner), RoutedModel)
     routed.routing_config = report.config
     routed._signature = inspect.signature(type(model).forward)

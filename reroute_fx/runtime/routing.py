@@ -44,11 +44,7 @@ class Routing:
     @property
     def kv_lengths(self) -> tuple[tuple[int, ...], ...]:
         """For each row the tokens in the key-value cache of each layer after the prompt."""
-        current, layers = self.plan.lengths, []
-        for layer in range(self.num_layers):
-            current = self.plan.stage_lengths.get(layer, current)
-            layers.append(current)
-        return tuple(zip(*layers, strict=True))
+        return tuple(zip(*self.plan.layer_lengths(self.num_layers), strict=True))
 
     def _for_each_candidate(
         self, values: Mapping[int, torch.Tensor], read: Callable[[torch.Tensor], torch.Tensor]

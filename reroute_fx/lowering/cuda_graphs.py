@@ -1,0 +1,111 @@
+"""Record what a program launches once for each kind of inputs, and replay it.
+
+A prefill of a 7B decoder is some thousand launches; replayed as one CUDA graph it needs no work on the host
+between them.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+GRAPHS = 32
+"""Graphs that are kept for a program; the one that was used longest ago makes room."""
+_WARM_UP = 2
+"""Calls of one kind that run as they are: the first compiles, the second finds everything compiled."""
+_KINDS = 1000
+"""Kinds whose calls are counted before they are recorded."""
+
+Function = Callable[..., Sequence[torch.Tensor]]
+Role = Literal["parameter", "cache", "input"]
+
+
+class Recorder(Protocol):
+    def record(
+        self, run: Callable[[], Sequence[torch.Tensor]]
+    ) -> tuple[Callable[[], None], Sequence[torch.Tensor]]:
+        """Record `run`; returns what replays it, and the results, which each replay writes again."""
+
+
+class CudaRecorder:
+    """Records on a GPU. All graphs share one memory pool: they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def record(
+        self, run: Callable[[], Sequence[torch.Tensor]]
+    ) -> tuple[Callable[[], None], Sequence[torch.Tensor]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            results = run()
+        self._pool = self._pool or graph.pool()
+        return graph.replay, results
+
+
+@dataclass(frozen=True)
+class _Recording:
+    replay: Callable[[], None]
+    inputs: Sequence[torch.Tensor | None]
+    results: Sequence[torch.Tensor]
+
+
+class CudaGraphs:
+    """A function of tensors that replays a graph for inputs of a kind it has seen before.
+
+    Args:
+        function: runs without waiting for the device, with shapes that follow from those of its inputs.
+        roles: of each input. A ``"parameter"`` is the same tensor in all calls. A ``"cache"`` is read and written in
+            place: a graph is bound to its address and doesn't keep it alive. An ``"input"`` is copied in. Results
+            are copied out, so that they outlive the next call.
+        recorder: records a call.
+    """
+
+    def __init__(self, function: Function, roles: Sequence[Role], recorder: Recorder) -> None:
+        self._function = function
+        self._roles = tuple(roles)
+        self._recorder = recorder
+        self._calls: Counter[Any] = Counter()
+        self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
+
+    @property
+    def recorded(self) -> int:
+        """Graphs that are kept at present."""
+        return len(self._recordings)
+
+    def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        kind = self._kind(inputs)
+        recording = self._recordings.get(kind)
+        if recording is None:
+            if len(self._calls) > _KINDS:
+                self._calls.clear()  # caches come and go
+            self._calls[kind] += 1
+            if self._calls[kind] <= _WARM_UP:
+                return self._function(*inputs)
+            recording = self._record(kind, inputs)
+        self._recordings.move_to_end(kind)
+        for own, given in zip(recording.inputs, inputs, strict=True):
+            if own is not None:
+                own.copy_(given)
+        recording.replay()
+        return [result.clone() for result in recording.results]
+
+    def _kind(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """What a graph is bound to."""
+        return tuple(
+            (x.data_ptr() if role == "cache" else None, x.shape, x.dtype)
+            for x, role in zip(inputs, self._roles, strict=True)
+            if role != "parameter"
+        )
+
+    def _record(self, kind: tuple[Any, ...], inputs: Sequence[torch.Tensor]) -> _Recording:
+        copies = [x.clone() if role == "input" else None for x, role in zip(inputs, self._roles, strict=True)]
+        read = [x if copy is None else copy for x, copy in zip(inputs, copies, strict=True)]
+        replay, results = self._recorder.record(lambda: self._function(*read))
+        recording = self._recordings[kind] = _Recording(replay, copies, results)
+        del self._calls[kind]
+        if len(self._recordings) > GRAPHS:
+            self._recordings.popitem(last=False)
+        return recording

@@ -1,0 +1,60 @@
+"""Sizes of prompts rounded up, so that few CUDA graphs serve all of them.
+
+What is added lies behind every row's last token and holds no token: nothing sees it.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from ..plan import RowPlan
+
+BUCKET = 64
+"""Places to whose multiples the stream, the visual tokens and the stages are rounded up."""
+
+
+def pad_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs of a routed program with rounded sizes.
+
+    Args:
+        inputs: ``inputs_embeds [B, S, d]``, ``position_ids [..., B, S]`` and those of `RowPlan.inputs`.
+    """
+    places = inputs["inputs_embeds"].shape[1]
+    padded = {}
+    for name, tensor in inputs.items():
+        if name == "inputs_embeds":
+            padded[name] = F.pad(tensor, (0, 0, 0, _missing(places)))
+        elif name == "lengths":
+            padded[name] = tensor
+        elif name == "visual_index":
+            padded[name] = F.pad(tensor, (0, _missing(tensor.shape[-1])), value=places)
+        elif name == "pools":
+            behind = torch.iinfo(torch.int64).max
+            padded[name] = F.pad(tensor, (0, _missing(tensor.shape[-1])), value=behind)
+        else:
+            padded[name] = F.pad(tensor, (0, _missing(tensor.shape[-1])))
+    return padded
+
+
+def cut_outputs(values: Mapping[str, torch.Tensor], plan: RowPlan, places: int) -> dict[str, torch.Tensor]:
+    """What a program exposes, in the sizes of the prompt that was padded.
+
+    Args:
+        values: ``key.<layer>`` and ``value.<layer>`` ``[B, Hkv, S', D]``, ``scores.<layer>`` and ``kept.<layer>``
+            ``[B, N]``.
+        plan: of the prompt.
+        places: S of the prompt.
+    """
+    tokens, cut = plan.inputs["visual_index"].shape[1], {}
+    for name, tensor in values.items():
+        kind, _, layer = name.partition(".")
+        if kind in ("key", "value"):
+            cut[name] = tensor[:, :, : plan.slots(int(layer), places)]
+        else:
+            cut[name] = tensor[:, :tokens]
+    return cut
+
+
+def _missing(size: int) -> int:
+    return -size % BUCKET
