@@ -125,9 +125,9 @@ def padding_waste(model: Qwen2_5_VLForConditionalGeneration, batches: Sequence[B
     needed = computed = 0
     for batch in batches:
         plan = batch.plan(config)
-        current = plan.lengths
-        for index, layer in enumerate(report.layers):
-            current = plan.stage_lengths.get(index, current) if routed else plan.lengths
+        count = len(report.layers)
+        lengths = plan.layer_lengths(count) if routed else [plan.lengths] * count
+        for current, layer in zip(lengths, report.layers, strict=True):
             needed += sum(map(layer.flops, current))
             computed += len(current) * layer.flops(max(current))
     return 1 - needed / computed

@@ -8,6 +8,7 @@ import torch
 from golden_models import GOLDEN
 
 import reroute_fx
+from reroute_fx import Savings
 
 MODELS = {"llava": "llava", "qwen2_5_vl": "qwen"}
 CASES = [
@@ -25,8 +26,8 @@ def generate(model, inputs):
     return done[0, -8:].int()
 
 
-def check(golden, case, backend):
-    routed = reroute_fx.compile(golden.model, config=golden.config(case), backend=backend)
+def check(golden, case, backend, savings=None):
+    routed = reroute_fx.compile(golden.model, config=golden.config(case), backend=backend, savings=savings)
     with torch.no_grad():
         output = routed(**golden.inputs)
     wanted = golden.cases[case]
@@ -58,24 +59,33 @@ def test_unrouted_model_matches(model, request):
 
 
 @pytest.mark.parametrize(("model", "case"), CASES)
-def test_eager_matches_the_release(model, case, request):
-    check(request.getfixturevalue(MODELS[model]), case, "eager")
+def test_eager_with_every_saving_matches_the_release(model, case, request):
+    savings = Savings(reuse_keys=True, restore_in_place=True)
+    check(request.getfixturevalue(MODELS[model]), case, "eager", savings)
 
 
+SELECTION = [
+    (model, f"{method}-{action}-{tier}")
+    for model, (method, action, tier) in product(
+        MODELS,
+        [
+            ("pdrop", "physical_delete", 192),
+            ("fastv", "compact_route", 64),
+            ("pdrop", "compact_route_stagewise", 128),
+        ],
+    )
+]
+
+
+@pytest.mark.parametrize(("model", "case"), SELECTION)
 @pytest.mark.parametrize(
-    ("model", "case"),
-    [
-        (model, f"{method}-{action}-{tier}")
-        for model, (method, action, tier) in product(
-            MODELS,
-            [
-                ("pdrop", "physical_delete", 192),
-                ("fastv", "compact_route", 64),
-                ("pdrop", "compact_route_stagewise", 128),
-            ],
-        )
-    ],
+    "savings", [Savings(False, False), Savings(True, False), Savings(False, True)], ids=str
 )
+def test_eager_without_a_saving_matches_the_release(model, case, savings, request):
+    check(request.getfixturevalue(MODELS[model]), case, "eager", savings)
+
+
+@pytest.mark.parametrize(("model", "case"), SELECTION)
 def test_inductor_matches_the_release(model, case, request):
     check(request.getfixturevalue(MODELS[model]), case, "inductor")
 

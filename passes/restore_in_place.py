@@ -1,0 +1,67 @@
+"""Write a stage's rows into the residual stream itself where nothing else needs the old stream.
+
+Before: ``%new = reroute.restore_tokens(%stream, %rows, %positions)``, later readers of %new
+After:  ``reroute.restore_tokens_(%stream, %rows, %positions)``, later readers of %stream
+
+S' rows are written instead of S. A stream that is an input of the graph, that may share memory with another
+value, or that is read again after the restore is left alone.
+"""
+
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from .decoder_graph import DecoderGraph
+from .graph_edit import edit_after
+from .interface import Pass, PassResult, Rejection
+
+restore = torch.ops.reroute.restore_tokens.default
+restore_ = torch.ops.reroute.restore_tokens_.default
+
+
+class RestoreInPlace(Pass):
+    def apply(self, graph: DecoderGraph) -> PassResult:
+        restores = graph.fx_graph.find_nodes(op="call_function", target=restore)
+        rejected = []
+        for node in restores:
+            reason = next(_what_forbids(node), None)
+            if reason:
+                rejected.append(Rejection(node.name, reason))
+            else:
+                _write_in_place(graph, node)
+        found = len(restores)
+        return PassResult(self.name, found, found - len(rejected), tuple(rejected))
+
+
+def _what_forbids(node: fx.Node) -> Iterator[str]:
+    stream: fx.Node = node.args[0]  # type: ignore[assignment]
+    if stream.op != "call_function":
+        yield f"%{stream.name} is an input"
+    elif _may_alias(_maker(stream)):
+        yield f"%{stream.name} may share memory with what it was made from ({_maker(stream).target})"
+    for user in stream.users:
+        if user > node:
+            yield f"%{stream.name} is read again by %{user.name}"
+        elif user is not node and _may_alias(user):
+            yield f"%{user.name} may share memory with %{stream.name}"
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """The call that made a value, seen through the choice of one of several results."""
+    return node.all_input_nodes[0] if node.target is operator.getitem else node
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether a result of a call may share memory with an argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
+
+
+def _write_in_place(graph: DecoderGraph, node: fx.Node) -> None:
+    stream = node.args[0]
+    with edit_after(graph, node, region=node.meta.get("region", "")) as edit:
+        edit.call(restore_, *node.args)
+    node.replace_all_uses_with(stream)  # type: ignore[arg-type]
+    graph.fx_graph.erase_node(node)
