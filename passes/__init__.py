@@ -2,7 +2,7 @@
 
 They know graphs and operators, not models. In the order in which a decoder is routed:
 `RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `InsertSelection`,
-`RouteStages` and `ExposeOutputs`, for the tokens that follow `AttendToCache`.
+`RouteStages`, `ReuseKeys`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `AttendToCache`.
 """
 
 from .attend_to_cache import AttendToCache
@@ -16,6 +16,8 @@ from .interface import Pass, PassResult, Rejection
 from .pipeline import DUMP_VARIABLE, run_passes, to_program
 from .prove_causal import ProveCausal
 from .remove_no_ops import RemoveNoOps
+from .restore_in_place import RestoreInPlace
+from .reuse_keys import ReuseKeys
 from .route_stages import ACTIONS, RouteStages
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "Rejection",
     "RemoveNoOps",
     "RerouteError",
+    "RestoreInPlace",
+    "ReuseKeys",
     "RouteStages",
     "run_passes",
     "to_program",

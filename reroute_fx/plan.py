@@ -17,6 +17,7 @@ class RowPlan:
         lengths: tokens of each row.
         images: for each row the visual tokens of each of its images.
         stage_lengths: for each decision layer the tokens of each row that run through its stage.
+        stage_tokens: the same on the device, ``[B]`` int64, for each first layer of a stage; layer 0 runs on all.
         inputs: ``visual_index``, ``lengths``, ``pools``, ``keep_<layer>`` and ``slots_<layer>`` as `InsertSelection`
             describes them.
     """
@@ -24,6 +25,7 @@ class RowPlan:
     lengths: tuple[int, ...]
     images: tuple[tuple[int, ...], ...]
     stage_lengths: dict[int, tuple[int, ...]]
+    stage_tokens: dict[int, torch.Tensor]
     inputs: dict[str, torch.Tensor]
 
     def layer_lengths(self, num_layers: int) -> list[tuple[int, ...]]:
@@ -69,8 +71,11 @@ def plan_rows(
         rows = zip(lengths, images, kept, strict=True)
         stage_lengths[layer] = tuple(length - sum(image) + sum(k) for length, image, k in rows)
         inputs[f"slots_{layer}"] = torch.zeros(max(stage_lengths[layer]), dtype=torch.bool)
+    # All copies to the device come before the program is launched: one behind it would wait for its end.
     inputs = {name: tensor.to(is_visual.device) for name, tensor in inputs.items()}
-    return RowPlan(tuple(lengths), tuple(map(tuple, images)), stage_lengths, inputs)
+    stage_tokens = {layer: torch.tensor(rows).to(is_visual.device) for layer, rows in stage_lengths.items()}
+    stage_tokens = {0: inputs["lengths"], **stage_tokens}
+    return RowPlan(tuple(lengths), tuple(map(tuple, images)), stage_lengths, stage_tokens, inputs)
 
 
 def _pool_numbers(pools: Sequence[int], width: int) -> list[int]:

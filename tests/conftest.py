@@ -1,5 +1,10 @@
 """Fixtures that several test files share."""
 
+import os
+
+# There is no GPU to run Triton's kernels on: they are interpreted, which Triton settles as it is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 from golden_models import Golden, load_golden

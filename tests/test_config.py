@@ -22,7 +22,10 @@ INVALID = {
         ("action is 'delete'", "'physical_delete', 'compact_route', 'compact_route_stagewise'"),
     ),
     "no action": ({"action": None}, ("action is None", "expected one of ['physical_delete'")),
-    "unknown method": ({"method": "FastV"}, ("method is 'FastV'", "expected one of ['fastv', 'pdrop', 'none']")),
+    "unknown method": (
+        {"method": "FastV"},
+        ("method is 'FastV'", "expected one of ['fastv', 'pdrop', 'none']"),
+    ),
     "no layers": (
         {"decision_layers": (), "keep_ratios": ()},
         ("decision_layers is ()", "expected at least one layer index"),
@@ -87,7 +90,11 @@ def test_construction_errors_name_the_field_and_what_was_expected(changes, parts
 
 
 TIER_ERRORS = {
-    "method": ((128, "sparsevlm"), {}, ("method is 'sparsevlm'", "expected one of ['fastv', 'pdrop', 'none']")),
+    "method": (
+        (128, "sparsevlm"),
+        {},
+        ("method is 'sparsevlm'", "expected one of ['fastv', 'pdrop', 'none']"),
+    ),
     "action": ((128, "pdrop", "skip"), {}, ("action is 'skip'", "expected one of ['physical_delete'")),
     "schedule": (
         (128,),

@@ -135,7 +135,6 @@ class RoutedDecoder(torch.nn.Module):
     def _cached_rows(self, prompt: Prompt, positions: torch.Tensor) -> CachedRows:
         """What the cache holds after the prompt."""
         plan, device = prompt.plan, positions.device
-        stages = {0: plan.lengths, **plan.stage_lengths}
         lengths = plan.inputs["lengths"]
         is_padding = torch.arange(positions.shape[-1], device=device) >= lengths[:, None]
         highest = positions.masked_fill(is_padding, -1).amax(dim=-1)
@@ -145,7 +144,7 @@ class RoutedDecoder(torch.nn.Module):
             self.owner,
             columns,
             filled={0: columns} | {start: max(rows) for start, rows in plan.stage_lengths.items()},
-            tokens={start: torch.tensor(rows).to(device) for start, rows in stages.items()},
+            tokens=plan.stage_tokens,
             next_position=(highest.amax(dim=0) if positions.ndim == 3 else highest) + 1,
         )
 

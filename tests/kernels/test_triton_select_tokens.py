@@ -1,0 +1,243 @@
+"""`reroute::select_tokens` as Triton kernels, interpreted: exactly what the reference selects."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from reroute_fx.kernels import select_tokens_reference
+from reroute_fx.kernels.select_tokens import triton as kernels
+
+NO_TOKEN = 2**63 - 1
+NAN_OF_OTHER_SIGN = torch.tensor([-1], dtype=torch.int32).view(torch.float32).item()
+
+# Of each row its length and its pools. Of each pool its entries, how many of them stand for a token, and how many
+# tokens are kept.
+BATCHES = {
+    "one token": [(1, [(1, 1, 1)])],
+    "one of one entry": [(9, [(1, 1, 1)])],
+    "equal rows": [(100, [(63, 63, 7)])] * 2,
+    "unequal rows": [(100, [(63, 63, 7)]), (41, [(20, 20, 2)]), (12, [(1, 1, 1)])],
+    "no text, all kept": [(65, [(65, 65, 65)])],
+    "text, all kept": [(80, [(65, 65, 65)]), (70, [(60, 60, 60)])],
+    "nothing kept": [(80, [(65, 65, 0)])],
+    "rows without visual tokens": [(20, []), (9, [(6, 6, 2)]), (1, [])],
+    "no visual tokens": [(20, []), (7, [])],
+    "several pools": [
+        (100, [(30, 30, 3), (1, 1, 1), (20, 20, 20), (9, 9, 4)]),
+        (50, [(40, 40, 1)]),
+        (30, [(5, 5, 5), (5, 5, 1)]),
+        (4, []),
+    ],
+    "after a deletion": [(60, [(63, 40, 7)]), (41, [(20, 20, 2)]), (9, [(30, 1, 1)])],
+    "several pools after a deletion": [(60, [(30, 3, 3), (20, 20, 1), (9, 1, 1)]), (40, [(40, 12, 5)])],
+    "more tokens than a block": [(200, [(kernels.BLOCK + 1, 110, 30)]), (190, [(90, 90, 5)])],
+    "pools over blocks": [(300, [(100, 100, 30), (150, 150, 20)]), (290, [(20, 20, 5), (230, 230, 200)])],
+}
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture(params=["one launch", "two launches", "small blocks", "small blocks, two launches"])
+def launches(request, monkeypatch):
+    if "two" in request.param:
+        monkeypatch.setattr(kernels, "ONE_LAUNCH", 0)
+    if "small" in request.param:
+        monkeypatch.setattr(kernels, "BLOCK", 32)
+        monkeypatch.setattr(kernels, "BLOCK_OTHERS", 64)
+        monkeypatch.setattr(kernels, "BLOCK_PLACES", 32)
+
+
+def distinct(count, generator):
+    return torch.randperm(count, generator=generator) / count
+
+
+def ties(count, generator):
+    return torch.randint(3, (count,), generator=generator) / 2
+
+
+def equal(count, generator):
+    return torch.full((count,), 0.25)
+
+
+def special(count, generator):
+    values = [0.0, -0.0, 1.0, math.nan, NAN_OF_OTHER_SIGN, math.inf, -1.0, 3e38, -3e38, 1e-45, -1e-45, 1e-39]
+    return torch.tensor(values)[torch.randint(len(values), (count,), generator=generator)]
+
+
+SCORES = (distinct, ties, equal, special)
+
+
+def example(rows, values=distinct, padding=0, more_slots=0, dtype=torch.float32, seed=0):
+    """Random positions; `padding` places more than the longest row, `more_slots` than are needed."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(1, *(sum(pool[0] for pool in pools) for _, pools in rows))
+    scores = torch.full((len(rows), width), -math.inf)
+    visual_index = torch.full((len(rows), width), NO_TOKEN)
+    keep = torch.zeros(len(rows), width, dtype=torch.bool)
+    numbers = torch.empty(len(rows), width, dtype=torch.int64)
+    for row, (length, pools) in enumerate(rows):
+        start, columns = 0, []
+        numbers[row] = len(pools)
+        for number, (entries, tokens, kept) in enumerate(pools):
+            columns += (start + torch.randperm(entries, generator=generator)[:tokens].sort().values).tolist()
+            keep[row, start : start + kept] = True
+            numbers[row, start : start + entries] = number
+            start += entries
+        scores[row, columns] = values(len(columns), generator)
+        order = torch.randperm(length, generator=generator)
+        visual_index[row, columns] = order[: len(columns)].sort().values
+    several = any(len(pools) > 1 for _, pools in rows)
+    slots = max(1, *(length - sum(tokens - kept for _, tokens, kept in pools) for length, pools in rows))
+    length = max(length for length, _ in rows) + padding
+    lengths = torch.tensor([length for length, _ in rows])
+    inputs = scores.to(dtype), visual_index, lengths, keep, numbers if several else None, length
+    return *inputs, min(slots + more_slots, length)
+
+
+def assert_matches_reference(inputs):
+    copies = [None if x is None else x.clone() for x in inputs[:5]]
+    results = torch.ops.reroute.select_tokens_triton(*inputs)
+    for result, expected in zip(results, select_tokens_reference(*copies, *inputs[5:]), strict=True):
+        assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+        assert result.is_contiguous()
+        assert torch.equal(result, expected)
+    for x, copy in zip(inputs[:5], copies, strict=True):
+        assert x is copy or torch.equal(x.nan_to_num(0), copy.nan_to_num(0))
+
+
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.usefixtures("launches")
+def test_matches_reference(rows):
+    assert_matches_reference(example(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
+def test_padded_batches_of_other_dtypes(rows, dtype):
+    assert_matches_reference(example(rows, padding=5, more_slots=3, dtype=dtype, seed=1))
+
+
+@pytest.mark.parametrize("values", SCORES)
+@pytest.mark.parametrize("name", ["unequal rows", "several pools after a deletion", "pools over blocks"])
+@pytest.mark.usefixtures("launches")
+def test_ties_and_special_scores(name, values):
+    assert_matches_reference(example(BATCHES[name], values, padding=1, more_slots=2, seed=2))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1 / 63, math.inf, -math.inf, math.nan, NAN_OF_OTHER_SIGN])
+@pytest.mark.parametrize("count", [0, 1, 63, 129, 130])
+def test_all_equal_scores_keep_the_first_tokens(value, count):
+    keep = (torch.arange(130) < count)[None]
+    scores, index = torch.full((1, 130), value), torch.arange(3, 133)[None]
+    inputs = scores, index, torch.tensor([140]), keep, None, 150, 10 + count
+    positions, kept = torch.ops.reroute.select_tokens_triton(*inputs)
+    assert torch.equal(kept, keep)
+    assert positions.tolist() == [[*range(3 + count), *range(133, 140)]]
+    assert_matches_reference(inputs)
+
+
+def test_nan_ranks_first_whatever_its_sign():
+    scores = torch.tensor([[1.0, math.inf, NAN_OF_OTHER_SIGN, -math.inf, math.nan, NAN_OF_OTHER_SIGN]])
+    keep = torch.tensor([[False, False, True, True, False, False]])
+    inputs = scores, torch.arange(6)[None], torch.tensor([6]), keep, None, 6, 2
+    assert torch.ops.reroute.select_tokens_triton(*inputs)[0].tolist() == [[1, 5]]
+    assert_matches_reference(inputs)
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (7, 8, 900), (0, 2**31, NO_TOKEN)])
+@pytest.mark.usefixtures("launches")
+def test_pools_may_have_any_numbers(numbers):
+    *tensors, pools, length, slots = example([(40, [(2, 2, 1), (3, 2, 2), (4, 4, 3)])], seed=3)
+    inputs = *tensors, torch.tensor(numbers)[pools], length, slots
+    assert_matches_reference(inputs)
+    assert_matches_reference((*(x[:, -4:] if x.dim() == 2 else x for x in inputs[:5]), length, length))
+
+
+def test_entries_in_the_padding_are_no_tokens():
+    scores = torch.tensor([[0.2, 0.1, -math.inf, -math.inf]]).expand(2, 4)
+    visual_index = torch.tensor([[1, 2, 4, 5], [1, 2, 6, NO_TOKEN]])
+    keep = torch.tensor([[True, False, False, False]]).expand(2, 4)
+    assert_matches_reference((scores, visual_index, torch.tensor([4, 4]), keep, None, 6, 4))
+
+
+def test_no_entries_at_all():
+    empty = torch.zeros(2, 0)
+    inputs = empty, empty.long(), torch.tensor([5, 9]), empty.bool(), None, 10, 9
+    assert_matches_reference(inputs)
+    assert_matches_reference((*inputs[:4], empty.long(), 10, 9))
+
+
+@pytest.mark.parametrize(
+    "length", [kernels.BLOCK_PLACES - 1, kernels.BLOCK_PLACES, kernels.BLOCK_PLACES + 1, 2500]
+)
+def test_streams_around_the_size_of_a_block(length):
+    assert_matches_reference(example([(length, [(300, 300, 40)]), (40, [(30, 20, 5)])], padding=7))
+
+
+def test_more_tokens_than_one_launch_ranks(monkeypatch):
+    tokens = kernels.ONE_LAUNCH + 1
+    # Fewer and larger blocks: each costs the interpreter much the same.
+    monkeypatch.setattr(kernels, "BLOCK", 512)
+    monkeypatch.setattr(kernels, "BLOCK_OTHERS", 512)
+    generator = torch.Generator().manual_seed(4)
+    keep = torch.zeros(1, tokens, dtype=torch.bool)
+    keep[:, torch.randperm(tokens, generator=generator)[:100]] = True
+    scores, index = ties(tokens, generator)[None], torch.arange(tokens)[None]
+    assert_matches_reference((scores, index, torch.tensor([tokens]), keep, None, tokens, 100))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.t().contiguous().t(), lambda x: x.repeat_interleave(2, dim=1)[:, ::2]],
+    ids=["transposed", "sliced"],
+)
+def test_strided_inputs(change):
+    inputs = example(BATCHES["several pools after a deletion"], padding=2, more_slots=1, seed=5)
+    changed = [change(x) if x.dim() == 2 else x.repeat_interleave(2)[::2] for x in inputs[:5]]
+    assert not any(x.is_contiguous() for x in changed)
+    assert_matches_reference((*changed, *inputs[5:]))
+
+
+def test_expanded_inputs():
+    inputs = example([(100, [(30, 30, 4), (33, 33, 3)])], padding=2, seed=6)
+    assert_matches_reference((*(x.expand(3, *x.shape[1:]) for x in inputs[:5]), *inputs[5:]))
+
+
+@st.composite
+def batches(draw):
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        pools = []
+        for _ in range(draw(st.integers(0, 3))):
+            entries = draw(st.integers(1, 40))
+            tokens = draw(st.integers(0, entries))
+            pools.append((entries, tokens, draw(st.integers(0, tokens))))
+        text = draw(st.integers(0 if any(tokens for _, tokens, _ in pools) else 1, 6))
+        rows.append((text + sum(tokens for _, tokens, _ in pools), pools))
+    return rows
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    rows=batches(),
+    values=st.sampled_from(SCORES),
+    padding=st.integers(0, 3),
+    more_slots=st.integers(0, 3),
+    seed=st.integers(0, 2**32),
+    one_launch=st.sampled_from([0, 64, 4096]),
+    block=st.sampled_from([16, 128]),
+)
+def test_any_batch_matches_reference(rows, values, padding, more_slots, seed, one_launch, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "ONE_LAUNCH", one_launch)
+        patch.setattr(kernels, "BLOCK", block)
+        assert_matches_reference(example(rows, values, padding, more_slots, seed=seed))
+
+
+def test_schema():
+    inputs = example(BATCHES["several pools"], padding=5, more_slots=3)
+    opcheck(torch.ops.reroute.select_tokens_triton, inputs, test_utils="test_schema")
