@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -13,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from rich.progress import track
 
-import reroute_fx
+from reroute_fx.benchmarking.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,11 +38,16 @@ def first_calls(contenders: Mapping[str, Callable[[], Any]]) -> dict[str, float]
     """Seconds of the first call of each contender: compilation and warm-up."""
     seconds = {}
     for name, run in track(contenders.items(), description="compiling"):
-        start = time.perf_counter()
-        run()
-        seconds[name] = time.perf_counter() - start
+        seconds[name] = first_call_seconds(run)
         run()
     return seconds
+
+
+def first_call_seconds(run: Callable[[], Any]) -> float:
+    """Seconds of one call: compilation and warm-up."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def summary(samples: list[float]) -> dict[str, float]:
@@ -87,39 +90,12 @@ def _status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine."""
-    return {
-        "reroute_fx": reroute_fx.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def write(name: str, record: Mapping[str, Any]) -> Path:
-    """Write a record under ``benchmarks/results``, whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write a record into a folder, whole or not at all."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"environment": environment(), **record}, indent=1) + "\n")
+    temporary.write_text(json.dumps({"environment": environment(device), **record}, indent=1) + "\n")
     temporary.replace(path)
     return path
-
-
-def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip() or None
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

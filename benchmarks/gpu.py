@@ -1,0 +1,294 @@
+"""All that needs a GPU, in one command of at most ten minutes.
+
+    python benchmarks/gpu.py [--sections checks,rates,kernels,models] [--models llava-1.5-7b] [--batches 8,1,32]
+
+``checks``   every kernel on fresh random inputs against exact or float64 references, in poisoned memory; golden
+             vectors on the device
+``rates``    copy bandwidth and matrix rate, the floor of everything else
+``kernels``  time of each operator at the sizes of 7B models, next to the copy bandwidth and its eager composition
+``models``   7B shapes with random weights: eager, `torch.compile`, this project's compiler without routing, the eager
+             hook routing, and the three tiers with and without CUDA graphs; first token, decoding, whole answers,
+             peak memory, the floor, the share of routing's kernels, and whether anything makes the host wait
+
+What was measured is written after every step, so that a run that is cut short keeps it. ``--dry-run`` goes through
+everything on CPU with tiny sizes; it writes only into a folder that is named.
+"""
+
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from gpu_checks import run_checks
+from gpu_golden import check_golden
+from gpu_kernels import Rates, kernel_shapes, measure_kernels, measure_rates
+from gpu_models import SETTINGS, contenders, hooks, routing_share, sync_errors, watched_program
+from record import RESULTS, first_call_seconds, summary, write
+from rich.console import Console
+from rich.table import Table
+
+from reroute_fx._compat import settle_cpu_math
+from reroute_fx.benchmarking.contender import (
+    Contender,
+    TowerFeatures,
+    alternate,
+    time_decoder,
+    time_first_token,
+    time_generate,
+)
+from reroute_fx.benchmarking.machine import peak_bytes
+from reroute_fx.benchmarking.theory import theory_of, weight_bytes
+from reroute_fx.benchmarking.workload import Workload
+
+SECTIONS = ("checks", "rates", "kernels", "models")
+STEPS, NEW_TOKENS = 16, 64
+console = Console(width=150)
+
+
+class Run:
+    """What was measured so far, and the time that is left.
+
+    Args:
+        path: of the JSON; None to keep what was measured in memory.
+        seconds: after which no new step is begun.
+    """
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, tiny: bool, path: Path | None, seconds: float
+    ):
+        self.device, self.dtype, self.tiny, self.path = device, dtype, tiny, path
+        self.end = time.monotonic() + seconds
+        self.record: dict[str, Any] = {"dtype": str(dtype), "errors": [], "left_out": []}
+
+    def keep(self, section: str, name: str, result: Any) -> None:
+        self.record.setdefault(section, {})[name] = result
+        if self.path:
+            write(self.path.stem, self.record, self.path.parent)
+
+    def fail(self, where: str, error: Exception) -> None:
+        console.print(f"[red]{where}: {type(error).__name__}: {str(error)[:2000]}", highlight=False)
+        self.record["errors"].append(
+            {"where": where, "error": f"{type(error).__name__}: {str(error)[:2000]}"}
+        )
+
+    def has_time(self, name: str) -> bool:
+        if time.monotonic() < self.end:
+            return True
+        self.record["left_out"].append(name)
+        return False
+
+
+def section_checks(run: Run) -> None:
+    found = run_checks(run.device, rounds=2 if run.tiny else 60)
+    run.keep("checks", "kernels", found)
+    console.print(f"kernels agree with their references: {found['calls']}")
+    run.keep("checks", "golden", check_golden(run.device, tiny=run.tiny))
+    console.print(f"golden vectors hold: {run.record['checks']['golden']}")
+
+
+def section_kernels(run: Run, rates: Rates) -> None:
+    for shape in kernel_shapes(run.tiny):
+        name = f"{shape.name}, batch {shape.batch}, {shape.visual} + {shape.text}"
+        if run.has_time(f"kernels {name}"):
+            rows = measure_kernels(shape, run.device, run.dtype, rates)
+            run.keep("kernels", name, rows)
+            console.print(_kernel_table(name, rows))
+
+
+def section_models(run: Run, rates: Rates, names: list[str], batches: list[int], backend: str) -> None:
+    for name in names:
+        if not run.has_time(f"models {name}"):
+            continue
+        model = SETTINGS[name].build(run.device, run.dtype, run.tiny)
+        made: dict[str, Any] = {}
+        for batch in batches:
+            for visual, inputs in SETTINGS[name].prompts(model, batch, run.tiny):
+                title = f"{name}, batch {batch}, {visual} visual tokens"
+                if run.has_time(f"models {title}"):
+                    rows = measure_prompt(run, model, made, inputs, visual, rates, backend)
+                    run.keep("models", title, rows)
+                    console.print(_model_table(title, rows))
+        del model, made
+        gc.collect()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def measure_prompt(
+    run: Run,
+    model: Any,
+    made: dict[str, Any],
+    inputs: dict[str, torch.Tensor],
+    visual: int,
+    rates: Rates,
+    backend: str,
+) -> dict[str, Any]:
+    """Times of all contenders on one batch. `made` keeps the compiled models for the next."""
+    batch, columns = inputs["input_ids"].shape
+    work = Workload(inputs, (visual,) * batch, (columns - visual,) * batch, STEPS)
+    answers = Workload(inputs, work.visual_tokens, work.text_tokens, 4 if run.tiny else NEW_TOKENS)
+    features, token = TowerFeatures(), inputs["input_ids"][:, -1:]
+    with features.recorded(model):
+        Contender("eager", model, work, token, features).prefill()
+    ready, rows = [], {}
+    for name, make in (contenders(model, backend) | hooks(model, inputs)).items():
+        if not run.has_time(f"{name}, batch {batch}, {visual} visual tokens"):
+            continue
+        try:
+            if name.startswith("hooks") or name not in made:
+                made[name] = make()
+            contender = Contender(name, made[name], work, token, features)
+            rows[name] = {"first_call_s": first_call_seconds(lambda c=contender: time_decoder(c))}
+            for _ in range(2):
+                time_decoder(contender)  # graphs are recorded at the third call of a kind
+            rows[name] |= _theory(made[name], model, work, rates)
+            rows[name]["peak_bytes"] = peak_bytes(contender.prefill, run.device)
+            rows[name]["waits"] = _waits(contender, run.device)
+            rows[name]["routing_share"] = routing_share(contender)
+            ready.append(contender)
+        except Exception as error:  # one contender's failure must not cost the others
+            run.fail(f"{name}, batch {batch}, {visual} visual tokens", error)
+            rows.pop(name, None)
+    seconds = alternate(ready, (time_first_token, time_decoder), range(_rounds(ready, run.tiny)))
+    whole = [Contender(c.name, c.model, answers, token, features) for c in ready]
+    generated = alternate(whole, (time_generate,), range(1 if run.tiny else 3))
+    for name in seconds:
+        for measure, samples in {**seconds[name], **generated[name]}.items():
+            flat = [second for one in samples for second in one]
+            rows[name][measure] = {**summary(flat), "seconds": flat}
+    return rows
+
+
+def _rounds(ready: list[Contender], tiny: bool) -> int:
+    """As many as fit into 25 seconds, 3 to 20."""
+    if tiny:
+        return 1
+    start = time.perf_counter()
+    alternate(ready, (time_first_token, time_decoder), range(1))
+    return int(min(20, max(3, 25 / (time.perf_counter() - start))))
+
+
+def _theory(contender: Any, model: Any, work: Workload, rates: Rates) -> dict[str, float]:
+    """Least seconds of the decoder's prefill and of a step; for contenders that say what they route."""
+    if not hasattr(contender, "report"):
+        return {}
+    theory = theory_of(model, contender.report, work)
+    weights = weight_bytes(model)
+    compute = theory.prefill_flops / rates.matrix_flops
+    return {
+        "prefill_floor_ms": 1e3 * max(compute, weights / rates.copy_bytes),
+        "step_floor_ms": 1e3 * theory.step_bytes / rates.copy_bytes,
+        "theoretical_speedup": theory.prefill_speedup,
+    }
+
+
+def _waits(contender: Contender, device: torch.device) -> dict[str, str] | None:
+    """What made the host wait for the device in the routed program and in a step; None if neither is routed."""
+    if not hasattr(contender.model, "report"):
+        return None
+    found = {}
+    with watched_program(contender.model, device):
+        try:
+            cache = contender.prefill().past_key_values
+        except RuntimeError as error:
+            found["prefill"] = str(error)[:300]
+    if not found:
+        contender.make_room(cache)
+        calls = [contender.step_inputs(index) for index in range(3)]
+        contender.step(cache, calls[0])  # allocates the room
+        try:
+            with sync_errors(device):
+                for given in calls[1:]:
+                    contender.step(cache, given)
+        except RuntimeError as error:
+            found["step"] = str(error)[:300]
+    return found
+
+
+def _kernel_table(title: str, rows: dict[str, Any]) -> Table:
+    table = Table("", "us", "us launched", "us eager", "MiB", "of copy bandwidth", title=title)
+    for name, row in rows.items():
+        times = [f"{row[key]:.1f}" for key in ("microseconds", "launched_microseconds", "eager_microseconds")]
+        table.add_row(name, *times, f"{row['bytes'] / 2**20:.2f}", f"{row['share_of_copy_bandwidth']:.2f}")
+    return table
+
+
+def _model_table(title: str, rows: dict[str, Any]) -> Table:
+    measures = ("first_token", "first_token_without_tower", "decode_step", "generate")
+    headings = (
+        "first token",
+        "without tower",
+        "step",
+        "answer",
+        "/ floor",
+        "theory",
+        "routing %",
+        "GiB",
+        "first s",
+    )
+    table = Table("p50 / p99 ms", *headings, "waits", title=title)
+    for name, row in rows.items():
+        cells = [f"{row[m]['p50_ms']:.2f} / {row[m]['p99_ms']:.2f}" for m in measures]
+        floor = row.get("prefill_floor_ms")
+        cells.append(f"{row['first_token_without_tower']['p50_ms'] / floor:.2f}" if floor else "")
+        cells.append(f"{row['theoretical_speedup']:.2f}" if floor else "")
+        share = row["routing_share"]
+        cells.append("" if share is None else f"{100 * share:.1f}")
+        cells.append(f"{(row['peak_bytes'] or 0) / 2**30:.2f}")
+        waits = "" if row["waits"] is None else ", ".join(row["waits"]) or "none"
+        table.add_row(name, *cells, f"{row['first_call_s']:.1f}", waits)
+    return table
+
+
+def main(
+    sections: Annotated[str, typer.Option(help=",".join(SECTIONS))] = ",".join(SECTIONS),
+    models: Annotated[str, typer.Option(help=",".join(SETTINGS))] = ",".join(SETTINGS),
+    batches: Annotated[str, typer.Option(help="rows of the batches")] = "8,1,32",
+    backend: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
+    seconds: Annotated[float, typer.Option(help="begin nothing new after this time")] = 540,
+    out: Annotated[str, typer.Option(help="name of the JSON")] = "gpu",
+    folder: Annotated[Path | None, typer.Option(help="of the JSON; benchmarks/results if not dry")] = None,
+    dry_run: Annotated[bool, typer.Option(help="tiny sizes on CPU")] = False,
+) -> None:
+    """Check and measure, and write <folder>/<out>.json."""
+    wanted = sections.split(",")
+    unknown = [s for s in wanted if s not in SECTIONS] + [m for m in models.split(",") if m not in SETTINGS]
+    if unknown:
+        raise typer.BadParameter(f"unknown {unknown}; expected of {SECTIONS} and {tuple(SETTINGS)}")
+    if not dry_run and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no GPU; run where one is, or with --dry-run")
+    device = torch.device("cpu") if dry_run else torch.device("cuda", 0)
+    settle_cpu_math()
+    if folder is None and not dry_run:
+        folder = RESULTS
+    path = folder / f"{out}.json" if folder else None
+    run = Run(device, torch.float32 if dry_run else torch.bfloat16, dry_run, path, seconds)
+    if "checks" in wanted:
+        try:
+            section_checks(run)
+        except Exception as error:
+            run.fail("checks", error)
+    rates = measure_rates(device, run.dtype, dry_run)
+    run.keep("rates", "copy_bytes_per_s", rates.copy_bytes)
+    run.keep("rates", "matrix_flops_per_s", rates.matrix_flops)
+    console.print(f"copy {rates.copy_bytes / 1e9:.0f} GB/s, matrix {rates.matrix_flops / 1e12:.1f} TFLOP/s")
+    if "kernels" in wanted:
+        try:
+            section_kernels(run, rates)
+        except Exception as error:
+            run.fail("kernels", error)
+    if "models" in wanted:
+        sizes = [2] if dry_run else [int(size) for size in batches.split(",")]
+        section_models(run, rates, models.split(","), sizes, backend)
+    run.keep("run", "finished", True)
+    console.print(json.dumps({"errors": len(run.record["errors"]), "left out": run.record["left_out"]}))
+    if run.record["errors"]:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,97 @@
+"""`benchmarks/gpu.py` runs on CPU with tiny sizes, so that it runs when there is a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import reroute_fx
+from reroute_fx import RoutingConfig
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TIMES = ("first_token", "first_token_without_tower", "decode_step", "generate")
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """What a dry run writes."""
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--dry-run", "--backend", "eager", "--folder", folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def test_nothing_failed_or_was_left_out(record):
+    assert (record["errors"], record["left_out"]) == ([], [])
+    assert record["run"]["finished"]
+    assert record["environment"]["torch"] == torch.__version__
+
+
+def test_checks_were_made(record):
+    calls = record["checks"]["kernels"]["calls"]
+    assert set(calls) == {"visual_scores", "select_tokens", "compact_tokens", "restore_tokens"}
+    assert min(calls.values()) >= 6
+    assert {name.split("/")[0] for name in record["checks"]["golden"]} == {"llava", "qwen2_5_vl"}
+
+
+def test_kernels_were_measured(record):
+    (rows,) = record["kernels"].values()
+    assert set(rows) == {"visual_scores", "select_tokens", "compact_tokens", "restore_tokens_"}
+    for row in rows.values():
+        assert min(row.values()) > 0
+
+
+def test_models_were_measured(record):
+    assert len(record["models"]) == 2
+    for rows in record["models"].values():
+        assert set(rows) == {
+            "eager",
+            "compiled unrouted",
+            *(f"{kind} {tier}" for kind in ("routed", "hooks") for tier in (192, 128, 64)),
+            "routed 128, reused keys",
+        }
+        for name, row in rows.items():
+            assert all(row[measure]["p50_ms"] > 0 for measure in TIMES)
+            if "routed" in name and "un" not in name:
+                assert row["theoretical_speedup"] > 1
+                assert row["prefill_floor_ms"] > 0
+
+
+def test_a_machine_without_a_gpu_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+
+
+@pytest.fixture(params=["llava-1.5-7b", "qwen2.5-vl-7b"])
+def setting(request, monkeypatch):
+    """The benchmark's tiny model and a prompt for it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_models
+
+    chosen = gpu_models.SETTINGS[request.param]
+    model = chosen.build(torch.device("cpu"), torch.float32, True)
+    _, inputs = next(iter(chosen.prompts(model, 2, True)))
+    return gpu_models, model, inputs
+
+
+@pytest.mark.parametrize("tier", [192, 64])
+def test_the_hook_routing_computes_the_same(setting, tier):
+    """Routing in plain eager PyTorch, written from the method alone: the same answers as the compiled graph."""
+    gpu_models, model, inputs = setting
+    config = RoutingConfig.from_tier(tier, action="compact_route", num_layers=16)
+    routed = reroute_fx.compile(model, config=config, backend="eager")
+    with torch.no_grad():
+        hooked = gpu_models.hook_routed(model, tier, inputs)(**inputs).logits
+        expected, unrouted = routed(**inputs).logits, model(**inputs).logits
+    # Float32 rounding of 16 layers; that of another selection is what routing changes.
+    torch.testing.assert_close(hooked, expected, rtol=0, atol=1e-4)
+    assert (unrouted - expected).abs().max() > 1e-2
