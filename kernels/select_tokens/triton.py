@@ -13,8 +13,8 @@ ONE_LAUNCH = 4096
 """Visual tokens of a row up to which one program ranks them all."""
 BLOCK = 128
 """Visual tokens that are ranked at once."""
-BLOCK_OTHERS = 64
-"""Tokens that they are compared with at once; half as many in several pools, whose numbers take registers too."""
+BLOCK_OTHERS = 32
+"""Tokens that they are compared with at once: twice as many take all registers there are."""
 BLOCK_PLACES = 1024
 """Places of the stream that are numbered at once."""
 
@@ -158,14 +158,13 @@ def select_tokens_triton(
     """See `reroute_fx.kernels.select_tokens`. Scores of float32 or less."""
     batch, tokens = visual_index.shape
     several_pools, one_launch = pools is not None, tokens <= ONE_LAUNCH
-    others = BLOCK_OTHERS // 2 if several_pools else BLOCK_OTHERS
     pools = visual_index if pools is None else pools
     ranked = [t.contiguous() for t in (scores.float(), keep, pools)]
     positions = visual_index.new_empty((batch, slots))
     kept = torch.empty((batch, tokens), dtype=torch.bool, device=scores.device)
     if not one_launch:
         wrap_triton(_rank)[triton.cdiv(tokens, BLOCK), batch](
-            *ranked, kept, tokens, SEVERAL_POOLS=several_pools, BLOCK=BLOCK, BLOCK_OTHERS=others
+            *ranked, kept, tokens, SEVERAL_POOLS=several_pools, BLOCK=BLOCK, BLOCK_OTHERS=BLOCK_OTHERS
         )
     is_inactive = torch.empty((batch, length), dtype=torch.int8, device=scores.device)
     wrap_triton(_place)[(batch,)](
@@ -181,7 +180,7 @@ def select_tokens_triton(
         RANK=one_launch,
         SEVERAL_POOLS=several_pools,
         BLOCK=BLOCK,
-        BLOCK_OTHERS=others,
+        BLOCK_OTHERS=BLOCK_OTHERS,
         BLOCK_PLACES=BLOCK_PLACES,
     )
     return positions, kept
