@@ -39,4 +39,5 @@ def _(tensors: list[torch.Tensor], positions: torch.Tensor, sequence_dims: list[
 def _(tensors: list[torch.Tensor], positions: torch.Tensor, sequence_dims: list[int]) -> list[torch.Tensor]:
     from .triton import compact_tokens_triton
 
-    return compact_tokens_triton(tensors, positions, sequence_dims)
+    result: list[torch.Tensor] = compact_tokens_triton(tensors, positions, sequence_dims)
+    return result

@@ -32,7 +32,8 @@ def _(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torc
 def _(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     from .triton import restore_tokens_triton
 
-    return restore_tokens_triton(stream, rows, positions)
+    result: torch.Tensor = restore_tokens_triton(stream, rows, positions)
+    return result
 
 
 @torch.library.custom_op("reroute::restore_tokens_", mutates_args={"stream"})

@@ -74,4 +74,7 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .triton import select_tokens_triton
 
-    return select_tokens_triton(scores, visual_index, lengths, keep, pools, length, slots)
+    result: tuple[torch.Tensor, torch.Tensor] = select_tokens_triton(
+        scores, visual_index, lengths, keep, pools, length, slots
+    )
+    return result

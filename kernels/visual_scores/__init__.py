@@ -42,4 +42,5 @@ def _(
 ) -> torch.Tensor:
     from .triton import visual_scores_triton
 
-    return visual_scores_triton(query, keys, visual_index, lengths, scale)
+    result: torch.Tensor = visual_scores_triton(query, keys, visual_index, lengths, scale)
+    return result

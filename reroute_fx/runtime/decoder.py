@@ -78,8 +78,8 @@ class RoutedDecoder(torch.nn.Module):
         )
         if cache is not None:
             rows = self._cached_rows(prompt, positions)
-            keys, values = ([values[f"{name}.{i}"] for i in layers] for name in ("key", "value"))
-            prompt.commit = lambda: cache.fill(rows, keys, values)
+            cached = [[values[f"{name}.{i}"] for i in layers] for name in ("key", "value")]
+            prompt.commit = lambda: cache.fill(rows, *cached)
         if prompt.places:
             hidden = prompt.places.to_columns(hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
