@@ -14,7 +14,7 @@ from transformers import (
 
 
 def build(width: int, layers: int) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights whose decoder has the proportions of a 7B one."""
+    """A LLaVA with random weights: the proportions of a 7B decoder, a tower of 576 tokens at next to no cost."""
     torch.manual_seed(0)
     text = LlamaConfig(
         hidden_size=width,
@@ -25,7 +25,12 @@ def build(width: int, layers: int) -> LlavaForConditionalGeneration:
         vocab_size=1000,
     )
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=336,
+        patch_size=14,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=999)
     return LlavaForConditionalGeneration(config).eval()

@@ -5,71 +5,66 @@
 Baselines: the Hugging Face decoder in eager mode, the same decoder under `torch.compile`, and the captured
 decoder through this project's compiler without routing. All fill a key-value cache. The routing efficiency is
 the measured speed-up over the *faster* compiled baseline divided by the theoretical FLOP ratio, scoring
-counted. Peak memory is read from the kernel, each contender in a process of its own.
+counted. The floor of a tier is its matrix products and its attention alone, at the rows that its layers have.
+Each graph-level saving is switched at tier 128. Peak memory is read from the kernel, each contender in a process
+of its own.
 """
 
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 import typer
+from decoders import Floor, Prefill, Prompts
 from models import build
 from record import alternate, first_calls, measure_memory, peak_memory, ratio, summary, write
 from rich.console import Console
 from rich.table import Table
-from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
-from reroute_fx import RoutingConfig
+from reroute_fx import RoutingConfig, Savings
 from reroute_fx._compat import settle_cpu_math
 from reroute_fx.capture import capture_decoder
-from reroute_fx.lowering import lower
-from reroute_fx.plan import plan_rows
-from reroute_fx.routing import route, unrouted
 
 VISUAL, TEXT = 576, 40
 TIERS = (192, 128, 64)
 COMPILED = ("torch.compile", "compiled unrouted")
+SWITCHED = 128
+SAVINGS = {
+    "keys reused": Savings(reuse_keys=True),
+    "not in place": Savings(restore_in_place=False),
+}
 
 
 def contenders(model: LlavaForConditionalGeneration) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     """What is measured, and the report of each routed contender."""
-    length = VISUAL + TEXT
-    embeds = torch.randn(1, length, model.config.text_config.hidden_size)
-    positions = torch.arange(length)[None]
-    is_visual = torch.zeros(1, length, dtype=torch.bool)
-    is_visual[:, 5 : 5 + VISUAL] = True
-    decoder = model.model.language_model
-    captured = capture_decoder(model)
+    prompts = Prompts.random(1, VISUAL, TEXT, model.config.text_config.hidden_size)
+    decoder, captured = model.model.language_model, capture_decoder(model)
 
     def hugging_face(run: Callable[..., Any]) -> Callable[[], Any]:
-        return torch.no_grad()(lambda: run(inputs_embeds=embeds, position_ids=positions, use_cache=True))
+        given = {"inputs_embeds": prompts.embeds, "position_ids": prompts.positions}
+        return torch.no_grad()(lambda: run(**given, use_cache=True))
 
-    def ours(program: torch.export.ExportedProgram, **inputs: torch.Tensor) -> Callable[[], Any]:
-        executable = lower(program)
-
-        def run() -> DynamicCache:
-            routing = executable(inputs_embeds=embeds, position_ids=positions, **inputs)["routing"]
-            cache = DynamicCache(config=decoder.config)
-            for i in range(captured.num_layers):
-                cache.update(routing[f"key.{i}"], routing[f"value.{i}"], i)
-            return cache
-
-        return run
-
-    runs = {
-        "eager": hugging_face(decoder),
-        "torch.compile": hugging_face(torch.compile(decoder)),
-        "compiled unrouted": ours(unrouted(captured.program, captured.num_layers)),
-    }
-    reports = {}
+    prefills = {"compiled unrouted": Prefill(captured, None)}
+    floors = {}
     for tier in TIERS:
         config = RoutingConfig.from_tier(tier, num_layers=captured.num_layers)
-        program, report = route(captured.program, config, num_layers=captured.num_layers)
-        runs[f"routed {tier}"] = ours(program, **plan_rows(config, is_visual, [length], [[VISUAL]]).inputs)
-        reports[f"routed {tier}"] = report.at(visual_tokens=VISUAL, text_tokens=TEXT)
-    return runs, reports
+        prefills[f"routed {tier}"] = Prefill(captured, config)
+        floors[f"floor {tier}"] = Floor(decoder, config, prompts)
+    config = RoutingConfig.from_tier(SWITCHED, num_layers=captured.num_layers)
+    for name, savings in SAVINGS.items():
+        prefills[f"routed {SWITCHED}, {name}"] = Prefill(captured, config, savings)
+    runs = {"eager": hugging_face(decoder), "torch.compile": hugging_face(torch.compile(decoder))}
+    runs |= {name: partial(prefill, prompts) for name, prefill in prefills.items()}
+    reports = {
+        name: prefill.report.at(visual_tokens=VISUAL, text_tokens=TEXT)
+        for name, prefill in prefills.items()
+        if prefill.config
+    }
+    return runs | floors, reports
 
 
 def main(
@@ -103,7 +98,10 @@ def main(
             row["average_tokens"] = report.average_tokens
             row["theoretical_speedup"] = report.unrouted.flops / report.routed.flops
             row["efficiency"] = row["speedup_over_compiled"] / row["theoretical_speedup"]
-        if memory:
+        floor = name.replace("routed", "floor")
+        if floor != name and floor in samples:
+            row["above_floor"] = ratio(samples[name], samples[floor])
+        if memory and not name.startswith("floor"):
             arguments = ["--width", str(width), "--layers", str(layers), "--memory-of", name]
             row["peak_memory_mib"] = peak_memory(__file__, arguments) / 2**20
         rows[name] = row
@@ -121,12 +119,23 @@ def main(
 
 def _table(rows: dict[str, dict[str, Any]]) -> Table:
     table = Table(
-        "", "p50 ms", "p99 ms", "x eager", "x compiled", "theory", "efficiency", "peak MiB", "first call s"
+        "",
+        "p50 ms",
+        "p99 ms",
+        "x eager",
+        "x compiled",
+        "theory",
+        "efficiency",
+        "x floor",
+        "peak MiB",
+        "first call s",
     )
     for name, row in rows.items():
         cells = [f"{row['p50_ms']:.0f}", f"{row['p99_ms']:.0f}", f"{row['speedup_over_eager']:.2f}"]
         cells.append(f"{row['speedup_over_compiled']:.2f}")
-        cells += [f"{row[k]:.2f}" if k in row else "" for k in ("theoretical_speedup", "efficiency")]
+        cells += [
+            f"{row[k]:.2f}" if k in row else "" for k in ("theoretical_speedup", "efficiency", "above_floor")
+        ]
         cells += [
             f"{row['peak_memory_mib']:.0f}" if "peak_memory_mib" in row else "",
             f"{row['first_call_s']:.1f}",
