@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/reroute-fx demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -33,6 +33,7 @@ from reroute_fx._compat import settle_cpu_math
 from reroute_fx.capture import capture_decoder
 from reroute_fx.lowering import Executable, lower
 from reroute_fx.plan import RowPlan, plan_rows
+from reroute_fx.report import RoutingReport
 from reroute_fx.routing import route, unrouted
 from reroute_fx.runtime.rows import Places
 
@@ -84,10 +85,13 @@ class Batch:
         return plan_rows(config, is_visual, self.mask.sum(dim=1).tolist(), self.images)
 
 
-def contenders(model: Qwen2_5_VLForConditionalGeneration) -> dict[str, Callable[[Batch], Any]]:
+def contenders(
+    model: Qwen2_5_VLForConditionalGeneration,
+) -> tuple[dict[str, Callable[[Batch], Any]], RoutingReport]:
+    """What is measured, and the report of the routed contender."""
     decoder, captured = model.model.language_model, capture_decoder(model)
     config = RoutingConfig.from_tier(TIER, num_layers=captured.num_layers)
-    program, _ = route(captured.program, config, num_layers=captured.num_layers)
+    program, report = route(captured.program, config, num_layers=captured.num_layers)
     compiled = torch.compile(decoder, dynamic=True)
 
     def hugging_face(run: Callable[..., Any]) -> Callable[[Batch], Any]:
@@ -109,22 +113,20 @@ def contenders(model: Qwen2_5_VLForConditionalGeneration) -> dict[str, Callable[
 
         return prefill
 
-    return {
+    prefills = {
         "eager": hugging_face(decoder),
         "torch.compile": hugging_face(compiled),
         "compiled unrouted": ours(lower(unrouted(captured.program, captured.num_layers)), None),
         f"routed {TIER}": ours(lower(program), config),
     }
+    return prefills, report
 
 
-def padding_waste(model: Qwen2_5_VLForConditionalGeneration, batches: Sequence[Batch], routed: bool) -> float:
+def padding_waste(report: RoutingReport, batches: Sequence[Batch], routed: bool) -> float:
     """Share of the FLOPs of all layers that is spent on padding."""
-    captured = capture_decoder(model)
-    config = RoutingConfig.from_tier(TIER, num_layers=captured.num_layers)
-    _, report = route(captured.program, config, num_layers=captured.num_layers)
     needed = computed = 0
     for batch in batches:
-        plan = batch.plan(config)
+        plan = batch.plan(report.config)
         count = len(report.layers)
         lengths = plan.layer_lengths(count) if routed else [plan.lengths] * count
         for current, layer in zip(lengths, report.layers, strict=True):
@@ -141,7 +143,7 @@ def throughput(
     model: Qwen2_5_VLForConditionalGeneration, rounds: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rows of the table and raw seconds, by contender and batch size."""
-    prefills = contenders(model)
+    prefills, report = contenders(model)
     batches = {size: groups(model, size) for size in BATCHES}
     runs = {
         f"{name}, batch {size}": lambda prefill=prefill, size=size: [
@@ -163,7 +165,7 @@ def throughput(
             row["prompts_per_s"] = len(PROMPTS) / row["p50_ms"] * 1e3
             row["throughput_over_batch_1"] = ratio(samples[f"{name}, batch 1"], samples[key])
             row["speedup_over_compiled"] = ratio(samples[baseline], samples[key])
-            row["padding_waste"] = padding_waste(model, batches[size], name.startswith("routed"))
+            row["padding_waste"] = padding_waste(report, batches[size], name.startswith("routed"))
             rows[key] = row
     return rows, samples
 
@@ -199,7 +201,8 @@ def main(
     model = build_qwen(width, layers)
     if memory_of:
         name, _, size = memory_of.partition(", batch ")
-        prefill, (batch, *_) = contenders(model)[name], groups(model, int(size))
+        prefills, _ = contenders(model)
+        prefill, (batch, *_) = prefills[name], groups(model, int(size))
         print(measure_memory(lambda: prefill(batch)))
         return
     counts = recompilations()

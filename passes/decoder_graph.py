@@ -1,6 +1,7 @@
 """The graph that the passes edit: an exported decoder with what the passes have learnt about it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -163,16 +164,30 @@ def _functionalize(graph: fx.Graph) -> None:
             continue
         written = node.args[0]
         sharing = memory.get(written.meta["val"].untyped_storage()._cdata, [])
-        packet = str(node.target.overloadpacket).rpartition(".")[2]
         older = [n for n in sharing if order[n] < order[node] and n is not written]
-        if written.op == "placeholder" or older or not packet.endswith("_"):
-            raise MatchError(
-                f"%{node.name} ({node.target}) writes into memory that other values share; expected a program without "
-                f"such writes. Call run_decompositions() on it first."
+        functional = _functional(node.target)
+        if written.op == "placeholder" or older or functional is None:
+            what = (
+                "its argument and knows no other way"
+                if functional is None
+                else "memory that other values share"
             )
-        node.target = getattr(getattr(torch.ops.aten, packet[:-1]), node.target._overloadname)
+            raise MatchError(
+                f"%{node.name} ({node.target}) writes into {what}; expected a program without such writes. Call "
+                f"run_decompositions() on it first."
+            )
+        node.target = functional
         for user in [u for u in written.users if order[u] > order[node]]:
             user.replace_input_with(written, node)
+
+
+def _functional(target: Any) -> Any | None:
+    """The operator that returns what an in-place one writes."""
+    namespace, _, name = target._schema.name.partition("::")
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    if namespace != "aten" or not name.endswith("_") or packet is None:
+        return None
+    return getattr(packet, target._overloadname, None)
 
 
 def _writes(node: fx.Node) -> bool:

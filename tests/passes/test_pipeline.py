@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from reroute_fx import RoutingConfig, route
+from reroute_fx import RoutingConfig, Savings, route
 from reroute_fx.passes import (
     DUMP_VARIABLE,
     FindLayers,
@@ -45,6 +45,7 @@ def test_results_name_the_passes(exported):
         "FindLayers",
         "InsertSelection",
         "RouteStages",
+        "RestoreInPlace",
         "ExposeOutputs",
     ]
     assert all(result.seconds > 0 for result in report.passes)
@@ -151,11 +152,14 @@ def test_original_is_unchanged_and_can_be_routed_again(toy, exported):
 
 
 def test_routed_program_is_not_routed_again(exported):
-    """Its layers run on compact rows, so there is no stream of S rows around them."""
+    """Its layers run on compact rows, so there is no stream of S rows around them; or it writes in place."""
     _, program = exported(kv_heads=2)
-    once, _ = route(program, CONFIG)
+    once, _ = route(program, CONFIG, savings=Savings(restore_in_place=False))
     with pytest.raises(MatchError):
         route(once, CONFIG)
+    in_place, _ = route(program, CONFIG)
+    with pytest.raises(MatchError, match="restore_tokens_.*knows no other way"):
+        route(in_place, CONFIG)
 
 
 def test_parameters_are_shared(exported):

@@ -5,11 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_models import decoder_inputs
+from golden_models import capture_once, decoder_inputs
 
 from reroute_fx import RoutingConfig
-from reroute_fx.capture import capture_decoder, find_visual_token_ids
-from reroute_fx.lowering import lower
 from reroute_fx.lowering.regions import share_regions
 from reroute_fx.passes import (
     ACTIONS,
@@ -22,8 +20,7 @@ from reroute_fx.passes import (
     run_passes,
     to_program,
 )
-from reroute_fx.routing import continuation, find_passes, make_report
-from reroute_fx.runtime import make_routed_model
+from reroute_fx.routing import find_passes
 
 aten = torch.ops.aten
 reroute = torch.ops.reroute
@@ -32,8 +29,6 @@ ONE_DECISION = RoutingConfig((1,), (0.5,))
 LENGTHS, IMAGES = (30, 40, 22), ((5, 11), (), (4, 4, 1))
 NOISE = {"rtol": 1e-5, "atol": 1e-5}
 """Float32 rounding: BLAS may add in another order when there are more rows. Another row differs by 1e-1 and more."""
-LOGITS = 1e-4
-"""As in test_golden.py."""
 
 
 def routing(config):
@@ -340,7 +335,7 @@ def test_rows_without_a_batch_dimension_stay(toy):
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("pool", ["row", "image"])
 def test_golden_models(toy, family, request, action, pool):
-    captured = capture_decoder(request.getfixturevalue(family).model)
+    captured = capture_once(request.getfixturevalue(family).model)
     config = RoutingConfig((2, 7, 15), (0.5, 0.3, 0.1), action, pool=pool)
     graphs = [edit(captured.program, config, find_passes(captured.num_layers), on) for on in (True, False)]
     (with_pass, result), (without, _) = graphs
@@ -358,48 +353,3 @@ def test_golden_models(toy, family, request, action, pool):
     assert_same(*results, inputs, config)
     distinct = [share_regions(p.graph_module, lambda region: region.forward).distinct for p in programs]
     assert distinct[0] == distinct[1] + 1  # the first layer of a stage
-
-
-def routed_model(golden, config):
-    """As `reroute_fx.compile` on the eager backend, with the pass."""
-    captured = capture_decoder(golden.model)
-    found = find_passes(captured.num_layers)
-    graph, result = edit(captured.program, config, found, True)
-    assert result.rewritten == len(config.decision_layers)
-    following = continuation(captured.program, config.decision_layers, captured.num_layers)
-    return make_routed_model(
-        golden.model,
-        golden.model.get_decoder(),
-        lower(to_program(graph, captured.program), "eager"),
-        lower(following, "eager"),
-        make_report(graph, (result,), config),
-        position_rank=captured.position_rank,
-        visual_ids=find_visual_token_ids(golden.model.config),
-    )
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        "pdrop-compact_route_stagewise-128",
-        "pdrop-compact_route-64",
-        "pdrop-physical_delete-192",
-        "fastv-compact_route_stagewise-192",
-    ],
-)
-def test_the_release_agrees(family, request, case):
-    golden = request.getfixturevalue(family)
-    routed, wanted = routed_model(golden, golden.config(case)), golden.cases[case]
-    with torch.no_grad():
-        output = routed(**golden.inputs)
-    assert list(output.routing.kv_lengths[0]) == wanted["kv_lengths"]
-    for layer in wanted["decision_layers"]:
-        selected, scores = output.routing.selected[layer][0], output.routing.scores[layer][0]
-        assert torch.equal(selected.int(), golden.expected[f"{case}/selected.{layer}"])
-        torch.testing.assert_close(scores, golden.expected[f"{case}/scores.{layer}"], atol=1e-6, rtol=1e-4)
-    error = (output.logits[0, -1] - golden.expected[f"{case}/last_logits"]).abs().max()
-    assert error < LOGITS
-    done = routed.generate(
-        **golden.inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    assert torch.equal(done[0, -8:].int(), golden.expected[f"{case}/generated"])
