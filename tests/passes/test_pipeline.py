@@ -158,7 +158,7 @@ def test_routed_program_is_not_routed_again(exported):
     with pytest.raises(MatchError):
         route(once, CONFIG)
     in_place, _ = route(program, CONFIG)
-    with pytest.raises(MatchError, match="restore_tokens_.*knows no other way"):
+    with pytest.raises(MatchError, match=r"restore_tokens_.*knows no other way"):
         route(in_place, CONFIG)
 
 
