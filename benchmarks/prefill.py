@@ -101,7 +101,7 @@ def main(
         floor = name.replace("routed", "floor")
         if floor != name and floor in samples:
             row["above_floor"] = ratio(samples[name], samples[floor])
-        if memory and not name.startswith("floor"):
+        if memory and not name.startswith("floor") and "," not in name:
             arguments = ["--width", str(width), "--layers", str(layers), "--memory-of", name]
             row["peak_memory_mib"] = peak_memory(__file__, arguments) / 2**20
         rows[name] = row

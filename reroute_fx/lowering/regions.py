@@ -28,12 +28,16 @@ class Regions:
     Attributes:
         module: the outer graph module; inputs and outputs as before.
         calls: regions in the graph.
-        distinct: functions behind them.
+        functions: what is called for them, one for each distinct region.
     """
 
     module: fx.GraphModule
     calls: int
-    distinct: int
+    functions: tuple[Callable[..., Any], ...]
+
+    @property
+    def distinct(self) -> int:
+        return len(self.functions)
 
 
 def share_regions(module: fx.GraphModule, compile_region: CompileRegion) -> Regions:
@@ -52,7 +56,7 @@ def share_regions(module: fx.GraphModule, compile_region: CompileRegion) -> Regi
         outer.call(functions[key], region)
     outer.graph.output(map_arg(module.graph.output_node().args[0], outer.new.__getitem__))
     outer.graph.lint()
-    return Regions(fx.GraphModule({}, outer.graph), len(runs), len(functions))
+    return Regions(fx.GraphModule({}, outer.graph), len(runs), tuple(functions.values()))
 
 
 def _named(compiled: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -141,9 +145,10 @@ class _Region:
         return self.new[node]
 
     def key(self) -> str:
-        """Equal for regions that compute the same function of inputs of the same kind."""
+        """Equal for regions that compute the same function of inputs of the same kind and with the same equal sizes."""
         number = {node: f"%{i}" for i, node in enumerate(self.graph.nodes)}
-        lines = [_kind(n) for n in self.inputs]
+        sizes: dict[Any, str] = {}
+        lines = [_kind(n, sizes) for n in self.inputs]
         for node in self.graph.nodes:
             args, kwargs = map_arg((node.args, dict(node.kwargs)), number.__getitem__)
             lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args} {kwargs}")
@@ -168,9 +173,13 @@ def _from_inputs(size: fx.Node) -> bool:
     return all(n.op == "placeholder" or (is_size(n) and _from_inputs(n)) for n in size.all_input_nodes)
 
 
-def _kind(node: fx.Node) -> str:
+def _kind(node: fx.Node, sizes: dict[Any, str]) -> str:
+    """Dtype, shape and device; `sizes` numbers the symbols in the order in which they are met."""
     fake = node.meta.get("val")
-    if not isinstance(fake, torch.Tensor):
-        return type(fake).__name__
-    sizes = [size if isinstance(size, int) else "*" for size in fake.shape]
-    return f"{fake.dtype} {sizes} {fake.device}"
+    shape = fake.shape if isinstance(fake, torch.Tensor) else (fake,)
+    names = [
+        sizes.setdefault(size.node.expr, f"s{len(sizes)}") if isinstance(size, torch.SymInt) else str(size)
+        for size in shape
+    ]
+    kind = f"{fake.dtype} {fake.device}" if isinstance(fake, torch.Tensor) else type(fake).__name__
+    return f"{kind} [{', '.join(names)}]"
