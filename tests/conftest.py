@@ -1,14 +1,13 @@
 """Fixtures that several test files share."""
 
 import os
-from collections.abc import Iterator
 
 # There is no GPU to run Triton's kernels on: they are interpreted, which Triton settles as it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
-from golden_models import Golden, capture_once, load_golden
+from golden_models import Golden, load_golden
 
 from reroute_fx._compat import settle_cpu_math
 
@@ -19,13 +18,6 @@ def _exact_math() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Every core has a worker already.
         torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _export_golden_models_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("reroute_fx.api.capture_decoder", capture_once)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The golden models, and what the official Reroute release (9d42204) computes on them."""
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 
 from reroute_fx import RoutingConfig
-from reroute_fx.capture import CapturedDecoder, capture_decoder
+from reroute_fx.capture import CapturedDecoder
 from reroute_fx.plan import plan_rows
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,7 +36,6 @@ class Golden:
         return (self.inputs["input_ids"][0] == self.model.config.image_token_id).nonzero().flatten()
 
 
-@functools.cache
 def load_golden(name: str) -> Golden:
     folder = GOLDEN / name
     inputs = load_file(folder / "inputs.safetensors")
@@ -45,17 +43,6 @@ def load_golden(name: str) -> Golden:
     model = CLASSES[name].from_pretrained(folder, dtype=torch.float32).eval()
     cases = json.loads((folder / "cases.json").read_text())["cases"]
     return Golden(name, model, inputs, cases, load_file(folder / "expected.safetensors"))
-
-
-@functools.cache
-def _captured(name: str) -> CapturedDecoder:
-    return capture_decoder(load_golden(name).model)
-
-
-def capture_once(model: Any) -> CapturedDecoder:
-    """As `capture_decoder`; golden models, which never change, are exported once."""
-    name = next((name for name in CLASSES if load_golden(name).model is model), None)
-    return _captured(name) if name else capture_decoder(model)
 
 
 def decoder_inputs(

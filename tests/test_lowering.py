@@ -4,10 +4,11 @@ import operator
 
 import pytest
 import torch
-from golden_models import Golden, capture_once, decoder_inputs
+from golden_models import Golden, decoder_inputs
 from torch.export import Dim
 
 from reroute_fx import ConfigError, RoutingConfig
+from reroute_fx.capture import capture_decoder
 from reroute_fx.lowering import lower
 from reroute_fx.lowering.regions import share_regions
 from reroute_fx.routing import route, unrouted
@@ -16,7 +17,7 @@ from reroute_fx.routing import route, unrouted
 @pytest.fixture(scope="module", params=["llava", "qwen"])
 def captured(request):
     golden: Golden = request.getfixturevalue(request.param)
-    return capture_once(golden.model)
+    return capture_decoder(golden.model)
 
 
 def flatten(result):
@@ -76,7 +77,7 @@ def test_sizes_inside_a_region_come_from_its_tensors(captured):
 
 
 def test_static_compilation(llava):
-    captured = capture_once(llava.model)
+    captured = capture_decoder(llava.model)
     config = RoutingConfig((3,), (0.5,))
     program, _ = route(captured.program, config)
     inputs = decoder_inputs(captured, config)

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conversations import MIXED, ROUTING, SINGLE, batch, build, routed_model, unrouted_model
-from golden_models import capture_once, decoder_inputs
+from golden_models import decoder_inputs
 from torch import fx
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -160,7 +160,7 @@ def programs(llava, qwen):
 
     @functools.cache
     def get(family, action, pool="row"):
-        captured = capture_once(models[family])
+        captured = capture_decoder(models[family])
         config = RoutingConfig(DECISIONS, (0.5, 0.3, 0.1), action, pool=pool)
         savings = Savings(reuse_keys=True, restore_in_place=True)
         return captured, config, route(captured.program, config, savings=savings)[0]

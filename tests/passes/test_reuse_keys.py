@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_models import capture_once, decoder_inputs
+from golden_models import decoder_inputs
 
 from reroute_fx import RoutingConfig
+from reroute_fx.capture import capture_decoder
 from reroute_fx.lowering.regions import share_regions
 from reroute_fx.passes import (
     ACTIONS,
@@ -335,7 +336,7 @@ def test_rows_without_a_batch_dimension_stay(toy):
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("pool", ["row", "image"])
 def test_golden_models(toy, family, request, action, pool):
-    captured = capture_once(request.getfixturevalue(family).model)
+    captured = capture_decoder(request.getfixturevalue(family).model)
     config = RoutingConfig((2, 7, 15), (0.5, 0.3, 0.1), action, pool=pool)
     graphs = [edit(captured.program, config, find_passes(captured.num_layers), on) for on in (True, False)]
     (with_pass, result), (without, _) = graphs
