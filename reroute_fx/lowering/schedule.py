@@ -1,0 +1,148 @@
+"""A lowered program as data: which region is called on which values, in which order.
+
+Values are numbered: first the inputs, then the weights, then what each call returns. A region that needs a size which
+none of its tensors has takes an empty tensor of that length.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from transformers.modeling_outputs import BaseModelOutput
+
+from .regions import Regions, is_size
+
+HIDDEN = "last_hidden_state"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a region.
+
+    Attributes:
+        region: its number.
+        inputs: values that it takes.
+        lengths: then come empty tensors as long as these values are in these dimensions.
+        outputs: how many values it returns.
+    """
+
+    region: int
+    inputs: tuple[int, ...]
+    lengths: tuple[tuple[int, int], ...]
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A program over regions.
+
+    Attributes:
+        inputs: names of the inputs.
+        weights: names of the weights.
+        calls: in order.
+        outputs: values that the program returns, by name.
+    """
+
+    inputs: tuple[str, ...]
+    weights: tuple[str, ...]
+    calls: tuple[Call, ...]
+    outputs: dict[str, int]
+
+    @classmethod
+    def of(cls, program: ExportedProgram, regions: Regions) -> "Schedule":
+        """The schedule of a program that `route` or `continuation` returned, from its regions."""
+        specs = program.graph_signature.input_specs
+        inputs = tuple(s.arg.name for s in specs if s.kind is InputKind.USER_INPUT)
+        weights = {s.arg.name: str(s.target) for s in specs if s.kind is not InputKind.USER_INPUT}
+        reader = _Reader(regions, (*inputs, *weights))
+        calls = tuple(map(reader.call, reader.calls()))
+        return cls(inputs, tuple(weights.values()), calls, reader.outputs(program.call_spec.out_spec))
+
+
+class _Reader:
+    """Numbers the values of the graph that `share_regions` makes."""
+
+    def __init__(self, regions: Regions, placeholders: Sequence[str]) -> None:
+        self.graph = regions.module.graph
+        self.regions: dict[Callable[..., Any], int] = {f: i for i, f in enumerate(regions.functions)}
+        self.count = len(placeholders)
+        self.values = {n: placeholders.index(n.name) for n in self.graph.find_nodes(op="placeholder")}
+
+    def calls(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "call_function" and n.target in self.regions]
+
+    def call(self, node: fx.Node) -> Call:
+        tensors = [n for n in node.all_input_nodes if not is_size(n)]
+        lengths = [n.args for n in node.all_input_nodes if is_size(n)]
+        results = {n: n.args[1] for n in node.users if n.target is operator.getitem}
+        made = Call(
+            self.regions[node.target],
+            tuple(self.values[n] for n in tensors),
+            tuple((self.values[tensor], dim) for tensor, dim in lengths),
+            1 + max(results.values(), default=-1),
+        )
+        self.values |= {n: self.count + place for n, place in results.items()}
+        self.count += made.outputs
+        return made
+
+    def outputs(self, spec: pytree.TreeSpec) -> dict[str, int]:
+        whole = pytree.tree_unflatten(list(self.graph.output_node().args[0]), spec)
+        named = {HIDDEN: whole["output"].last_hidden_state, **whole["routing"]}
+        return {name: self.values[node] for name, node in named.items()}
+
+
+class ScheduledProgram:
+    """Runs a schedule on compiled regions.
+
+    Args:
+        schedule: what is called.
+        regions: for each region a function from a list of tensors to a list of tensors.
+        weights: by name.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        regions: Sequence[Callable[[list[torch.Tensor]], list[torch.Tensor]]],
+        weights: dict[str, torch.Tensor],
+    ) -> None:
+        self.schedule, self.regions = schedule, regions
+        self.weights = [weights[name] for name in schedule.weights]
+        self.released = _last_uses(schedule)
+
+    @torch.no_grad()
+    def __call__(self, **inputs: torch.Tensor) -> dict[str, Any]:
+        """Run on contiguous inputs; returns what an `Executable` of the program returns."""
+        values: list[Any] = [*(inputs[name] for name in self.schedule.inputs), *self.weights]
+        for call, released in zip(self.schedule.calls, self.released, strict=True):
+            given = [values[i] for i in call.inputs]
+            given += [values[i].new_empty(values[i].shape[dim], dtype=torch.bool) for i, dim in call.lengths]
+            results = self.regions[call.region](given)
+            values += results
+            for i in released:
+                values[i] = None
+        routing = {name: values[i] for name, i in self.schedule.outputs.items()}
+        output = BaseModelOutput(last_hidden_state=routing.pop(HIDDEN))
+        return {"output": output, "routing": routing}
+
+
+def _last_uses(schedule: Schedule) -> list[list[int]]:
+    """For each call the values that nothing reads after it, so that their memory is free."""
+    read: dict[int, int] = {}
+    count = len(schedule.inputs) + len(schedule.weights)
+    for number, call in enumerate(schedule.calls):
+        read |= dict.fromkeys((*call.inputs, *(i for i, _ in call.lengths)), number)
+        read |= {count + i: number for i in range(call.outputs)}
+        count += call.outputs
+    kept = set(schedule.outputs.values())
+    released: list[list[int]] = [[] for _ in schedule.calls]
+    for value, number in read.items():
+        if value not in kept:
+            released[number].append(value)
+    return released
