@@ -3,6 +3,7 @@
 from .passes.errors import MatchError, RerouteError
 
 __all__ = [
+    "ArtifactError",
     "BackendUnavailableError",
     "CaptureError",
     "ConfigError",
@@ -36,3 +37,7 @@ class BackendUnavailableError(RerouteError):
 
 class ParityError(RerouteError):
     """Two models that should compute the same don't."""
+
+
+class ArtifactError(RerouteError):
+    """An artifact can't be written, or is not what it should be."""

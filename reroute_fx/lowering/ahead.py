@@ -47,7 +47,7 @@ def package_region(region: fx.GraphModule, device: torch.device, path: Path) -> 
     Raises:
         CaptureError: the region was fixed to a size.
     """
-    _take_lengths(region.graph)
+    _take_lengths(region)
     fakes = [n.meta["val"] for n in region.graph.find_nodes(op="placeholder")]
     shapes = [fake.shape if isinstance(fake, torch.Tensor) else (fake,) for fake in fakes]
     examples = _examples(fakes, shapes, device)
@@ -70,18 +70,18 @@ class _Region(torch.nn.Module):
         return self.run(*inputs)
 
 
-def _take_lengths(graph: fx.Graph) -> None:
-    """Let a graph take tensors for the sizes that it took.
+def _take_lengths(region: fx.GraphModule) -> None:
+    """Let a region take tensors for the sizes that it took.
 
     Before: ``%n`` a placeholder for a size
     After:  ``%n`` a placeholder for a tensor of that length, ``sym_size(%n, 0)``
     """
-    for node in graph.find_nodes(op="placeholder"):
+    for node in region.graph.find_nodes(op="placeholder"):
         if is_size(node):
-            with graph.inserting_after(node):
-                size = graph.call_function(torch.ops.aten.sym_size.int, (node, 0))
+            with region.graph.inserting_after(node):
+                size = region.graph.call_function(torch.ops.aten.sym_size.int, (node, 0))
             node.replace_all_uses_with(size, delete_user_cb=lambda user, size=size: user is not size)
-    graph.owning_module.recompile()
+    region.recompile()
 
 
 def _examples(fakes: Sequence[Any], shapes: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, ...]:

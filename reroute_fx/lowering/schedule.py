@@ -79,10 +79,10 @@ class _Reader:
 
     def call(self, node: fx.Node) -> Call:
         tensors = [n for n in node.all_input_nodes if not is_size(n)]
-        lengths = [n.args for n in node.all_input_nodes if is_size(n)]
-        results = {n: n.args[1] for n in node.users if n.target is operator.getitem}
+        lengths: list[Any] = [n.args for n in node.all_input_nodes if is_size(n)]
+        results: dict[fx.Node, Any] = {n: n.args[1] for n in node.users if n.target is operator.getitem}
         made = Call(
-            self.regions[node.target],
+            self.regions[node.target],  # type: ignore[index]
             tuple(self.values[n] for n in tensors),
             tuple((self.values[tensor], dim) for tensor, dim in lengths),
             1 + max(results.values(), default=-1),
@@ -92,7 +92,8 @@ class _Reader:
         return made
 
     def outputs(self, spec: pytree.TreeSpec) -> dict[str, int]:
-        whole = pytree.tree_unflatten(list(self.graph.output_node().args[0]), spec)
+        returned: Any = self.graph.output_node().args[0]
+        whole = pytree.tree_unflatten(list(returned), spec)
         named = {HIDDEN: whole["output"].last_hidden_state, **whole["routing"]}
         return {name: self.values[node] for name, node in named.items()}
 

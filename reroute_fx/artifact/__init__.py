@@ -1,0 +1,1 @@
+"""Artifacts: what `compile` made, on disk."""

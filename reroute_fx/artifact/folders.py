@@ -1,0 +1,112 @@
+"""Folders that appear whole or not at all."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import ArtifactError
+
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of renameat2(2)."""
+
+
+@contextmanager
+def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside `target` to write into; it becomes `target` when the block succeeds.
+
+    Until then `target` is as it was, and afterwards it is the new one: killed at any moment the process leaves one
+    or the other. What a killed process has left beside it is removed by the next one.
+
+    Args:
+        target: a path whose parent exists.
+        overwrite: replace what is there.
+
+    Raises:
+        ArtifactError: `target` exists and `overwrite` is False, its parent does not exist or can't be written, the disk
+            is full, or the file system can't exchange folders.
+    """
+    target = target.absolute()
+    if not target.parent.is_dir():
+        raise ArtifactError(f"path is {target}, but {target.parent} is no folder. Create it first.")
+    if os.path.lexists(target) and not overwrite:
+        raise ArtifactError(f"path is {target}, which exists. Choose another one, or pass overwrite=True.")
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
+        raise ArtifactError(f"path is {target}, which is no folder; expected an artifact to overwrite.")
+    try:
+        _remove_remains(target)
+        partial = target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}")
+        partial.mkdir()
+        with _locked(partial):
+            try:
+                yield partial
+                _flush(partial)
+                _put(partial, target)
+            finally:
+                # What was replaced lies here now, or what was not finished.
+                shutil.rmtree(partial, ignore_errors=True)
+        _flush_one(target.parent)
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise ArtifactError(
+            f"{target} could not be written: {what}. What was there before is untouched. Free space or choose another "
+            f"path."
+        ) from error
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
+def _remove_remains(target: Path) -> None:
+    """Remove what killed processes left: folders that nobody holds."""
+    for remains in target.parent.glob(f"{_prefix(target)}*"):
+        try:
+            with _locked(remains):
+                shutil.rmtree(remains, ignore_errors=True)
+        except BlockingIOError:
+            continue
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder as long as this process lives."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flush(folder: Path) -> None:
+    """Let everything in a folder reach the disk."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _flush_one(Path(parent, name))
+        _flush_one(Path(parent))
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put(partial: Path, target: Path) -> None:
+    """Move a folder to a path, or let it change places with what is there, in one step."""
+    if not target.exists():
+        os.rename(partial, target)
+        return
+    library = ctypes.CDLL(None, use_errno=True)
+    moved = library.renameat2(_HERE, os.fsencode(partial), _HERE, os.fsencode(target), _EXCHANGE)
+    if moved != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"can't exchange two folders on this file system ({os.strerror(number)})")

@@ -1,0 +1,159 @@
+"""Folders that appear whole or not at all, whatever happens while they are written."""
+
+import errno
+import multiprocessing
+import os
+import random
+import time
+
+import pytest
+
+from reroute_fx.artifact.folders import whole_folder
+from reroute_fx.errors import ArtifactError
+
+FILES = {
+    "manifest.json": b"{}",
+    "programs/region_0.pt2": b"code" * 1000,
+    "weights.safetensors": b"w" * 100_000,
+}
+
+
+def fill(folder, mark):
+    for name, content in FILES.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(mark + content)
+
+
+def mark_of(folder):
+    """What a folder was filled with, if it is whole."""
+    contents = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert contents.keys() == FILES.keys()
+    (mark,) = {contents[name][:1] for name in FILES}
+    assert contents == {name: mark + content for name, content in FILES.items()}
+    return mark
+
+
+def write_and_fail(target, error, overwrite=False):
+    with whole_folder(target, overwrite) as folder:
+        fill(folder, b"2")
+        raise error
+
+
+def test_a_new_folder_appears_at_the_end(tmp_path):
+    target = tmp_path / "llava-128"
+    with whole_folder(target) as folder:
+        fill(folder, b"1")
+        assert not target.exists()
+        assert folder.parent == tmp_path
+    assert mark_of(target) == b"1"
+    assert os.listdir(tmp_path) == ["llava-128"]
+
+
+def test_a_folder_is_replaced_when_asked_for(tmp_path):
+    target = tmp_path / "llava-128"
+    for mark in (b"1", b"2"):
+        with whole_folder(target, overwrite=True) as folder:
+            fill(folder, mark)
+        assert mark_of(target) == mark
+    assert os.listdir(tmp_path) == ["llava-128"]
+
+
+def test_a_folder_is_not_replaced_unasked(tmp_path):
+    target = tmp_path / "llava-128"
+    with whole_folder(target) as folder:
+        fill(folder, b"1")
+    with pytest.raises(ArtifactError, match=r"exists.*overwrite=True"), whole_folder(target):
+        pytest.fail("nothing may be written")
+    assert mark_of(target) == b"1"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_error_leaves_what_was_there(tmp_path, overwrite):
+    target = tmp_path / "llava-128"
+    if overwrite:
+        with whole_folder(target) as folder:
+            fill(folder, b"1")
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail(target, ZeroDivisionError(), overwrite)
+    assert os.listdir(tmp_path) == (["llava-128"] if overwrite else [])
+    if overwrite:
+        assert mark_of(target) == b"1"
+
+
+def test_a_full_disk_is_said(tmp_path):
+    target = tmp_path / "llava-128"
+    with pytest.raises(ArtifactError, match="the disk is full"):
+        write_and_fail(target, OSError(errno.ENOSPC, "No space left on device"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_that_can_not_exchange_is_said(tmp_path, monkeypatch):
+    target = tmp_path / "llava-128"
+    with whole_folder(target) as folder:
+        fill(folder, b"1")
+    monkeypatch.setattr("reroute_fx.artifact.folders._EXCHANGE", 0xFF)  # as one that doesn't know the flag
+    with pytest.raises(ArtifactError, match="can't exchange"), whole_folder(target, overwrite=True) as folder:
+        fill(folder, b"2")
+    assert mark_of(target) == b"1"
+    assert os.listdir(tmp_path) == ["llava-128"]
+
+
+def test_what_is_no_folder_is_not_replaced(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("file", "link"):
+        with (
+            pytest.raises(ArtifactError, match="no folder"),
+            whole_folder(tmp_path / name, overwrite=True),
+        ):
+            pytest.fail("nothing may be written")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_parent_that_is_missing_is_said(tmp_path):
+    with pytest.raises(ArtifactError, match=r"is no folder\. Create it"), whole_folder(tmp_path / "a" / "b"):
+        pytest.fail("nothing may be written")
+
+
+def test_remains_are_removed_but_not_what_another_writes(tmp_path):
+    target = tmp_path / "llava-128"
+    remains = tmp_path / ".llava-128.partial-0"
+    remains.mkdir()
+    fill(remains, b"0")
+    with whole_folder(target, overwrite=True) as first:
+        assert not remains.exists()
+        fill(first, b"1")
+        with whole_folder(target, overwrite=True) as second:
+            assert first.exists()
+            fill(second, b"2")
+        assert mark_of(target) == b"2"
+    assert mark_of(target) == b"1"
+    assert os.listdir(tmp_path) == ["llava-128"]
+
+
+def write_forever(target):
+    while True:
+        for mark in (b"2", b"3"):
+            with whole_folder(target, overwrite=True) as folder:
+                fill(folder, mark)
+
+
+def test_killed_at_any_moment_one_or_the_other_is_there(tmp_path):
+    target = tmp_path / "llava-128"
+    with whole_folder(target) as folder:
+        fill(folder, b"1")
+    generator, seen = random.Random(0), set()
+    for _ in range(20):
+        writer = multiprocessing.get_context("fork").Process(target=write_forever, args=(target,))
+        writer.start()
+        time.sleep(generator.uniform(0, 0.1))
+        writer.kill()
+        writer.join()
+        seen.add(mark_of(target))
+    assert seen & {b"2", b"3"}
+    with whole_folder(target, overwrite=True) as folder:
+        fill(folder, b"4")
+    assert os.listdir(tmp_path) == ["llava-128"]
