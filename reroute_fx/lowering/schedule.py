@@ -6,7 +6,7 @@ none of its tensors has takes an empty tensor of that length.
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..errors import ArtifactError
 from .regions import Regions, is_size
 
 HIDDEN = "last_hidden_state"
+_MOST_DIMENSIONS, _MOST_OUTPUTS = 8, 2**16
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,51 @@ class Schedule:
         reader = _Reader(regions, (*inputs, *weights))
         calls = tuple(map(reader.call, reader.calls()))
         return cls(inputs, tuple(weights.values()), calls, reader.outputs(program.call_spec.out_spec))
+
+    @classmethod
+    def from_json(cls, data: Any, regions: int) -> "Schedule":
+        """Read what `to_json` wrote, for a program of as many regions.
+
+        Raises:
+            ArtifactError: it is something else, or reads a value that is not there yet.
+        """
+        try:
+            calls = [
+                Call(c["region"], tuple(c["inputs"]), tuple(map(tuple, c["lengths"])), c["outputs"])
+                for c in data["calls"]
+            ]
+            schedule = cls(tuple(data["inputs"]), tuple(data["weights"]), tuple(calls), dict(data["outputs"]))
+            schedule._check(regions)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"The schedule of a program is damaged ({type(error).__name__}: {error}). Export the model again."
+            ) from error
+        return schedule
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def _check(self, regions: int) -> None:
+        """Raise ValueError unless all names are strings and all numbers stand for something."""
+        names = (*self.inputs, *self.weights, *self.outputs)
+        if not all(isinstance(name, str) for name in names) or HIDDEN not in self.outputs:
+            raise ValueError("names are missing")
+        count = len(self.inputs) + len(self.weights)
+        for call in self.calls:
+            _check_number(call.region, regions)
+            for value in (*call.inputs, *(value for value, _ in call.lengths)):
+                _check_number(value, count)
+            for _, dim in call.lengths:
+                _check_number(dim, _MOST_DIMENSIONS)
+            _check_number(call.outputs, _MOST_OUTPUTS)
+            count += call.outputs
+        for value in self.outputs.values():
+            _check_number(value, count)
+
+
+def _check_number(number: Any, end: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < end:
+        raise ValueError(f"{number!r} is not in 0..{end - 1}")
 
 
 class _Reader:
