@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_examples import stream_by_loops
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -36,16 +37,6 @@ def padded(length, active, slots, width=6, dtype=torch.float32, seed=0):
     for batch, count in enumerate(active):
         positions[batch, :count] = example(1, length, count, seed=seed + batch)[2]
     return stream, rows.masked_fill((positions >= length)[:, :, None], math.nan), positions
-
-
-def stream_by_loops(stream, rows, positions):
-    """The result as nested lists; every 16- and 32-bit value is exact in Python's float64."""
-    result = stream.double().tolist()
-    for sample, (new, places) in enumerate(zip(rows.double().tolist(), positions.tolist(), strict=True)):
-        for row, place in zip(new, places, strict=True):
-            if place < len(result[sample]):
-                result[sample][place] = row
-    return result
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_examples import stream_by_loops
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -40,15 +41,6 @@ EXAMPLES = {
     "more rows than places": lambda: example(9, (9, 4), 15),
     "no token anywhere": lambda: example(9, (0, 0), 3),
 }
-
-
-def stream_by_loops(stream, rows, positions):
-    result = stream.tolist()
-    for sample, (new, places) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
-        for row, place in zip(new, places, strict=True):
-            if place < len(result[sample]):
-                result[sample][place] = row
-    return result
 
 
 def assert_writes_in_place(operator, stream, rows, positions):

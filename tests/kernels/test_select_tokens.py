@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_examples import NO_TOKEN, SELECTIONS, selection_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -15,56 +16,15 @@ from torch.library import opcheck
 from reroute_fx.kernels import keep_count, select_tokens, select_tokens_reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NO_TOKEN = 2**63 - 1
 
-# Of each row its length and its pools. Of each pool its entries, how many of them stand for a token, and how many
-# tokens are kept.
 PLAIN = [(100, [(63, 63, 7)])]
 BATCHES = {
+    **SELECTIONS,
     "one row": PLAIN,
     "equal rows": PLAIN * 3,
-    "unequal rows": [(100, [(63, 63, 7)]), (41, [(20, 20, 2)]), (12, [(1, 1, 1)])],
     "many tokens": [(540, [(500, 500, 1)]), (616, [(576, 576, 80)])],
     "no text, all kept": [(500, [(500, 500, 500)])],
-    "one token": [(1, [(1, 1, 1)])],
-    "rows without visual tokens": [(20, []), (9, [(6, 6, 2)]), (1, [])],
-    "no visual tokens": [(20, []), (7, [])],
-    "several pools": [
-        (100, [(30, 30, 3), (1, 1, 1), (20, 20, 20), (9, 9, 4)]),
-        (50, [(40, 40, 1)]),
-        (30, [(5, 5, 5), (5, 5, 1)]),
-        (4, []),
-    ],
-    "after a deletion": [(60, [(63, 40, 7)]), (41, [(20, 20, 2)]), (9, [(30, 1, 1)])],
-    "several pools after a deletion": [(60, [(30, 3, 3), (20, 20, 1), (9, 1, 1)]), (40, [(40, 12, 5)])],
 }
-
-
-def example(rows, padding=0, more_slots=0, dtype=torch.float32, seed=0):
-    """Random scores and positions; `padding` places more than the longest row, `more_slots` than are needed."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(1, *(sum(pool[0] for pool in pools) for _, pools in rows))
-    scores = torch.full((len(rows), width), -math.inf)
-    visual_index = torch.full((len(rows), width), NO_TOKEN)
-    keep = torch.zeros(len(rows), width, dtype=torch.bool)
-    numbers = torch.empty(len(rows), width, dtype=torch.int64)
-    for row, (length, pools) in enumerate(rows):
-        start, columns = 0, []
-        numbers[row] = len(pools)
-        for number, (entries, tokens, kept) in enumerate(pools):
-            columns += (start + torch.randperm(entries, generator=generator)[:tokens].sort().values).tolist()
-            keep[row, start : start + kept] = True
-            numbers[row, start : start + entries] = number
-            start += entries
-        scores[row, columns] = torch.rand(len(columns), generator=generator)
-        order = torch.randperm(length, generator=generator)
-        visual_index[row, columns] = order[: len(columns)].sort().values
-    several = any(len(pools) > 1 for _, pools in rows)
-    slots = max(length - sum(tokens - kept for _, tokens, kept in pools) for length, pools in rows)
-    length = max(length for length, _ in rows) + padding
-    lengths = torch.tensor([length for length, _ in rows])
-    inputs = scores.to(dtype), visual_index, lengths, keep, numbers if several else None, length
-    return *inputs, slots + more_slots
 
 
 def selection_by_loops(scores, visual_index, lengths, keep, pools, length, slots):
@@ -98,18 +58,18 @@ def assert_matches_loops(result, inputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
 def test_matches_loops(rows, dtype):
-    inputs = example(rows, dtype=dtype)
+    inputs = selection_inputs(rows, dtype=dtype)
     assert_matches_loops(select_tokens_reference(*inputs), inputs)
 
 
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
 def test_padded_batches_match_loops(rows):
-    inputs = example(rows, padding=5, more_slots=3, seed=1)
+    inputs = selection_inputs(rows, padding=5, more_slots=3, seed=1)
     assert_matches_loops(select_tokens_reference(*inputs), inputs)
 
 
 def test_operator_runs_the_reference():
-    inputs = example(BATCHES["several pools"], padding=3)
+    inputs = selection_inputs(BATCHES["several pools"], padding=3)
     expected = select_tokens_reference(*inputs)
     for operator in (select_tokens, torch.ops.reroute.select_tokens):
         assert all(map(torch.equal, operator(*inputs), expected))
@@ -147,7 +107,9 @@ def test_keep_names_places_of_the_ranking():
 
 
 def test_pools_given_for_one_pool_change_nothing():
-    scores, index, lengths, keep, _, *sizes = example(BATCHES["unequal rows"], padding=2, more_slots=1)
+    scores, index, lengths, keep, _, *sizes = selection_inputs(
+        BATCHES["unequal rows"], padding=2, more_slots=1
+    )
     without = select_tokens(scores, index, lengths, keep, None, *sizes)
     pools = (index >= lengths[:, None]).long()
     assert all(map(torch.equal, select_tokens(scores, index, lengths, keep, pools, *sizes), without))
@@ -199,7 +161,7 @@ def test_negative_zero_ties_with_zero():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_ties_from_rounding_go_to_the_lower_position(dtype):
-    scores, *rest = example([(540, [(500, 500, 40)]), (520, [(500, 500, 90)])], dtype=dtype)
+    scores, *rest = selection_inputs([(540, [(500, 500, 40)]), (520, [(500, 500, 90)])], dtype=dtype)
     scores = (scores / 64).round(decimals=3)
     assert scores.unique().numel() < 40
     assert_matches_loops(select_tokens(scores, *rest), (scores, *rest))
@@ -207,7 +169,7 @@ def test_ties_from_rounding_go_to_the_lower_position(dtype):
 
 def strided(change):
     """Inputs whose tensors of two dimensions went through `change`."""
-    inputs = example(BATCHES["several pools after a deletion"], padding=2, more_slots=1, seed=2)
+    inputs = selection_inputs(BATCHES["several pools after a deletion"], padding=2, more_slots=1, seed=2)
     return tuple(change(x) if isinstance(x, torch.Tensor) and x.dim() == 2 else x for x in inputs)
 
 
@@ -220,17 +182,17 @@ def sliced():
 
 
 def expanded():
-    inputs = example([(100, [(30, 30, 4), (33, 33, 3)])], padding=2, seed=3)
+    inputs = selection_inputs([(100, [(30, 30, 4), (33, 33, 3)])], padding=2, seed=3)
     tensors = [x.expand(3, *x.shape[1:]) for x in inputs[:5]]
     return *tensors, *inputs[5:]
 
 
 OPCHECK_INPUTS = {
-    **{name: lambda rows=rows: example(rows) for name, rows in BATCHES.items()},
-    "padded": lambda: example(BATCHES["unequal rows"], padding=5, more_slots=3),
-    "padded, several pools": lambda: example(BATCHES["several pools"], padding=5, more_slots=3),
-    "bfloat16": lambda: example(BATCHES["unequal rows"], dtype=torch.bfloat16),
-    "float16": lambda: example(BATCHES["several pools"], dtype=torch.float16),
+    **{name: lambda rows=rows: selection_inputs(rows) for name, rows in BATCHES.items()},
+    "padded": lambda: selection_inputs(BATCHES["unequal rows"], padding=5, more_slots=3),
+    "padded, several pools": lambda: selection_inputs(BATCHES["several pools"], padding=5, more_slots=3),
+    "bfloat16": lambda: selection_inputs(BATCHES["unequal rows"], dtype=torch.bfloat16),
+    "float16": lambda: selection_inputs(BATCHES["several pools"], dtype=torch.float16),
     "transposed": transposed,
     "sliced": sliced,
     "expanded": expanded,
@@ -263,14 +225,14 @@ def test_fake_has_the_form_of_the_real_output(inputs):
 
 
 def test_as_many_slots_as_the_stream_has_places():
-    inputs = example(BATCHES["unequal rows"], padding=4, more_slots=104 - 44)
+    inputs = selection_inputs(BATCHES["unequal rows"], padding=4, more_slots=104 - 44)
     assert inputs[-2:] == (104, 104)
     assert_matches_loops(select_tokens(*inputs), inputs)
 
 
 @pytest.mark.parametrize("name", ["unequal rows", "several pools"])
 def test_fake_of_symbolic_sizes(name):
-    inputs = example(BATCHES[name], padding=5, more_slots=3)
+    inputs = selection_inputs(BATCHES[name], padding=5, more_slots=3)
     inputs = *inputs[:5], torch.empty(inputs[5]), torch.empty(inputs[6])
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         *tensors, stream, slots = faked(mode, inputs)
@@ -286,13 +248,13 @@ def test_compiled_reference_matches_loops():
     backend = CompileCounterWithBackend("inductor")
     compiled = torch.compile(select_tokens_reference, backend=backend, fullgraph=True, dynamic=True)
     for name in ("several pools", "several pools after a deletion"):
-        inputs = example(BATCHES[name], padding=5, more_slots=3)
+        inputs = selection_inputs(BATCHES[name], padding=5, more_slots=3)
         assert_matches_loops(compiled(*inputs), inputs)
     assert backend.frame_count == 1
 
 
 def test_inputs_stay_as_they_were():
-    inputs = example(BATCHES["several pools"], padding=2)
+    inputs = selection_inputs(BATCHES["several pools"], padding=2)
     copies = [x.clone() for x in inputs[:5]]
     select_tokens(*inputs)
     assert all(map(torch.equal, inputs[:5], copies))

@@ -4,39 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_examples import NO_TOKEN, as_integers, positions_of, random_bits
 from torch.library import opcheck
 
 from reroute_fx.kernels import compact_tokens_reference
 from reroute_fx.kernels.compact_tokens import triton as kernels
 
-NO_TOKEN = 2**63 - 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-def random_bits(*shape, dtype=torch.float32, seed=0):
-    """Every pattern of bits that the dtype has, NaNs with payloads included."""
-    generator = torch.Generator().manual_seed(seed)
-    if dtype is torch.bool:
-        return torch.rand(shape, generator=generator) < 0.5
-    return torch.randint(256, (*shape, dtype.itemsize), generator=generator, dtype=torch.uint8).view(dtype)[
-        ..., 0
-    ]
-
-
-def positions_of(length, active, slots, seed=0):
-    """Of each row `active` names how many of its `slots` places hold a position below `length`."""
-    generator = torch.Generator().manual_seed(seed)
-    positions = torch.tensor([length, length + 1, NO_TOKEN]).repeat(slots)[:slots].repeat(len(active), 1)
-    for row, count in enumerate(active):
-        positions[row, :count] = torch.randperm(length, generator=generator)[:count].sort().values
-    return positions
-
-
-def as_integers(x):
-    """The same bits; torch's gather makes all NaNs of 16 bits the same."""
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def assert_matches_reference(tensors, positions, dims):

@@ -4,38 +4,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_examples import NO_TOKEN, as_integers, positions_of, random_bits
 from torch.library import opcheck
 
 from reroute_fx.kernels import restore_tokens_reference
 from reroute_fx.kernels.restore_tokens import triton as kernels
 
-NO_TOKEN = 2**63 - 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def random_bits(*shape, dtype=torch.float32, seed=0):
-    """Every pattern of bits that the dtype has, NaNs with payloads included."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (*shape, dtype.itemsize), generator=generator, dtype=torch.uint8).view(dtype)[
-        ..., 0
-    ]
-
-
 def example(length, active, slots, width=33, dtype=torch.float32, seed=0):
     """Of each row `active` names how many of its `slots` rows have a place in the stream."""
-    generator = torch.Generator().manual_seed(seed)
-    positions = torch.tensor([length, length + 1, NO_TOKEN]).repeat(slots)[:slots].repeat(len(active), 1)
-    for row, count in enumerate(active):
-        positions[row, :count] = torch.randperm(length, generator=generator)[:count].sort().values
     stream = random_bits(len(active), length, width, dtype=dtype, seed=seed)
-    return stream, random_bits(len(active), slots, width, dtype=dtype, seed=seed + 1), positions
-
-
-def as_integers(x):
-    """The same bits; torch's gather makes all NaNs of 16 bits the same."""
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    rows = random_bits(len(active), slots, width, dtype=dtype, seed=seed + 1)
+    return stream, rows, positions_of(length, active, slots, seed)
 
 
 def assert_matches_reference(stream, rows, positions):

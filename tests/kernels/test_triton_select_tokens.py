@@ -6,34 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_examples import NO_TOKEN, SELECTIONS, selection_inputs
 from torch.library import opcheck
 
 from reroute_fx.kernels import select_tokens_reference
 from reroute_fx.kernels.select_tokens import triton as kernels
 
-NO_TOKEN = 2**63 - 1
 NAN_OF_OTHER_SIGN = torch.tensor([-1], dtype=torch.int32).view(torch.float32).item()
 
-# Of each row its length and its pools. Of each pool its entries, how many of them stand for a token, and how many
-# tokens are kept.
 BATCHES = {
-    "one token": [(1, [(1, 1, 1)])],
+    **SELECTIONS,
     "one of one entry": [(9, [(1, 1, 1)])],
     "equal rows": [(100, [(63, 63, 7)])] * 2,
-    "unequal rows": [(100, [(63, 63, 7)]), (41, [(20, 20, 2)]), (12, [(1, 1, 1)])],
     "no text, all kept": [(65, [(65, 65, 65)])],
     "text, all kept": [(80, [(65, 65, 65)]), (70, [(60, 60, 60)])],
     "nothing kept": [(80, [(65, 65, 0)])],
-    "rows without visual tokens": [(20, []), (9, [(6, 6, 2)]), (1, [])],
-    "no visual tokens": [(20, []), (7, [])],
-    "several pools": [
-        (100, [(30, 30, 3), (1, 1, 1), (20, 20, 20), (9, 9, 4)]),
-        (50, [(40, 40, 1)]),
-        (30, [(5, 5, 5), (5, 5, 1)]),
-        (4, []),
-    ],
-    "after a deletion": [(60, [(63, 40, 7)]), (41, [(20, 20, 2)]), (9, [(30, 1, 1)])],
-    "several pools after a deletion": [(60, [(30, 3, 3), (20, 20, 1), (9, 1, 1)]), (40, [(40, 12, 5)])],
     "more tokens than a block": [(200, [(kernels.BLOCK + 1, 110, 30)]), (190, [(90, 90, 5)])],
     "pools over blocks": [(300, [(100, 100, 30), (150, 150, 20)]), (290, [(20, 20, 5), (230, 230, 200)])],
 }
@@ -72,30 +59,9 @@ SCORES = (distinct, ties, equal, special)
 
 
 def example(rows, values=distinct, padding=0, more_slots=0, dtype=torch.float32, seed=0):
-    """Random positions; `padding` places more than the longest row, `more_slots` than are needed."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(1, *(sum(pool[0] for pool in pools) for _, pools in rows))
-    scores = torch.full((len(rows), width), -math.inf)
-    visual_index = torch.full((len(rows), width), NO_TOKEN)
-    keep = torch.zeros(len(rows), width, dtype=torch.bool)
-    numbers = torch.empty(len(rows), width, dtype=torch.int64)
-    for row, (length, pools) in enumerate(rows):
-        start, columns = 0, []
-        numbers[row] = len(pools)
-        for number, (entries, tokens, kept) in enumerate(pools):
-            columns += (start + torch.randperm(entries, generator=generator)[:tokens].sort().values).tolist()
-            keep[row, start : start + kept] = True
-            numbers[row, start : start + entries] = number
-            start += entries
-        scores[row, columns] = values(len(columns), generator)
-        order = torch.randperm(length, generator=generator)
-        visual_index[row, columns] = order[: len(columns)].sort().values
-    several = any(len(pools) > 1 for _, pools in rows)
-    slots = max(1, *(length - sum(tokens - kept for _, tokens, kept in pools) for length, pools in rows))
-    length = max(length for length, _ in rows) + padding
-    lengths = torch.tensor([length for length, _ in rows])
-    inputs = scores.to(dtype), visual_index, lengths, keep, numbers if several else None, length
-    return *inputs, min(slots + more_slots, length)
+    """One slot at least, and not more than there are places."""
+    *inputs, length, slots = selection_inputs(rows, values, padding, more_slots, dtype, seed)
+    return *inputs, length, min(max(slots, 1 + more_slots), length)
 
 
 def assert_matches_reference(inputs):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_examples import NO_TOKEN, scoring_inputs
 from torch.library import opcheck
 
 from reroute_fx.kernels import visual_scores_reference
 from reroute_fx.kernels.visual_scores import triton as kernels
 
-NO_TOKEN = 2**63 - 1
 EPSILON = torch.finfo(torch.float32).eps
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,20 +33,10 @@ SHAPES = (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def example(heads, kv_heads, places, head_dim, lengths, tokens, dtype=torch.float32, seed=0):
+def example(*sizes, **options):
     """Keys lie in memory as a model computes them, ``[B, S, Hkv, D]``."""
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(len(lengths), heads, 1, head_dim, generator=generator)
-    keys = torch.randn(len(lengths), places, kv_heads, head_dim, generator=generator).transpose(1, 2)
-    width = max(1, *tokens)
-    visual_index = []
-    for length, count in zip(lengths, tokens, strict=True):
-        # The first padding place, the first place past the stream, and the largest number stand for no token.
-        row = torch.tensor([length, places, NO_TOKEN]).repeat(width)[:width]
-        columns = torch.randperm(width, generator=generator)[:count].sort().values
-        row[columns] = torch.randperm(length, generator=generator)[:count].sort().values
-        visual_index.append(row)
-    return query.to(dtype), keys.to(dtype), torch.stack(visual_index), torch.tensor(lengths), head_dim**-0.5
+    query, keys, *rest = scoring_inputs(*sizes, **options)
+    return query, keys.transpose(1, 2).contiguous().transpose(1, 2), *rest
 
 
 def exact_scores(query, keys, visual_index, lengths, scale):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_examples import scoring_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -26,21 +27,6 @@ SHAPES = (
     (4, 1, 129, 64, (100, 129, 2), (1, 0, 1)),
     (6, 2, 20, 8, (1, 20, 7), (1, 5, 7)),
 )
-
-
-def example(heads, kv_heads, places, head_dim, lengths, tokens, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(len(lengths), heads, 1, head_dim, generator=generator).to(dtype)
-    keys = torch.randn(len(lengths), kv_heads, places, head_dim, generator=generator).to(dtype)
-    width = max(1, *tokens)
-    index = []
-    for length, count in zip(lengths, tokens, strict=True):
-        # The first padding place, the first place past the stream, and the largest number stand for no token.
-        row = torch.tensor([length, places, 2**63 - 1]).repeat(width)[:width]
-        columns = torch.randperm(width, generator=generator)[:count].sort().values
-        row[columns] = torch.randperm(length, generator=generator)[:count].sort().values
-        index.append(row)
-    return query, keys, torch.stack(index), torch.tensor(lengths), head_dim**-0.5
 
 
 def scores_by_loops(query, keys, visual_index, lengths, scale):
@@ -90,12 +76,12 @@ def assert_matches_loops(scores, *inputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64_loops(shape, dtype):
-    inputs = example(*shape, dtype=dtype)
+    inputs = scoring_inputs(*shape, dtype=dtype)
     assert_matches_loops(visual_scores_reference(*inputs), *inputs)
 
 
 def ragged(dtype=torch.float32, seed=0):
-    return example(8, 2, 63, 16, (63, 40, 1, 9), (40, 17, 1, 0), dtype=dtype, seed=seed)
+    return scoring_inputs(8, 2, 63, 16, (63, 40, 1, 9), (40, 17, 1, 0), dtype=dtype, seed=seed)
 
 
 def test_operator_runs_the_reference():
@@ -135,13 +121,13 @@ def test_padding_gets_no_attention_however_low_the_logits():
 
 
 def test_a_row_of_one_token_sees_only_itself():
-    query, keys, *_ = example(6, 2, 20, 8, (1, 1), (1, 1))
+    query, keys, *_ = scoring_inputs(6, 2, 20, 8, (1, 1), (1, 1))
     scores = visual_scores(query, keys, torch.tensor([[0], [1]]), torch.tensor([1, 1]), 1.0)
     assert scores.tolist() == [[1.0], [-math.inf]]
 
 
 def test_rows_without_visual_tokens_have_no_scores():
-    query, keys, _, lengths, scale = example(4, 2, 20, 8, (20, 7, 1), (0, 0, 0))
+    query, keys, _, lengths, scale = scoring_inputs(4, 2, 20, 8, (20, 7, 1), (0, 0, 0))
     no_token = torch.tensor([[20, 21, 2**63 - 1], [7, 19, 20], [1, 7, 2**63 - 1]])
     scores = visual_scores(query, keys, no_token, lengths, scale)
     assert scores.tolist() == [[-math.inf] * 3] * 3
@@ -158,7 +144,7 @@ def non_contiguous():
 
 
 def one_index_for_all_batches():
-    query, keys, visual_index, _, scale = example(4, 2, 63, 16, (63, 63, 63), (40, 1, 0), seed=2)
+    query, keys, visual_index, _, scale = scoring_inputs(4, 2, 63, 16, (63, 63, 63), (40, 1, 0), seed=2)
     return query, keys, visual_index[:1].expand(3, -1), torch.tensor([50]).expand(3), scale
 
 
@@ -169,13 +155,13 @@ def test_strided_inputs_match_float64_loops(inputs):
 
 
 OPCHECK_INPUTS = {
-    "batch 1": lambda: example(4, 4, 63, 16, (63,), (40,)),
-    "batch 1, padded": lambda: example(4, 2, 63, 16, (50,), (40,)),
+    "batch 1": lambda: scoring_inputs(4, 4, 63, 16, (63,), (40,)),
+    "batch 1, padded": lambda: scoring_inputs(4, 2, 63, 16, (50,), (40,)),
     "ragged": ragged,
-    "one token": lambda: example(4, 1, 63, 16, (63,), (1,)),
-    "one row": lambda: example(2, 1, 1, 8, (1,), (1,)),
-    "no visual tokens": lambda: example(2, 1, 9, 8, (5, 9), (0, 0)),
-    "all rows visual": lambda: example(6, 3, 63, 5, (63, 63), (63, 63)),
+    "one token": lambda: scoring_inputs(4, 1, 63, 16, (63,), (1,)),
+    "one row": lambda: scoring_inputs(2, 1, 1, 8, (1,), (1,)),
+    "no visual tokens": lambda: scoring_inputs(2, 1, 9, 8, (5, 9), (0, 0)),
+    "all rows visual": lambda: scoring_inputs(6, 3, 63, 5, (63, 63), (63, 63)),
     "bfloat16": lambda: ragged(torch.bfloat16),
     "float16": lambda: ragged(torch.float16),
     "non-contiguous": non_contiguous,
@@ -213,7 +199,7 @@ def test_compiled_reference_matches_float64_loops():
     backend = CompileCounterWithBackend("inductor")
     compiled = torch.compile(visual_scores_reference, backend=backend, fullgraph=True, dynamic=True)
     for places, lengths, tokens in [(63, (63, 40, 2), (40, 0, 1)), (30, (21, 30), (21, 7))]:
-        inputs = example(8, 2, places, 16, lengths, tokens)
+        inputs = scoring_inputs(8, 2, places, 16, lengths, tokens)
         assert_matches_loops(compiled(*inputs), *inputs)
     assert backend.frame_count == 1
 
@@ -244,7 +230,7 @@ def test_text_keys_take_part_in_the_softmax():
 
 
 def test_large_logits_do_not_overflow():
-    query, keys, visual_index, lengths, _ = example(4, 2, 63, 16, (63,), (63,), dtype=torch.float16)
+    query, keys, visual_index, lengths, _ = scoring_inputs(4, 2, 63, 16, (63,), (63,), dtype=torch.float16)
     scores = visual_scores(query * 1000, keys * 1000, visual_index, lengths, 1.0)
     assert scores.isfinite().all()
     # The 63 scores and the 4 heads are summed with one rounding each.
@@ -263,7 +249,7 @@ def test_any_shape_matches_float64_loops(kv_heads, group, head_dim, lengths, dat
     tokens = [data.draw(st.integers(0, length)) for length in lengths]
     places = max(lengths) + data.draw(st.integers(0, 3))
     seed = data.draw(st.integers(0, 2**32))
-    inputs = example(kv_heads * group, kv_heads, places, head_dim, lengths, tokens, seed=seed)
+    inputs = scoring_inputs(kv_heads * group, kv_heads, places, head_dim, lengths, tokens, seed=seed)
     scores = visual_scores(*inputs)
     assert_matches_loops(scores, *inputs)
     assert torch.equal(scores >= 0, inputs[2] < inputs[3][:, None])
@@ -273,7 +259,7 @@ def test_any_shape_matches_float64_loops(kv_heads, group, head_dim, lengths, dat
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(tokens=st.integers(1, 40), seed=st.integers(0, 2**32))
 def test_scores_follow_the_order_of_the_index(tokens, seed):
-    query, keys, visual_index, *rest = example(4, 2, 63, 8, (63, 40), (63, tokens), seed=seed)
+    query, keys, visual_index, *rest = scoring_inputs(4, 2, 63, 8, (63, 40), (63, tokens), seed=seed)
     order = torch.randperm(63, generator=torch.Generator().manual_seed(seed))
     scores = visual_scores(query, keys, visual_index, *rest)
     assert torch.equal(visual_scores(query, keys, visual_index[:, order], *rest), scores[:, order])
