@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from models import build_qwen, qwen_prompts
-from record import alternate, first_calls, measure_memory, peak_memory, ratio, summary, write
+from record import alternate, first_calls, measure_memory, number_table, peak_memory, ratio, summary, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -217,7 +217,7 @@ def main(
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> Table:
-    table = Table("", "prompts/s", "x batch 1", "x compiled", "padding", "peak MiB", "first call s")
+    table = number_table("", "prompts/s", "x batch 1", "x compiled", "padding", "peak MiB", "first call s")
     for name, row in rows.items():
         table.add_row(
             name,
@@ -228,8 +228,6 @@ def _table(rows: dict[str, dict[str, Any]]) -> Table:
             f"{row['peak_memory_mib']:.0f}" if "peak_memory_mib" in row else "",
             f"{row['first_call_s']:.1f}",
         )
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from models import build, build_qwen, qwen_prompts
-from record import write
+from models import build, build_qwen, llava_prompts, qwen_prompts
+from record import number_table, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,7 +29,6 @@ import reroute_fx
 from reroute_fx._compat import settle_cpu_math
 
 VISUAL, TEXT = 576, 40
-IMAGE = 999
 CONTENDERS = ("torch.compile", "compiled unrouted", "routed 128")
 FAMILIES = ("llava", "qwen")
 
@@ -39,13 +38,7 @@ def model_and_inputs(family: str, width: int, layers: int) -> tuple[Any, dict[st
         model = build_qwen(width, layers)
         return model, qwen_prompts(model, [([(24, 24)], TEXT)])
     model = build(width, layers)
-    ids = torch.tensor([[1, 2, *[IMAGE] * VISUAL, *range(3, TEXT + 1)]])
-    size = model.config.vision_config.image_size
-    return model, {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(1, 3, size, size),
-    }
+    return model, llava_prompts(model, 1, 1, TEXT)
 
 
 def first_answer(contender: str, family: str, width: int, layers: int) -> dict[str, float]:
@@ -112,12 +105,10 @@ def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _table(rows: dict[str, dict[str, dict[str, float]]]) -> Table:
-    table = Table("seconds until two tokens are there", "cold", "warm", "warm: in compile()")
+    table = number_table("seconds until two tokens are there", "cold", "warm", "warm: in compile()")
     for name, row in rows.items():
         cells = (row["cold"]["total"], row["warm"]["total"], row["warm"]["compile call"])
         table.add_row(name, *(f"{seconds:.1f}" for seconds in cells))
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from models import build
-from record import alternate, first_calls, ratio, summary, write
+from record import alternate, first_calls, number_table, ratio, summary, write
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
@@ -153,15 +153,13 @@ def main(
 
 
 def _table(batch: int, rows: dict[str, dict[str, Any]]) -> Table:
-    table = Table(
+    table = number_table(
         "", "p50 ms", "p99 ms", "time / compiled", "KV MiB", "theory", "first call s", title=f"batch {batch}"
     )
     for name, row in rows.items():
         cells = [f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}", f"{row['time_over_compiled']:.2f}"]
         cells += [f"{row[key] / 2**20:.2f}" if key in row else "" for key in ("kv_bytes", "kv_bytes_theory")]
         table.add_row(name, *cells, f"{row['first_call_s']:.1f}")
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

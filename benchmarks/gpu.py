@@ -17,6 +17,7 @@ everything on CPU with tiny sizes; it writes only into a folder that is named.
 import gc
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from gpu_checks import run_checks
 from gpu_golden import check_golden
 from gpu_kernels import Rates, kernel_shapes, measure_kernels, measure_rates
 from gpu_models import SETTINGS, contenders, hooks, routing_share, sync_errors, watched_program
-from record import RESULTS, first_call_seconds, summary, write
+from record import RESULTS, call_seconds, number_table, summary, write
 from rich.console import Console
 from rich.table import Table
 
@@ -75,6 +76,13 @@ class Run:
         self.record["errors"].append(
             {"where": where, "error": f"{type(error).__name__}: {str(error)[:2000]}"}
         )
+
+    def attempt(self, where: str, step: Callable[[], None]) -> None:
+        """Run a step; its failure must not cost the others."""
+        try:
+            step()
+        except Exception as error:
+            self.fail(where, error)
 
     def has_time(self, name: str, needs: float = 0) -> bool:
         """Whether a step that takes `needs` seconds can begin; if not, it is noted as left out."""
@@ -162,7 +170,7 @@ def measure_prompt(
 
 def _warm_up(contender: Contender, whole: Contender, device: torch.device) -> dict[str, Any]:
     """Everything is called as often as it takes until it is compiled and recorded; what is measured once."""
-    first = first_call_seconds(lambda: time_decoder(contender))
+    first = call_seconds(lambda: time_decoder(contender))
     for _ in range(2):
         time_decoder(contender)  # graphs are recorded at the third call of a kind
     whole.generate()
@@ -221,7 +229,7 @@ def _waits(contender: Contender, device: torch.device) -> dict[str, str] | None:
 
 
 def _kernel_table(title: str, rows: dict[str, Any]) -> Table:
-    table = Table("", "us", "us launched", "us eager", "MiB", "of copy bandwidth", title=title)
+    table = number_table("", "us", "us launched", "us eager", "MiB", "of copy bandwidth", title=title)
     for name, row in rows.items():
         times = [f"{row[key]:.1f}" for key in ("microseconds", "launched_microseconds", "eager_microseconds")]
         table.add_row(name, *times, f"{row['bytes'] / 2**20:.2f}", f"{row['share_of_copy_bandwidth']:.2f}")
@@ -279,19 +287,13 @@ def main(
     path = folder / f"{out}.json" if folder else None
     run = Run(device, torch.float32 if dry_run else torch.bfloat16, dry_run, path, seconds)
     if "checks" in wanted:
-        try:
-            section_checks(run)
-        except Exception as error:
-            run.fail("checks", error)
+        run.attempt("checks", lambda: section_checks(run))
     rates = measure_rates(device, run.dtype, dry_run)
     run.keep("rates", "copy_bytes_per_s", rates.copy_bytes)
     run.keep("rates", "matrix_flops_per_s", rates.matrix_flops)
     console.print(f"copy {rates.copy_bytes / 1e9:.0f} GB/s, matrix {rates.matrix_flops / 1e12:.1f} TFLOP/s")
     if "kernels" in wanted:
-        try:
-            section_kernels(run, rates)
-        except Exception as error:
-            run.fail("kernels", error)
+        run.attempt("kernels", lambda: section_kernels(run, rates))
     if "models" in wanted:
         sizes = [2] if dry_run else [int(size) for size in batches.split(",")]
         section_models(run, rates, models.split(","), sizes, backend)

@@ -1,12 +1,12 @@
 """Sections ``rates`` and ``kernels`` of the GPU benchmark: what the device can do, and how near the kernels come."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from record import call_seconds
 
 from reroute_fx import kernels
 
@@ -41,7 +41,7 @@ def median_seconds(runs: Sequence[Callable[[], Any]], device: torch.device, repe
     for run in runs:
         run()
     if device.type != "cuda":
-        return statistics.median(_host_seconds(runs[i % len(runs)]) for i in range(repeats))
+        return statistics.median(call_seconds(runs[i % len(runs)]) for i in range(repeats))
     pairs = []
     for i in range(repeats):
         pairs.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
@@ -62,12 +62,6 @@ def graphed(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
-
-
-def _host_seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 @dataclass(frozen=True)

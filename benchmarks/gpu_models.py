@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hook_routing import HookRouting
-from models import qwen_prompts
+from models import llava_prompts, qwen_prompts
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -103,23 +103,8 @@ def _build(model_class: Any, config: Any, device: torch.device, dtype: torch.dty
     return model
 
 
-def llava_inputs(model: Any, batch: int, images: int, text: int) -> dict[str, torch.Tensor]:
-    """`images` pictures of as many visual tokens as the model makes of one, and `text` tokens."""
-    vision = model.config.vision_config
-    tokens = images * (vision.image_size // vision.patch_size) ** 2
-    row = [1, *[IMAGE] * tokens, *range(5, 5 + text - 1)]
-    ids = torch.tensor([row] * batch, device=model.device)
-    pixels = torch.randn(batch * images, 3, vision.image_size, vision.image_size, device=model.device)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": pixels.to(model.dtype),
-    }
-
-
-def qwen_inputs(model: Any, batch: int, side: int, text: int) -> dict[str, torch.Tensor]:
-    """One picture of side x side visual tokens in each row, and `text` tokens."""
-    inputs = qwen_prompts(model, [([(side, side)], text)] * batch)
+def on_device(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs where the model is, pixels in its dtype."""
     placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     return {**placed, "pixel_values": placed["pixel_values"].to(model.dtype)}
 
@@ -135,13 +120,13 @@ class Setting:
 
 def _llava_prompts(model: Any, batch: int, tiny: bool) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     for images in (1,) if tiny else (1, 4):
-        inputs = llava_inputs(model, batch, images, 64)
+        inputs = on_device(model, llava_prompts(model, batch, images, 64))
         yield int((inputs["input_ids"][0] == IMAGE).sum()), inputs
 
 
 def _qwen_prompts(model: Any, batch: int, tiny: bool) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     for side in (6,) if tiny else (24, 48):
-        yield side * side, qwen_inputs(model, batch, side, 64)
+        yield side * side, on_device(model, qwen_prompts(model, [([(side, side)], 64)] * batch))
 
 
 SETTINGS = {

@@ -67,6 +67,20 @@ def build_qwen(width: int, layers: int) -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
+def llava_prompts(
+    model: LlavaForConditionalGeneration, batch: int, images: int, text: int
+) -> dict[str, torch.Tensor]:
+    """Inputs of equal rows: `images` pictures and `text` tokens in each.
+
+    A picture has as many visual tokens as the model's tower makes of one.
+    """
+    config, vision = model.config, model.config.vision_config
+    tokens = images * (vision.image_size // vision.patch_size) ** 2
+    ids = torch.tensor([[1, *[config.image_token_id] * tokens, *range(5, 5 + text - 1)]] * batch)
+    pixels = torch.randn(batch * images, 3, vision.image_size, vision.image_size)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
 def qwen_prompts(
     model: Qwen2_5_VLForConditionalGeneration, sizes: Sequence[tuple[Sequence[tuple[int, int]], int]]
 ) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ import torch
 import typer
 from decoders import Floor, Prefill, Prompts
 from models import build
-from record import alternate, first_calls, measure_memory, peak_memory, ratio, summary, write
+from record import alternate, first_calls, measure_memory, number_table, peak_memory, ratio, summary, write
 from rich.console import Console
 from rich.table import Table
 from transformers import LlavaForConditionalGeneration
@@ -118,7 +118,7 @@ def main(
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> Table:
-    table = Table(
+    table = number_table(
         "",
         "p50 ms",
         "p99 ms",
@@ -141,8 +141,6 @@ def _table(rows: dict[str, dict[str, Any]]) -> Table:
             f"{row['first_call_s']:.1f}",
         ]
         table.add_row(name, *cells)
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

@@ -1,6 +1,5 @@
 """What every benchmark shares: alternating timing, percentiles, machine facts, JSON with raw samples."""
 
-import json
 import os
 import statistics
 import subprocess
@@ -13,24 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import track
+from rich.table import Table
 
-from reroute_fx.benchmarking.machine import environment
+from reroute_fx.benchmarking.machine import environment, peak_bytes
+from reroute_fx.benchmarking.result import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def alternate(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
+def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each contender in each round; every round runs all of them once, in turn."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in track(range(rounds), description="measuring"):
         for name, run in contenders.items():
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(call_seconds(run))
     return samples
 
 
@@ -38,13 +33,13 @@ def first_calls(contenders: Mapping[str, Callable[[], Any]]) -> dict[str, float]
     """Seconds of the first call of each contender: compilation and warm-up."""
     seconds = {}
     for name, run in track(contenders.items(), description="compiling"):
-        seconds[name] = first_call_seconds(run)
+        seconds[name] = call_seconds(run)
         run()
     return seconds
 
 
-def first_call_seconds(run: Callable[[], Any]) -> float:
-    """Seconds of one call: compilation and warm-up."""
+def call_seconds(run: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -79,15 +74,10 @@ def measure_memory(run: Callable[[], Any]) -> int:
     """Bytes by which one call raises the resident set at its peak, after a warm-up."""
     for _ in range(3):
         run()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
+    rise = peak_bytes(run, torch.device("cpu"))
+    if rise is None:
+        raise RuntimeError("the system doesn't tell the peak of the resident set; expected Linux")
+    return rise
 
 
 def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
@@ -95,7 +85,13 @@ def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"environment": environment(device), **record}, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, {"environment": environment(device), **record})
     return path
+
+
+def number_table(first: str, *headings: str, title: str | None = None) -> Table:
+    """A table of which all columns but the first hold numbers."""
+    table = Table(first, title=title)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table

@@ -19,7 +19,7 @@ import typer
 from decoders import Prefill, Prompts
 from matplotlib.figure import Figure
 from models import build
-from record import RESULTS, alternate, first_calls, ratio, summary, write
+from record import RESULTS, alternate, first_calls, number_table, ratio, summary, write
 from rich.console import Console
 from rich.table import Table
 
@@ -154,14 +154,12 @@ def main(
 
 
 def _table(sweep: str, lines: dict[str, list[dict[str, Any]]]) -> Table:
-    table = Table(f"p50 ms, by {sweep}", *(str(size) for size in SWEEPS[sweep]))
+    table = number_table(f"p50 ms, by {sweep}", *(str(size) for size in SWEEPS[sweep]))
     for name, rows in lines.items():
         table.add_row(name, *(f"{row['p50_ms']:.0f}" for row in rows))
         if name != UNROUTED:
             pairs = ((row["speedup_over_compiled"], row["theoretical_speedup"]) for row in rows)
             table.add_row("  x compiled (theory)", *(f"{x:.2f} ({theory:.2f})" for x, theory in pairs))
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 

@@ -47,9 +47,10 @@ class ReuseKeys(Pass):
         for call in _first_compactions(graph):
             compaction = _Compaction(call, numbers)
             products = compaction.products()
-            _gather(graph, compaction, products)
-            reused += len(products)
-            if not products:
+            if products:
+                _gather(graph, compaction, products)
+                reused += len(products)
+            else:
                 rejected += compaction.nearest_miss()
         return PassResult(self.name, matched=reused, rewritten=reused, rejected=tuple(rejected))
 

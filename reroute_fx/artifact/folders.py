@@ -34,10 +34,13 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     target = target.absolute()
     if not target.parent.is_dir():
         raise ArtifactError(f"path is {target}, but {target.parent} is no folder. Create it first.")
-    if os.path.lexists(target) and not overwrite:
-        raise ArtifactError(f"path is {target}, which exists. Choose another one, or pass overwrite=True.")
-    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
-        raise ArtifactError(f"path is {target}, which is no folder; expected an artifact to overwrite.")
+    if os.path.lexists(target):
+        if not overwrite:
+            raise ArtifactError(
+                f"path is {target}, which exists. Choose another one, or pass overwrite=True."
+            )
+        if target.is_symlink() or not target.is_dir():
+            raise ArtifactError(f"path is {target}, which is no folder; expected an artifact to overwrite.")
     try:
         _remove_remains(target)
         partial = target.with_name(f"{_prefix(target)}{uuid.uuid4().hex}")

@@ -1,4 +1,4 @@
-"""The `aot` backend: each distinct region ahead of time into a package of machine code, weights given at each call.
+"""Compile each distinct region ahead of time into a package of machine code that takes its weights at each call.
 
 A package holds no weights, so that all layers and all programs share one copy of them.
 """
