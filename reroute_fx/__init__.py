@@ -10,9 +10,11 @@ from importlib.metadata import version
 
 from . import kernels, passes
 from .api import compile, inspect
+from .artifact import export, load
 from .benchmarking import BenchmarkResult, benchmark
 from .config import RoutingConfig
 from .errors import (
+    ArtifactError,
     BackendUnavailableError,
     CaptureError,
     ConfigError,
@@ -22,20 +24,24 @@ from .errors import (
     RerouteError,
     UnsupportedModelError,
 )
+from .limits import Limits
 from .paper import PaperConfig, paper_configs
 from .plan import RowPlan, plan_rows
 from .report import RoutingReport
 from .routing import Savings, route
-from .runtime import RoutedCache, RoutedModel, Routing
+from .runtime import LoadedModel, RoutedCache, RoutedModel, Routing
 
 __version__ = version("reroute-fx")
 
 __all__ = [
+    "ArtifactError",
     "BackendUnavailableError",
     "BenchmarkResult",
     "CaptureError",
     "ConfigError",
     "InputError",
+    "Limits",
+    "LoadedModel",
     "MatchError",
     "PaperConfig",
     "ParityError",
@@ -50,8 +56,10 @@ __all__ = [
     "UnsupportedModelError",
     "benchmark",
     "compile",
+    "export",
     "inspect",
     "kernels",
+    "load",
     "paper_configs",
     "passes",
     "plan_rows",

@@ -318,7 +318,7 @@ def spoiled(program, name, factor=1.05):
     """A routed model in which one program multiplies with another weight, and the model that it came from."""
     model = build("llava")
     routed = reroute_fx.compile(model, config=routed_model("llava").routing_config, backend="eager")
-    state = routed._programs[program]._state
+    state = routed.programs[program]._state
     key = next(key for key in state if key.endswith(name))
     state[key] = state[key] * factor
     return model, routed

@@ -153,19 +153,19 @@ def test_a_recorded_model_computes_the_same(family, rows):
         for ours, theirs in zip(result.past_key_values.layers, expected.past_key_values.layers, strict=True):
             torch.testing.assert_close(ours.keys, theirs.keys, atol=NOISE, rtol=0)
             torch.testing.assert_close(ours.values, theirs.values, atol=NOISE, rtol=0)
-    assert graphed._programs["prefill"].cuda_graphs.recorded == 1
+    assert graphed.programs["prefill"].cuda_graphs.recorded == 1
     steps = [forward_and_steps(model, inputs, [3, 5, 8, 9, 13]) for model in (graphed, plain)]
     torch.testing.assert_close(*steps, atol=NOISE, rtol=0)
     tokens = [new_tokens(model, inputs, max_new_tokens=8, do_sample=False) for model in (graphed, plain)]
     assert torch.equal(*tokens)
-    assert graphed._programs["continuation"].cuda_graphs.recorded >= 1
+    assert graphed.programs["continuation"].cuda_graphs.recorded >= 1
 
 
 def test_prompts_of_one_bucket_share_a_graph(family):
     graphed = graphed_model(family)
     for text in ([9], [9, 11], [9, 11, 13], [9, 11, 13, 15]):
         graphed(**batch(family, [1, 7, *BATCHES["single"][0][2:20], *text]))
-    assert graphed._programs["prefill"].cuda_graphs.recorded == 1
+    assert graphed.programs["prefill"].cuda_graphs.recorded == 1
 
 
 def test_rounded_sizes():

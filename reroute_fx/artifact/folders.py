@@ -62,6 +62,13 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         ) from error
 
 
+def check_free_space(folder: Path, size: int) -> None:
+    """Raise OSError unless `size` bytes fit on the disk of a folder."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(errno.ENOSPC, f"{size} bytes are to be written, {free} are free")
+
+
 def _prefix(target: Path) -> str:
     return f".{target.name}.partial-"
 

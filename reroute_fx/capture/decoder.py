@@ -1,8 +1,6 @@
 """Export the text decoder of a vision-language model, once."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,10 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from .._compat import dynamo_export
 from ..errors import CaptureError, UnsupportedModelError
+from .tracing import as_traced, first_line, quiet
 from .visual_tokens import find_visual_token_ids
 
 _SAMPLE_BATCH, _SAMPLE_LENGTH = 2, 1024
@@ -87,11 +85,11 @@ def _export(decoder: PreTrainedModel) -> CapturedDecoder:
     start = time.perf_counter()
     inputs, shapes = _sample_inputs(decoder)
     try:
-        with _as_traced(decoder), _quiet():
+        with as_traced(decoder, "sdpa"), quiet():
             program = dynamo_export(decoder, inputs, shapes)
     except Exception as error:
         raise CaptureError(
-            f"torch.export can't trace {type(decoder).__name__}: {_first_line(error)}. Expected a decoder that "
+            f"torch.export can't trace {type(decoder).__name__}: {first_line(error)}. Expected a decoder that "
             f"transformers.exporters supports; check that the architecture works with DynamoExporter."
         ) from error
     seconds = time.perf_counter() - start
@@ -127,33 +125,3 @@ def _has_multimodal_rope(config: Any) -> bool:
     """Whether positions have a temporal, a vertical and a horizontal part."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return "mrope_section" in parameters
-
-
-@contextmanager
-def _as_traced(decoder: PreTrainedModel) -> Iterator[None]:
-    """Trace with scaled_dot_product_attention whatever the model uses, and leave the model as it was."""
-    before = decoder.config._attn_implementation
-    own_forward = "forward" in decoder.__dict__
-    decoder.config._attn_implementation = "sdpa"
-    try:
-        yield
-    finally:
-        decoder.config._attn_implementation = before
-        if not own_forward:
-            # The exporter restores forward as an attribute of the instance, which would hide the class's.
-            decoder.__dict__.pop("forward", None)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns that it is experimental on every export; errors still show."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -3,11 +3,15 @@
 from .cuda_graphs import CudaRecorder
 from .device import check_device, describe_operators
 from .executable import BACKENDS, Executable, check_backend, lower
+from .schedule import DecoderProgram, Schedule, ScheduledProgram
 
 __all__ = [
     "BACKENDS",
     "CudaRecorder",
+    "DecoderProgram",
     "Executable",
+    "Schedule",
+    "ScheduledProgram",
     "check_backend",
     "check_device",
     "describe_operators",

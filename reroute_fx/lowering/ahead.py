@@ -3,18 +3,22 @@
 A package holds no weights, so that all layers and all programs share one copy of them.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
-from ..errors import CaptureError
+from ..errors import BackendUnavailableError, CaptureError
 from .implementations import use_implementations
-from .regions import is_size, share_regions
+from .regions import is_size, region_key, share_regions
 from .schedule import Schedule
 
 _EXAMPLE_SIZES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
@@ -41,12 +45,36 @@ def schedule(program: ExportedProgram) -> Scheduled:
     return Scheduled(Schedule.of(program, regions), tuple(graphs))
 
 
-def package_region(region: fx.GraphModule, device: torch.device, path: Path) -> None:
-    """Compile a region for `device`, for tensors of any size, into the package `path`.
+_packages: dict[str, bytes] = {}
+"""What was compiled in this process: artifacts of one model at several tiers have their regions in common."""
+
+
+def package_region(region: fx.GraphModule, device: torch.device) -> bytes:
+    """Compile a region for `device`, for tensors of any size, into a package; the region is not changed.
 
     Raises:
+        BackendUnavailableError: there is no compiler.
         CaptureError: the region was fixed to a size.
     """
+    check_compiler()
+    key = f"{device} {region_key(region.graph)}"
+    if key not in _packages:
+        _packages[key] = _compile(copy.deepcopy(region), device)
+    return _packages[key]
+
+
+def check_compiler() -> None:
+    """Raise BackendUnavailableError unless there is a C++ compiler: all packages have code for the processor."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise BackendUnavailableError(
+            "No C++ compiler was found; expected g++ or clang++ to compile programs ahead of time. Install one (on "
+            "Debian or Ubuntu apt install g++, with conda gxx) or name it in the environment variable CXX."
+        ) from error
+
+
+def _compile(region: fx.GraphModule, device: torch.device) -> bytes:
     _take_lengths(region)
     fakes = [n.meta["val"] for n in region.graph.find_nodes(op="placeholder")]
     shapes = [fake.shape if isinstance(fake, torch.Tensor) else (fake,) for fake in fakes]
@@ -58,7 +86,10 @@ def package_region(region: fx.GraphModule, device: torch.device, path: Path) -> 
     with torch.no_grad():
         exported = torch.export.export(_Region(region), examples, dynamic_shapes=(dynamic,), strict=False)
     _check_sizes(exported, shapes)
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "region.pt2")
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+        return path.read_bytes()
 
 
 class _Region(torch.nn.Module):
@@ -91,7 +122,10 @@ def _examples(fakes: Sequence[Any], shapes: Sequence[Any], device: torch.device)
     def size(symbol: Any) -> int:
         if isinstance(symbol, int):
             return symbol
-        return chosen.setdefault(symbol.node.expr, _EXAMPLE_SIZES[len(chosen)])
+        expression = symbol.node.expr
+        for free in sorted(expression.free_symbols, key=str):
+            chosen.setdefault(free, _EXAMPLE_SIZES[len(chosen)])
+        return int(expression.subs(chosen))
 
     dtypes = [fake.dtype if isinstance(fake, torch.Tensor) else torch.bool for fake in fakes]
     return tuple(
@@ -117,9 +151,10 @@ def _check_sizes(exported: ExportedProgram, shapes: Sequence[Any]) -> None:
                 )
 
 
-def load_region(path: Path) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
-    """The function that `package_region` compiled."""
+def load_region(path: Path, device: torch.device) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """The function of a package, on `device`."""
     run: Callable[[list[torch.Tensor]], list[torch.Tensor]]
     # What is around the loader parses its description of inputs at every call.
-    run = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+    index = -1 if device.index is None else device.index
+    run = torch._inductor.aoti_load_package(str(path), device_index=index).loader.boxed_run
     return run

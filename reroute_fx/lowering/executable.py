@@ -27,6 +27,7 @@ class Executable:
     """Runs the graph of an exported program on the program's own parameters.
 
     Attributes:
+        program: what was lowered.
         name: what the program is for, in messages.
         backend: name of the backend.
         regions: calls of compiled regions in one run; 0 on `eager`.
@@ -36,6 +37,7 @@ class Executable:
     """
 
     def __init__(self, program: ExportedProgram, backend: str, name: str) -> None:
+        self.program = program
         self.name = name
         self.backend = backend
         self.regions = 0

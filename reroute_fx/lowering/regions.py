@@ -49,7 +49,7 @@ def share_regions(module: fx.GraphModule, compile_region: CompileRegion) -> Regi
         outer.new[node] = outer.graph.node_copy(node)
     for run in runs:
         region = _Region(run)
-        key = region.key()
+        key = region_key(region.graph)
         if key not in functions:
             compiled = compile_region(fx.GraphModule({}, region.graph))
             functions[key] = _named(compiled, f"region_{len(functions)}")
@@ -121,7 +121,8 @@ class _Region:
         inside = set(nodes)
         reads = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
         tensors = [n for n in reads if not is_size(n)]
-        integers = [n for n in reads if is_size(n) and not _find(n, tensors) and _from_inputs(n)]
+        sizes = [n for n in reads if is_size(n)]
+        integers = list(dict.fromkeys(leaf for n in sizes for leaf in _missing(n, tensors)))
         self.inputs = tensors + integers
         self.outputs = [n for n in nodes if any(u not in inside and not is_size(u) for u in n.users)]
         self.graph = fx.Graph()
@@ -144,15 +145,16 @@ class _Region:
                 self.new[node] = self.graph.node_copy(node, self._argument)
         return self.new[node]
 
-    def key(self) -> str:
-        """Equal for regions that compute the same function of inputs of the same kind and with the same equal sizes."""
-        number = {node: f"%{i}" for i, node in enumerate(self.graph.nodes)}
-        sizes: dict[Any, str] = {}
-        lines = [_kind(n, sizes) for n in self.inputs]
-        for node in self.graph.nodes:
-            args, kwargs = map_arg((node.args, dict(node.kwargs)), number.__getitem__)
-            lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args} {kwargs}")
-        return "\n".join(lines)
+
+def region_key(graph: fx.Graph) -> str:
+    """Equal for regions that compute the same function of inputs of the same kind and with the same equal sizes."""
+    number = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    sizes: dict[Any, str] = {}
+    lines = [_kind(n, sizes) for n in graph.find_nodes(op="placeholder")]
+    for node in graph.nodes:
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), number.__getitem__)
+        lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args} {kwargs}")
+    return "\n".join(lines)
 
 
 def _find(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:
@@ -168,9 +170,13 @@ def _find(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | No
     return None
 
 
-def _from_inputs(size: fx.Node) -> bool:
-    """Whether a size follows from the shapes of the graph's inputs alone."""
-    return all(n.op == "placeholder" or (is_size(n) and _from_inputs(n)) for n in size.all_input_nodes)
+def _missing(size: fx.Node, tensors: list[fx.Node]) -> list[fx.Node]:
+    """Sizes of the graph's inputs that none of the tensors has, of those that `size` is computed from."""
+    if _find(size, tensors):
+        return []
+    if all(is_size(n) for n in size.all_input_nodes):
+        return [leaf for n in size.all_input_nodes for leaf in _missing(n, tensors)]
+    return [size] if all(n.op == "placeholder" for n in size.all_input_nodes) else []
 
 
 def _kind(node: fx.Node, sizes: dict[Any, str]) -> str:

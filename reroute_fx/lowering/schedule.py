@@ -5,7 +5,7 @@ none of its tensors has takes an empty tensor of that length.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ class Schedule:
 
     @classmethod
     def of(cls, program: ExportedProgram, regions: Regions) -> "Schedule":
-        """The schedule of a program that `route` or `continuation` returned, from its regions."""
+        """The schedule of a program that `route` or `continuation` returned, or one that returns tensors by name."""
         specs = program.graph_signature.input_specs
         inputs = tuple(s.arg.name for s in specs if s.kind is InputKind.USER_INPUT)
         weights = {s.arg.name: str(s.target) for s in specs if s.kind is not InputKind.USER_INPUT}
@@ -92,8 +92,8 @@ class Schedule:
     def _check(self, regions: int) -> None:
         """Raise ValueError unless all names are strings and all numbers stand for something."""
         names = (*self.inputs, *self.weights, *self.outputs)
-        if not all(isinstance(name, str) for name in names) or HIDDEN not in self.outputs:
-            raise ValueError("names are missing")
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a name is no string")
         count = len(self.inputs) + len(self.weights)
         for call in self.calls:
             _check_number(call.region, regions)
@@ -141,8 +141,9 @@ class _Reader:
     def outputs(self, spec: pytree.TreeSpec) -> dict[str, int]:
         returned: Any = self.graph.output_node().args[0]
         whole = pytree.tree_unflatten(list(returned), spec)
-        named = {HIDDEN: whole["output"].last_hidden_state, **whole["routing"]}
-        return {name: self.values[node] for name, node in named.items()}
+        if "routing" in whole:
+            whole = {HIDDEN: whole["output"].last_hidden_state, **whole["routing"]}
+        return {name: self.values[node] for name, node in whole.items()}
 
 
 class ScheduledProgram:
@@ -158,15 +159,15 @@ class ScheduledProgram:
         self,
         schedule: Schedule,
         regions: Sequence[Callable[[list[torch.Tensor]], list[torch.Tensor]]],
-        weights: dict[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
     ) -> None:
         self.schedule, self.regions = schedule, regions
         self.weights = [weights[name] for name in schedule.weights]
         self.released = _last_uses(schedule)
 
     @torch.no_grad()
-    def __call__(self, **inputs: torch.Tensor) -> dict[str, Any]:
-        """Run on contiguous inputs; returns what an `Executable` of the program returns."""
+    def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run on contiguous inputs; returns the outputs by name."""
         values: list[Any] = [*(inputs[name] for name in self.schedule.inputs), *self.weights]
         for call, released in zip(self.schedule.calls, self.released, strict=True):
             given = [values[i] for i in call.inputs]
@@ -175,9 +176,24 @@ class ScheduledProgram:
             values += results
             for i in released:
                 values[i] = None
-        routing = {name: values[i] for name, i in self.schedule.outputs.items()}
-        output = BaseModelOutput(last_hidden_state=routing.pop(HIDDEN))
-        return {"output": output, "routing": routing}
+        return {name: values[i] for name, i in self.schedule.outputs.items()}
+
+
+class DecoderProgram:
+    """A routed program that returns what an `Executable` of it returns.
+
+    Args:
+        run: returns ``last_hidden_state`` and what `route` exposes, by name.
+    """
+
+    def __init__(self, run: Callable[..., dict[str, torch.Tensor]]) -> None:
+        self.run = run
+        self.cuda_graphs = None
+
+    def __call__(self, **inputs: torch.Tensor) -> dict[str, Any]:
+        values = self.run(**inputs)
+        output = BaseModelOutput(last_hidden_state=values.pop(HIDDEN))
+        return {"output": output, "routing": values}
 
 
 def _last_uses(schedule: Schedule) -> list[list[int]]:

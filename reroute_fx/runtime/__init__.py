@@ -1,7 +1,8 @@
 """Runtime: a routed model behaves like the Hugging Face model it was made from."""
 
 from .cache import RoutedCache
+from .loaded import LoadedModel
 from .model import RoutedModel, make_routed_model
 from .routing import Routing
 
-__all__ = ["RoutedCache", "RoutedModel", "Routing", "make_routed_model"]
+__all__ = ["LoadedModel", "RoutedCache", "RoutedModel", "Routing", "make_routed_model"]

@@ -10,7 +10,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..config import RoutingConfig
 from ..errors import InputError, UnsupportedModelError
-from ..lowering import Executable
 from ..plan import RowPlan
 from .buckets import cut_outputs, pad_inputs
 from .cache import CachedRows, RoutedCache
@@ -38,8 +37,8 @@ class RoutedDecoder(torch.nn.Module):
         uses_buckets: whether prompts run in rounded sizes, for CUDA graphs.
     """
 
-    prefill: Executable
-    continuation: Executable
+    prefill: Callable[..., Any]
+    continuation: Callable[..., Any]
     routing_config: RoutingConfig
     position_rank: int
     owner: str

@@ -35,15 +35,16 @@ class RoutedModel(torch.nn.Module):
 
     Attributes:
         routing_config: what is routed.
+        programs: the routed programs, ``"prefill"`` and ``"continuation"``.
     """
 
     routing_config: RoutingConfig
+    programs: dict[str, Executable]
     config: Any
     device: torch.device
     _signature: inspect.Signature
     _reader: PromptReader
     _report: RoutingReport
-    _programs: dict[str, Executable]
     _first_call_seconds: dict[str, float]
 
     @property
@@ -51,11 +52,11 @@ class RoutedModel(torch.nn.Module):
         """What was matched and rewritten, what it saves, and how often it was compiled so far."""
         compiling = {
             f"compiling {name}": program.compile_seconds
-            for name, program in self._programs.items()
+            for name, program in self.programs.items()
             if program.compilations
         }
         seconds = {**self._report.seconds, **compiling, **self._first_call_seconds}
-        compilations = {name: program.compilations for name, program in self._programs.items()}
+        compilations = {name: program.compilations for name, program in self.programs.items()}
         return replace(self._report, seconds=seconds, compilations=compilations)
 
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -153,6 +154,6 @@ def make_routed_model(
     routed._signature = inspect.signature(type(model).forward)
     routed._reader = PromptReader(model.config, report.config, visual_ids, owner)
     routed._report = report
-    routed._programs = {"prefill": prefill, "continuation": continuation}
+    routed.programs = {"prefill": prefill, "continuation": continuation}
     routed._first_call_seconds = {}
     return routed

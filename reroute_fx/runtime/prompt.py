@@ -10,6 +10,7 @@ from transformers import Cache
 from ..capture import tokens_per_image
 from ..config import RoutingConfig
 from ..errors import InputError
+from ..limits import Limits
 from ..plan import RowPlan, plan_rows
 from .cache import RoutedCache
 from .images import split_images
@@ -61,12 +62,16 @@ class PromptReader:
         routing_config: what is routed.
         visual_ids: ids of the placeholders of visual features.
         owner: identity of the model.
+        routes_text: whether prompts without visual tokens are routed too; otherwise they are left to the model.
+        limits: of a call; None for any size.
     """
 
     model_config: Any
     routing_config: RoutingConfig
     visual_ids: tuple[int, ...]
     owner: str
+    routes_text: bool = False
+    limits: Limits | None = None
 
     def read(self, given: Mapping[str, Any], device: torch.device) -> Prompt | Continuation | None:
         """A prompt to route, tokens on a routed cache, or (None) neither.
@@ -88,6 +93,8 @@ class PromptReader:
         tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if isinstance(cache, RoutedCache) and tokens is not None:
             cache.check_room(held + tokens.shape[1])
+        if self.limits is not None and tokens is not None:
+            self.limits.check(tokens.shape[0], held + tokens.shape[1])
         return self._continue(given, cache, tokens) if held else self._start(given)
 
     def check_generate(self, given: Mapping[str, Any], device: torch.device) -> None:
@@ -113,6 +120,10 @@ class PromptReader:
                 "whole conversation as one prompt without a cache."
             )
         rows = getattr(cache, "rows", None)
+        if rows is None and self.routes_text:
+            raise InputError(
+                "past_key_values was made by another model; expected a RoutedCache of this one, or an empty cache."
+            )
         if rows is None:
             _check_plain_cache(cache, self.model_config, tokens.shape[0])
             return None
@@ -157,8 +168,9 @@ class PromptReader:
                     "pixel_values were given but input_ids holds no image token; expected one for each feature. Use "
                     "the model's processor and put its image placeholder into the prompt."
                 )
-            return None
-        if not has_features and given.get("mm_encoder_outputs") is None:
+            if not self.routes_text:
+                return None
+        elif not has_features and given.get("mm_encoder_outputs") is None:
             raise InputError(
                 f"input_ids holds {is_visual.sum(dim=1).tolist()} image tokens in its rows but no pixel_values were "
                 f"given. Pass what the processor returned."
@@ -170,6 +182,8 @@ class PromptReader:
         lengths = is_token.sum(dim=1)
         _refuse_visual_end(is_visual, lengths)
         images = split_images(ids, is_visual, tokens_per_image(self.model_config, given))
+        if self.limits is not None:
+            self.limits.check_images(images)
         plan = plan_rows(self.routing_config, is_visual.to(input_ids.device), lengths.tolist(), images)
         return Prompt(plan, places.to(input_ids.device) if places else None)
 

@@ -1,0 +1,155 @@
+"""What an artifact says of itself: `manifest.json`, read without trusting it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ..capture.images import FixedImages, GridImages
+from ..capture.positions import GridPositions
+from ..config import RoutingConfig
+from ..errors import ArtifactError
+from ..limits import Limits
+from .files import FileEntry, check_name
+from .requirements import Requirements
+
+NAME = "manifest.json"
+PROCESSOR = "processor"
+"""Folder of the processor inside an artifact."""
+SCHEMA = 1
+FORMATS = ("aot", "onnx", "tensorrt")
+_LARGEST = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class ProgramFiles:
+    """A program of an artifact.
+
+    Attributes:
+        regions: packages or models that it is made of.
+        schedule: how its regions are called; None if it is one model.
+    """
+
+    regions: tuple[str, ...]
+    schedule: str | None = None
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """An input of a call.
+
+    Attributes:
+        dtype: of the tensor.
+        shape: sizes, or names of those that may differ from call to call.
+        required: in a prompt with pictures.
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+    required: bool
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An artifact.
+
+    Attributes:
+        schema: version of this layout.
+        format: one of `FORMATS`.
+        model: class that it was exported from.
+        model_type: of its config.
+        dtype: of its weights.
+        routing: what is routed.
+        limits: the largest call.
+        inputs: contract of a call, by name.
+        images: how it takes pictures.
+        positions: how rotary positions follow from a prompt; None if they count its tokens.
+        visual_ids: placeholders of visual features.
+        requirements: what its code was compiled for.
+        versions: of the packages that made it.
+        programs: by name.
+        weights: file of all weights.
+        files: all files but this one.
+    """
+
+    schema: int
+    format: str
+    model: str
+    model_type: str
+    dtype: str
+    routing: RoutingConfig
+    limits: Limits
+    inputs: dict[str, InputSpec]
+    images: Annotated[FixedImages | GridImages, Field(discriminator="kind")]
+    positions: GridPositions | None
+    visual_ids: tuple[int, ...]
+    requirements: Requirements
+    versions: dict[str, str]
+    programs: dict[str, ProgramFiles]
+    weights: str
+    files: dict[str, FileEntry]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.files[self.weights].size
+
+    def write(self, folder: Path) -> None:
+        content = asdict(self)
+        content = {"checksum": _checksum(content), **content}
+        (folder / NAME).write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of an artifact.
+
+        Raises:
+            ArtifactError: there is none, it is damaged, or a later reroute_fx wrote it.
+        """
+        if not folder.is_dir():
+            raise ArtifactError(f"path is {folder}; expected the folder of an artifact.")
+        path = folder / NAME
+        if path.is_symlink() or not path.is_file():
+            raise ArtifactError(f"{folder} has no {NAME}; expected an artifact of reroute_fx.export.")
+        if path.stat().st_size > _LARGEST:
+            raise ArtifactError(f"{path} has {path.stat().st_size} bytes; expected at most {_LARGEST}.")
+        try:
+            content = json.loads(path.read_text())
+            schema, given = content.get("schema"), content.pop("checksum", None)
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}. Copy the whole folder again.") from error
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise ArtifactError(
+                f"{path} has schema {schema}; this reroute_fx reads up to {SCHEMA}. Run pip install -U reroute-fx."
+            )
+        if given != _checksum(content):
+            raise ArtifactError(f"{path} was changed since it was written. Copy the whole folder again.")
+        return cls._checked(content, path)
+
+    @classmethod
+    def _checked(cls, content: dict[str, Any], path: Path) -> "Manifest":
+        try:
+            manifest = _ADAPTER.validate_json(json.dumps(content), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ArtifactError(
+                f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Export the model again."
+            ) from error
+        named = {manifest.weights}
+        for program in manifest.programs.values():
+            named |= {*program.regions, *([program.schedule] if program.schedule else [])}
+        for name in (*named, *manifest.files):
+            check_name(name)
+        if manifest.schema != SCHEMA or manifest.format not in FORMATS or not named <= manifest.files.keys():
+            raise ArtifactError(f"{path} names files that it doesn't list. Export the model again.")
+        return manifest
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(plain.encode()).hexdigest()

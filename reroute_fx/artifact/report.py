@@ -1,0 +1,91 @@
+"""What an artifact holds."""
+
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .manifest import Manifest
+
+
+@dataclass(frozen=True)
+class ArtifactReport:
+    """An artifact in words; ``str(report)`` is a table, `to_dict` is ready for JSON.
+
+    Attributes:
+        path: of its folder.
+        manifest: what it says of itself.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def of(cls, folder: Path, manifest: Manifest) -> "ArtifactReport":
+        return cls(folder, manifest)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.size for entry in self.manifest.files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dictionaries."""
+        return {"path": str(self.path), "bytes": self.total_bytes, **asdict(self.manifest)}
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    def __rich__(self) -> RenderableType:
+        manifest = self.manifest
+        title = f"{manifest.model}: {manifest.routing.method} / {manifest.routing.action}, {manifest.format}"
+        return Group(Text(title, style="bold"), self._facts(), self._program_table(), self._input_table())
+
+    def _facts(self) -> Table:
+        manifest, routing = self.manifest, self.manifest.routing
+        needs = manifest.requirements
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        ratios = ", ".join(
+            f"{ratio:.4g} before {layer}"
+            for layer, ratio in zip(routing.decision_layers, routing.keep_ratios, strict=True)
+        )
+        limits = manifest.limits
+        where = (
+            f"CUDA {needs.cuda_release}, capability {needs.capability}" if needs.capability else needs.machine
+        )
+        table.add_row("folder", str(self.path))
+        table.add_row("routing", f"keeps {ratios}" if ratios else "none")
+        table.add_row(
+            "limits",
+            f"{limits.batch} rows, {limits.length} tokens in a row, {limits.image_tokens} tokens in a picture",
+        )
+        table.add_row("compiled for", f"torch {needs.torch_release}, {needs.device}, {where}")
+        table.add_row("made with", ", ".join(f"{name} {v}" for name, v in manifest.versions.items()))
+        table.add_row("weights", f"{_mebibytes(manifest.weight_bytes)}, {manifest.dtype}")
+        share = self.total_bytes / manifest.weight_bytes
+        table.add_row("in all", f"{_mebibytes(self.total_bytes)}, {share:.2f} of the weights")
+        return table
+
+    def _program_table(self) -> Table:
+        table = Table("program", "files", "MiB", title="Programs")
+        for name, program in self.manifest.programs.items():
+            size = sum(self.manifest.files[region].size for region in program.regions)
+            table.add_row(name, str(len(program.regions)), f"{size / 2**20:.1f}")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        return table
+
+    def _input_table(self) -> Table:
+        table = Table("input", "dtype", "shape", "", title="Inputs")
+        for name, spec in self.manifest.inputs.items():
+            table.add_row(name, spec.dtype, str(list(spec.shape)), "required" if spec.required else "")
+        return table
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

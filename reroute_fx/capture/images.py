@@ -1,0 +1,168 @@
+"""How a model takes pictures: what its vision tower needs to know of them, and whether it can take them."""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.export import Dim
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+
+from ..errors import InputError
+from .segments import segments
+
+
+class Images(Protocol):
+    """How a model takes pictures: ``"fixed"`` or ``"grid"``."""
+
+    kind: str
+
+    @property
+    def shapes(self) -> dict[str, dict[int, Any]]:
+        """Dynamic dimensions of the inputs of the program."""
+
+    def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Inputs of the program that `capture_vision_tower` returns."""
+
+    def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
+        """Raise InputError unless the model can take such pictures."""
+
+    def repeat(
+        self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
+    ) -> dict[str, torch.Tensor]:
+        """The pictures of each row `times` times.
+
+        Args:
+            given: pixels, grids and what else has an entry for each picture.
+            names: those of `given`, in that order.
+            tokens: placeholders of each row.
+            times: at least 1.
+        """
+
+
+@dataclass(frozen=True)
+class FixedImages:
+    """Pictures of one size, ``pixel_values [n, channels, height, width]``.
+
+    Attributes:
+        tokens: features of each.
+    """
+
+    channels: int
+    height: int
+    width: int
+    tokens: int
+    kind: Literal["fixed"] = "fixed"
+
+    @property
+    def shapes(self) -> dict[str, dict[int, Any]]:
+        return {"pixel_values": {0: Dim.DYNAMIC}}
+
+    def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        return {"pixel_values": pixel_values}
+
+    def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
+        expected = self.channels, self.height, self.width
+        if tuple(pixel_values.shape[1:]) != expected:
+            raise InputError(
+                f"pixel_values has shape {list(pixel_values.shape)}; expected pictures of size {list(expected)}. Pass "
+                f"what the model's processor returns."
+            )
+
+    def repeat(
+        self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
+    ) -> dict[str, torch.Tensor]:
+        (pixels,) = given.values()
+        order = _repeated([row // self.tokens for row in tokens], times)
+        return {names[0]: pixels[order]}
+
+
+@dataclass(frozen=True)
+class GridImages:
+    """Pictures and videos of any size as patches, ``pixel_values [patches, values]``, with a grid ``[n, 3]`` of each.
+
+    Attributes:
+        values: of a patch.
+        merge: patches along an edge that become one feature.
+        patch: pixels along the edge of a patch.
+        window: pixels along the edge of an attention window; None if every layer sees whole frames.
+    """
+
+    values: int
+    merge: int
+    patch: int
+    window: int | None
+    kind: Literal["grid"] = "grid"
+
+    @property
+    def shapes(self) -> dict[str, dict[int, Any]]:
+        features = Dim("features", min=1)
+        patches = {0: self.merge**2 * features}
+        segments = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+        return {
+            "pixel_values": patches,
+            "position_ids": patches,
+            "window_order": {0: features},
+            "frames": segments,
+            "windows": segments,
+        }
+
+    def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        assert grid is not None
+        on_host = grid.cpu()
+        given = {
+            "position_ids": get_vision_position_ids(on_host, self.merge),
+            "frames": segments(get_vision_cu_seqlens(on_host)),
+        }
+        if self.window is not None:
+            order, bounds = get_vision_window_index(on_host, self.merge, self.window, self.patch)
+            given |= {"window_order": order, "windows": segments(bounds)}
+        placed = {name: tensor.to(pixel_values.device) for name, tensor in given.items()}
+        return {"pixel_values": pixel_values, **placed}
+
+    def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
+        if grid is None or grid.ndim != 2 or grid.shape[1] != 3:
+            raise InputError(
+                "Pictures came without their grids; expected image_grid_thw or video_grid_thw, [pictures, 3], as the "
+                "processor returns them."
+            )
+        expected = int(grid.prod(dim=-1).sum()), self.values
+        if tuple(pixel_values.shape) != expected:
+            raise InputError(
+                f"pixel_values has shape {list(pixel_values.shape)}, but the grids have {expected[0]} patches of "
+                f"{expected[1]} values. Pass what the model's processor returns."
+            )
+        if (grid < 1).any() or (grid[:, 1:] % self.merge).any():
+            raise InputError(
+                f"A grid is {grid.tolist()}; expected heights and widths in multiples of {self.merge}. Pass what the "
+                f"model's processor returns."
+            )
+
+    def repeat(
+        self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
+    ) -> dict[str, torch.Tensor]:
+        patches = given[names[1]].prod(dim=-1).tolist()
+        order = _repeated(_per_row(tokens, [count // self.merge**2 for count in patches]), times)
+        pixels = given[names[0]].split(patches)
+        rest = {name: given[name][order] for name in names[1:] if name in given}
+        return {names[0]: torch.cat([pixels[i] for i in order]), **rest}
+
+
+def _per_row(tokens: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Pictures of each row, from the placeholders of the rows and the features of the pictures."""
+    ends = list(accumulate(sizes))
+    upto = [bisect_right(ends, end) for end in accumulate(tokens)]
+    return [after - before for before, after in pairwise([0, *upto])]
+
+
+def _repeated(counts: Sequence[int], times: int) -> list[int]:
+    """Pictures in order, those of each row `times` times."""
+    ends = list(accumulate(counts))
+    return [
+        i
+        for end, count in zip(ends, counts, strict=True)
+        for _ in range(times)
+        for i in range(end - count, end)
+    ]

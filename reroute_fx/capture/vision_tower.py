@@ -1,0 +1,182 @@
+"""Export what turns pictures into features: vision tower and projector, for any number and size of pictures."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from transformers import PreTrainedModel
+
+from ..errors import CaptureError, UnsupportedModelError
+from .images import FixedImages, GridImages
+from .segments import SEGMENTS
+from .tracing import as_traced, first_line, quiet
+
+
+@dataclass(frozen=True)
+class CapturedTower:
+    """An exported vision tower with its projector.
+
+    Attributes:
+        program: from what `images.inputs` returns to ``{"features": [T, d]}``, features of all pictures in order. Nodes
+            of its layers carry ``meta["region"]``.
+        images: how it takes pictures.
+    """
+
+    program: ExportedProgram
+    images: FixedImages | GridImages
+
+
+def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
+    """Export the vision tower and projector of a model; the model is not changed.
+
+    Raises:
+        UnsupportedModelError: a tower of a kind that is not known.
+        CaptureError: torch.export failed, or the program differs from the model.
+    """
+    tower, images, sample = _tower(model)
+    inputs = images.inputs(**sample)
+    shapes = {name: images.shapes[name] for name in inputs}
+    try:
+        with as_traced(tower.vision, tower.attention), quiet(), torch.no_grad():
+            program = torch.export.export(tower, (), inputs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export can't trace the vision tower of {type(model).__name__}: "
+            f"{first_line(error)}. Use reroute_fx.compile without an export."
+        ) from error
+    _check_sizes(program, shapes)
+    _mark_layers(program)
+    _compare(program, inputs, tower.expected(**sample))
+    return CapturedTower(program, images)
+
+
+def _tower(model: PreTrainedModel) -> tuple[Any, FixedImages | GridImages, dict[str, Any]]:
+    """What is traced, how it takes pictures, and two pictures to trace it with."""
+    inner = model.base_model
+    vision: Any = getattr(model.config, "vision_config", None)
+    if model.config.model_type == "llava" and isinstance(vision.image_size, int):
+        size = vision.num_channels, vision.image_size, vision.image_size
+        pixels = torch.linspace(-1, 1, 2 * size[0] * size[1] * size[2]).reshape(2, *size)
+        sample: dict[str, Any] = {"pixel_values": pixels.to(model.device, model.dtype), "grid": None}
+        tower = _FixedTower(model)
+        with torch.no_grad():
+            features = tower.expected(**sample)
+        return tower, FixedImages(*size, tokens=features.shape[0] // 2), sample
+    if hasattr(inner, "visual") and hasattr(inner.visual, "spatial_merge_size"):
+        visual = inner.visual
+        values = vision.in_channels * vision.temporal_patch_size * visual.patch_size**2
+        images = GridImages(
+            values, visual.spatial_merge_size, visual.patch_size, getattr(visual, "window_size", None)
+        )
+        edge = images.merge
+        grid = torch.tensor([[1, 4 * edge, 5 * edge], [2, 2 * edge, 3 * edge]])
+        patches = int(grid.prod(dim=-1).sum())
+        pixels = torch.linspace(-1, 1, patches * values).reshape(patches, values)
+        return (
+            _GridTower(visual),
+            images,
+            {"pixel_values": pixels.to(model.device, model.dtype), "grid": grid},
+        )
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has a vision tower ({type(vision).__name__}) that can't be exported yet; expected "
+        f"LLaVA-1.5 or a Qwen2-VL of any version. reroute_fx.compile works without an export."
+    )
+
+
+class _FixedTower(nn.Module):
+    """From ``pixel_values`` to features, as `get_image_features` of LLaVA."""
+
+    attention = "sdpa"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.vision = model.base_model.vision_tower
+        self.projector = model.base_model.multi_modal_projector
+        layer = model.config.vision_feature_layer
+        self.layers = [layer] if isinstance(layer, int) else list(layer)
+        # The first is the CLS token.
+        self.first = 1 if model.config.vision_feature_select_strategy == "default" else 0
+        self.model = [model]
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = self.vision(pixel_values, output_hidden_states=True).hidden_states
+        picked = torch.cat([states[layer][:, self.first :] for layer in self.layers], dim=-1)
+        return {"features": self.projector(picked).flatten(0, 1)}
+
+    def expected(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+        return torch.cat(list(self.model[0].get_image_features(pixel_values=pixel_values).pooler_output))
+
+
+class _GridTower(nn.Module):
+    """From patches and what `GridImages.inputs` knows of their grids to features."""
+
+    attention = SEGMENTS
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.vision = visual
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        position_ids: torch.Tensor,
+        frames: torch.Tensor,
+        window_order: torch.Tensor | None = None,
+        windows: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        # The longest segment is known from the shape of `frames`; any number will do.
+        given = {"position_ids": position_ids, "cu_seqlens": frames, "max_seqlen": 1}
+        if windows is not None:
+            given |= {"window_index": window_order, "cu_window_seqlens": windows, "max_window_seqlen": 1}
+        return {"features": self.vision(pixel_values, grid_thw=None, **given).pooler_output}
+
+    def expected(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.vision(
+            pixel_values, grid_thw=grid.to(pixel_values.device)
+        ).pooler_output
+        return features
+
+
+def _check_sizes(program: ExportedProgram, shapes: dict[str, dict[int, Any]]) -> None:
+    for node in program.graph.find_nodes(op="placeholder"):
+        for dim in shapes.get(node.name, {}):
+            if not isinstance(node.meta["val"].shape[dim], torch.SymInt):
+                raise CaptureError(
+                    f"The vision tower was fixed to size {node.meta['val'].shape[dim]} in dimension {dim} of "
+                    f"{node.name}; expected any. It can't be exported; use reroute_fx.compile."
+                )
+
+
+def _mark_layers(program: ExportedProgram) -> None:
+    """Name the layer of each node in ``meta["region"]``, so that equal layers share one region."""
+    layers: dict[Any, tuple[str, str]] = {}
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+            continue
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        found = re.match(r"(.*?)\.(\d+)(\.|$)", stack[-1][0]) if stack else None
+        if found:
+            layers[node] = found[1], found[2]
+    longest = Counter(name for name, _ in layers.values()).most_common(1)
+    for node, (name, number) in layers.items():
+        if name == longest[0][0]:
+            node.meta["region"] = f"layer.{number}"
+    program.graph_module.recompile()
+
+
+def _compare(program: ExportedProgram, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+    """Raise unless the program computes what the model does, up to rounding in another order."""
+    with torch.no_grad():
+        found = program.module()(**inputs)["features"]
+    # A hundred roundings of the largest value.
+    noise = 100 * torch.finfo(expected.dtype).eps * expected.abs().max()
+    if found.shape != expected.shape or (found - expected).abs().max() > noise:
+        raise CaptureError(
+            "The exported vision tower computes something else than the model's get_image_features. It can't be "
+            "exported; use reroute_fx.compile."
+        )
