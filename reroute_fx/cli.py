@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich import box
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .artifact import FORMATS
 from .config import METHODS, SCHEDULES
 from .errors import ConfigError, RerouteError
 from .lowering import BACKENDS, check_backend
@@ -131,8 +133,8 @@ def bench(
     """Time a model in eager mode, compiled without routing, and routed: first token, decoding, generate."""
     from . import api
     from .benchmarking import benchmark, check_benchmark, check_file, check_plot, plot_results, write_json
-    from .benchmarking.models import check_device, load_model, read_config
-    from .benchmarking.prompts import check_image, make_batch
+    from .named_models import check_device, load_model, read_config
+    from .prompts import check_image, make_batch
 
     try:
         sizes = _batch_sizes(batch)
@@ -163,6 +165,97 @@ def bench(
             plot_results(results, plot_file)
     except RerouteError as error:
         _fail(error)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a random one")],
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+    tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
+    method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",
+    action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
+    format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "aot",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    batch: Annotated[int | None, typer.Option(help="most rows of a call")] = None,
+    length: Annotated[int | None, typer.Option(help="most tokens of a row")] = None,
+    image_tokens: Annotated[int | None, typer.Option(help="most visual tokens of a picture")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an artifact")] = False,
+) -> None:
+    """Write a routed model as an artifact that generates without the model's class."""
+    from . import api, artifact
+    from .named_models import check_device, load_model, read_config
+
+    try:
+        check_device(device, dtype)
+        config = read_config(model, tier, method, action)
+        with _errors.status("loading and routing"):
+            loaded = load_model(model, device, dtype)
+            routed = api.compile(
+                loaded.model, tier, config=config, method=method, action=action, backend="eager"
+            )
+        asked = {"batch": batch, "length": length, "image_tokens": image_tokens}
+        limits = replace(
+            artifact.default_limits(routed),
+            **{name: size for name, size in asked.items() if size is not None},
+        )
+        artifact.export(
+            routed,
+            out,
+            format=format,
+            limits=limits,
+            processor=loaded.processor,
+            overwrite=overwrite,
+            progress=True,
+        )
+        _console.print(artifact.ArtifactReport.of(out))
+    except RerouteError as error:
+        _fail(error)
+
+
+@app.command()
+def run(
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that export wrote")],
+    prompt: Annotated[str, typer.Option(help="text behind the picture")],
+    image: Annotated[Path | None, typer.Option(help="picture; a generated one if left out")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="most tokens to generate")] = 128,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; as exported if left out")] = None,
+) -> None:
+    """Answer a prompt with an artifact, word by word."""
+    from transformers import TextStreamer
+
+    from .artifact import load
+    from .prompts import check_image, make_batch
+
+    try:
+        check_image(image)
+        with _errors.status("loading"):
+            model = load(path, device=device)
+            if model.processor is None:
+                raise ConfigError(f"{path} has no processor; expected one. Export it with processor=...")
+            inputs = make_batch(model.processor, model, 1, prompt, image)
+        streamer = TextStreamer(model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, streamer=streamer)
+    except RerouteError as error:
+        _fail(error)
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that export wrote")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What an artifact holds, without loading it."""
+    from .artifact import ArtifactReport
+
+    try:
+        report = ArtifactReport.of(path)
+    except RerouteError as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        _console.print(report)
 
 
 def _batch_sizes(given: str) -> list[int]:
@@ -202,7 +295,7 @@ def _meta_model(name: str) -> Any:
         ) from error
 
 
-def _fail(error: RerouteError) -> None:
+def _fail(error: RerouteError) -> NoReturn:
     _errors.print(f"{type(error).__name__}: {error}", style="red", highlight=False, soft_wrap=True)
     raise typer.Exit(2)
 

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,6 +31,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from .api import compile
 from .config import TIERS
 from .passes import ACTIONS
+from .pictures import picture
 
 QUESTION = "Where is the red circle left of the blue square?"
 _IMAGE, _VISION_START, _VISION_END = "<image>", "<|vision_start|>", "<|vision_end|>"
@@ -47,19 +46,6 @@ class Example:
     model: Any
     inputs: dict[str, torch.Tensor]
     tokenizer: Any
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (448, 448)) -> Image.Image:
-    """Coloured circles and squares on a noisy ground."""
-    random = np.random.default_rng(seed)
-    ground = random.integers(180, 255, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(ground)
-    draw = ImageDraw.Draw(image)
-    for i, colour in enumerate(("red", "blue", "green", "orange", "purple", "black")):
-        x, y = random.integers(0, size[0] - 90), random.integers(0, size[1] - 90)
-        box = [int(x), int(y), int(x + random.integers(30, 90)), int(y + random.integers(30, 90))]
-        (draw.ellipse if i % 2 == 0 else draw.rectangle)(box, fill=colour)
-    return image
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

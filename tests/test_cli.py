@@ -16,10 +16,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from typer.testing import CliRunner
 
 import reroute_fx
-from reroute_fx.benchmarking.models import load_model
 from reroute_fx.benchmarking.prompts import make_batch
 from reroute_fx.cli import app
 from reroute_fx.demo import build_tokenizer, picture
+from reroute_fx.named_models import load_model
 
 PUBLISHED = Path(__file__).parent / "published"
 GIB = 2**30
@@ -181,7 +181,7 @@ def test_bench_knows_the_demo():
     ],
 )
 def test_bench_refuses_before_it_loads_anything(checkpoint, monkeypatch, arguments, message):
-    monkeypatch.setattr("reroute_fx.benchmarking.models.load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("reroute_fx.named_models.load_model", lambda *a: pytest.fail("loaded"))
     result = run("bench", str(checkpoint), *arguments)
     assert result.exit_code == 2
     assert message in result.stderr

@@ -1,38 +1,35 @@
 """Write a routed model to disk as programs that run without its class."""
 
-import errno
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.export import ExportedProgram
 
 from ..capture import find_visual_token_ids, text_decoder
-from ..capture.positions import find_positions
+from ..capture.images import FixedImages, GridImages
+from ..capture.positions import GridPositions, find_positions
 from ..capture.vision_tower import capture_vision_tower
 from ..capture.vocabulary import capture_embeddings, capture_head
 from ..errors import ConfigError
 from ..limits import Limits
-from ..lowering.ahead import Scheduled, check_compiler, package_region, schedule
+from ..lowering.ahead import check_compiler
+from ..lowering.onnx import check_libraries
 from ..runtime import LoadedModel, RoutedModel
+from .aot import write_aot
 from .files import list_files
-from .folders import check_free_space, whole_folder
+from .folders import whole_folder
 from .inputs import input_contract
-from .manifest import FORMATS, PROCESSOR, SCHEMA, Manifest, ProgramFiles
+from .manifest import FORMATS, PROCESSOR, SCHEMA, Manifest
+from .onnx import write_onnx_programs
 from .requirements import Requirements
 
-WEIGHTS = "weights.safetensors"
-_PACKAGES = ("reroute-fx", "torch", "transformers", "triton", "safetensors")
+_PACKAGES = ("reroute-fx", "torch", "transformers", "triton", "safetensors", "onnx")
 
 
 def export(
@@ -50,7 +47,7 @@ def export(
     Args:
         routed: what `reroute_fx.compile` returned, on the kind of device that the artifact is for.
         path: folder to make. It appears whole or not at all.
-        format: ``"aot"``.
+        format: ``"aot"`` for machine code of this kind of machine, ``"onnx"`` for ONNX files.
         limits: the largest call that the artifact has to serve.
         processor: of the model, to be kept with it.
         overwrite: replace an artifact at `path`, once the new one is complete.
@@ -62,14 +59,14 @@ def export(
     Raises:
         ConfigError: an argument is no routed model, an unknown format or an invalid limit; before anything runs.
         ArtifactError: `path` exists, can't be written, or the disk is full.
-        BackendUnavailableError: no C++ compiler.
+        BackendUnavailableError: no C++ compiler, or no library that writes ONNX.
         UnsupportedModelError, CaptureError: the model has parts that can't be exported.
     """
     target = Path(path)
     _check_arguments(routed, format, limits, processor)
-    check_compiler()
+    check_libraries() if format == "onnx" else check_compiler()
     with whole_folder(target, overwrite) as folder, _phases(progress) as phase:
-        _write(routed, folder, limits or default_limits(routed), processor, phase)
+        _write(routed, folder, format, limits or default_limits(routed), processor, phase)
         phase("writing to disk")
     return target
 
@@ -97,40 +94,47 @@ def _check_arguments(routed: Any, format: str, limits: Any, processor: Any) -> N
 
 
 @dataclass(frozen=True)
-class _Traced:
-    """The programs of a model before they are compiled."""
+class Traced:
+    """The programs of a model before they are compiled, and how it takes its inputs."""
 
     programs: Mapping[str, ExportedProgram]
-    scheduled: Mapping[str, Scheduled]
-    images: Any
-    positions: Any
+    images: FixedImages | GridImages
+    positions: GridPositions | None
+
+
+def trace(routed: RoutedModel) -> Traced:
+    """All programs of a model, by the names in `PROGRAMS`."""
+    tower = capture_vision_tower(routed)
+    programs = {
+        "embeddings": capture_embeddings(routed),
+        "images": tower.program,
+        **{name: executable.program for name, executable in routed.programs.items()},
+        "head": capture_head(routed),
+    }
+    positions = find_positions(routed, text_decoder(routed).position_rank)
+    return Traced(programs, tower.images, positions)
 
 
 def _write(
-    routed: RoutedModel, folder: Path, limits: Limits, processor: Any, phase: Callable[..., None]
+    routed: RoutedModel,
+    folder: Path,
+    format: str,
+    limits: Limits,
+    processor: Any,
+    phase: Callable[..., None],
 ) -> None:
     phase("tracing")
-    traced = _trace(routed)
-    weights = _Weights(routed, traced)
-    check_free_space(folder, sum(tensor.nbytes for tensor in weights.tensors.values()))
-    regions = sum(len(parts.regions) for parts in traced.scheduled.values())
-    programs = {}
-    for name, parts in traced.scheduled.items():
-        files = []
-        for i, region in enumerate(parts.regions):
-            phase(f"compiling {name}", steps=regions)
-            files.append(f"programs/{name}_{i}.pt2")
-            _file(folder, files[-1]).write_bytes(package_region(region, routed.device))
-        plan = replace(parts.schedule, weights=weights.names[name])
-        programs[name] = ProgramFiles(tuple(files), f"programs/{name}.json")
-        _file(folder, f"programs/{name}.json").write_text(json.dumps(plan.to_json()))
-    phase("writing weights")
-    weights.save(folder / WEIGHTS)
+    traced = trace(routed)
+    if format == "onnx":
+        phase("converting")
+        programs = write_onnx_programs(traced.programs, folder)
+    else:
+        programs = write_aot(traced.programs, routed, folder, phase)
     _write_descriptions(routed, folder, processor)
     dtype = str(routed.dtype).removeprefix("torch.")
-    manifest = Manifest(
+    Manifest(
         schema=SCHEMA,
-        format="aot",
+        format=format,
         model=type(routed).__name__.removeprefix("Routed"),
         model_type=routed.config.model_type,
         dtype=dtype,
@@ -140,71 +144,11 @@ def _write(
         images=traced.images,
         positions=traced.positions,
         visual_ids=find_visual_token_ids(routed.config),
-        requirements=Requirements.of(routed.device),
+        requirements=None if format == "onnx" else Requirements.of(routed.device),
         versions=_versions(),
         programs=programs,
-        weights=WEIGHTS,
         files=list_files(folder),
-    )
-    manifest.write(folder)
-
-
-def _trace(routed: RoutedModel) -> _Traced:
-    tower = capture_vision_tower(routed)
-    programs = {
-        "embeddings": capture_embeddings(routed),
-        "images": tower.program,
-        **{name: executable.program for name, executable in routed.programs.items()},
-        "head": capture_head(routed),
-    }
-    scheduled = {name: schedule(program) for name, program in programs.items()}
-    return _Traced(
-        programs, scheduled, tower.images, find_positions(routed, text_decoder(routed).position_rank)
-    )
-
-
-class _Weights:
-    """The weights of all programs, each once.
-
-    Attributes:
-        tensors: by the names that the model gives them.
-        names: for each program the names of its weights, in the order in which its schedule takes them.
-    """
-
-    def __init__(self, routed: RoutedModel, traced: _Traced) -> None:
-        known: dict[Any, str] = {}
-        for name, tensor in chain(routed.named_parameters(), routed.named_buffers()):
-            known.setdefault(_place(tensor), name)
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.names: dict[str, tuple[str, ...]] = {}
-        for program, source in traced.programs.items():
-            held = {**source.state_dict, **source.constants}
-            names = []
-            for target in traced.scheduled[program].schedule.weights:
-                tensor = held[target]
-                names.append(known.setdefault(_place(tensor), f"constants.{program}.{target}"))
-                self.tensors[names[-1]] = tensor
-            self.names[program] = tuple(names)
-
-    def save(self, path: Path) -> None:
-        plain = {name: _alone(tensor.detach()) for name, tensor in self.tensors.items()}
-        try:
-            save_file(plain, path)
-        except SafetensorError as error:
-            # The library tells of a full disk in words.
-            raise OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error)) from error
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same memory."""
-    storage = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
-    return (*storage, tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory of its own, without gaps."""
-    is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if is_alone else tensor.clone(memory_format=torch.contiguous_format)
+    ).write(folder)
 
 
 def _write_descriptions(routed: Any, folder: Path, processor: Any) -> None:
@@ -213,12 +157,6 @@ def _write_descriptions(routed: Any, folder: Path, processor: Any) -> None:
     routed.generation_config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder / PROCESSOR)
-
-
-def _file(folder: Path, name: str) -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _versions() -> dict[str, str]:

@@ -1,21 +1,18 @@
 """Read an artifact back: verify all of it, then put a model together from its programs."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from .._compat import settle_cpu_math
 from ..errors import ArtifactError
-from ..lowering import Schedule, ScheduledProgram
-from ..lowering.ahead import load_region
-from ..runtime.loaded import PROGRAMS, LoadedModel, Parts
-from .files import check_files, check_package
-from .manifest import PROCESSOR, Manifest
+from ..runtime.loaded import PROGRAMS, LoadedModel, Parts, Program
+from .aot import load_aot, read_weights
+from .files import check_files
+from .manifest import PROCESSOR, WEIGHTS, Manifest
+from .onnx import load_onnx_program
 from .report import ArtifactReport
 from .requirements import check_memory
 
@@ -27,7 +24,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Loade
     trust, as you would install a package.
 
     Args:
-        path: folder that `reroute_fx.export` wrote, in the format ``"aot"``.
+        path: folder that `reroute_fx.export` wrote.
         device: where to load it, such as ``"cuda:1"``; None for the device of the kind it was exported for.
 
     Raises:
@@ -35,18 +32,14 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Loade
     """
     folder = Path(path).resolve()
     manifest = Manifest.read(folder)
-    if manifest.format != "aot":
-        raise ArtifactError(
-            f"{folder} is an artifact for {manifest.format}; reroute_fx.load reads format='aot'. Run it with the "
-            f"runtime that it was exported for."
-        )
-    place = torch.device(device or manifest.requirements.device)
-    manifest.requirements.check(place)
+    needs = manifest.requirements
+    place = torch.device(device or (needs.device if needs else "cpu"))
+    if needs:
+        needs.check(place)
     check_memory(manifest.weight_bytes, place)
     check_files(folder, manifest.files)
     settle_cpu_math()
-    weights = _read_weights(folder / manifest.weights, place)
-    programs = {name: _load_program(folder, manifest, name, weights, place) for name in PROGRAMS}
+    programs = _load_programs(folder, manifest, place)
     parts = Parts(
         config=_read_description(AutoConfig, folder, trust_remote_code=False),
         generation_config=_read_description(GenerationConfig, folder),
@@ -59,35 +52,22 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Loade
         visual_ids=manifest.visual_ids,
         programs=programs,
     )
-    return LoadedModel(parts, ArtifactReport.of(folder, manifest), _read_processor(folder, manifest))
+    return LoadedModel(parts, ArtifactReport(folder, manifest), _read_processor(folder, manifest))
 
 
-def _read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ArtifactError(f"{path} is damaged: {error}. Copy the whole folder again.") from error
-
-
-def _load_program(
-    folder: Path, manifest: Manifest, name: str, weights: Mapping[str, torch.Tensor], device: torch.device
-) -> ScheduledProgram:
-    files = manifest.programs.get(name)
-    if files is None or files.schedule is None:
-        raise ArtifactError(f"{folder} has no program {name!r}. Export the model again.")
-    for region in files.regions:
-        check_package(folder / region)
-    try:
-        schedule = Schedule.from_json(json.loads((folder / files.schedule).read_text()), len(files.regions))
-        regions = [load_region(folder / region, device) for region in files.regions]
-        return ScheduledProgram(schedule, regions, weights)
-    except KeyError as error:
-        raise ArtifactError(
-            f"{folder} lacks the weight {error} of {name}. Export the model again."
-        ) from error
-    except (RuntimeError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"The program {name} of {folder} can't be loaded: {error}") from error
+def _load_programs(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, Program]:
+    missing = [name for name in PROGRAMS if name not in manifest.programs]
+    if missing:
+        raise ArtifactError(f"{folder} has no program {missing[0]!r}. Export the model again.")
+    found = {name: manifest.programs[name] for name in PROGRAMS}
+    is_compiled = any(files.format == "aot" for files in found.values())
+    weights = read_weights(folder / WEIGHTS, device) if is_compiled else {}
+    return {
+        name: load_onnx_program(folder, files)
+        if files.format == "onnx"
+        else load_aot(folder, name, files, weights, device)
+        for name, files in found.items()
+    }
 
 
 def _read_description(kind: Any, folder: Path, **options: Any) -> Any:

@@ -20,6 +20,8 @@ NAME = "manifest.json"
 PROCESSOR = "processor"
 """Folder of the processor inside an artifact."""
 SCHEMA = 1
+WEIGHTS = "weights.safetensors"
+"""File of all weights."""
 FORMATS = ("aot", "onnx", "tensorrt")
 _LARGEST = 64 * 2**20
 
@@ -29,11 +31,13 @@ class ProgramFiles:
     """A program of an artifact.
 
     Attributes:
-        regions: packages or models that it is made of.
-        schedule: how its regions are called; None if it is one model.
+        format: one of `FORMATS`.
+        files: packages or models that it is made of.
+        schedule: how packages are called; None if it is one model.
     """
 
-    regions: tuple[str, ...]
+    format: str
+    files: tuple[str, ...]
     schedule: str | None = None
 
 
@@ -68,10 +72,9 @@ class Manifest:
         images: how it takes pictures.
         positions: how rotary positions follow from a prompt; None if they count its tokens.
         visual_ids: placeholders of visual features.
-        requirements: what its code was compiled for.
+        requirements: what its code was compiled for; None if it runs anywhere.
         versions: of the packages that made it.
         programs: by name.
-        weights: file of all weights.
         files: all files but this one.
     """
 
@@ -86,15 +89,14 @@ class Manifest:
     images: Annotated[FixedImages | GridImages, Field(discriminator="kind")]
     positions: GridPositions | None
     visual_ids: tuple[int, ...]
-    requirements: Requirements
+    requirements: Requirements | None
     versions: dict[str, str]
     programs: dict[str, ProgramFiles]
-    weights: str
     files: dict[str, FileEntry]
 
     @property
     def weight_bytes(self) -> int:
-        return self.files[self.weights].size
+        return self.files[WEIGHTS].size
 
     def write(self, folder: Path) -> None:
         content = asdict(self)
@@ -137,13 +139,14 @@ class Manifest:
             raise ArtifactError(
                 f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Export the model again."
             ) from error
-        named = {manifest.weights}
+        named = {WEIGHTS}
         for program in manifest.programs.values():
-            named |= {*program.regions, *([program.schedule] if program.schedule else [])}
+            named |= {*program.files, *([program.schedule] if program.schedule else [])}
         for name in (*named, *manifest.files):
             check_name(name)
-        if manifest.schema != SCHEMA or manifest.format not in FORMATS or not named <= manifest.files.keys():
-            raise ArtifactError(f"{path} names files that it doesn't list. Export the model again.")
+        formats = {manifest.format, *(program.format for program in manifest.programs.values())}
+        if manifest.schema != SCHEMA or not formats <= set(FORMATS) or not named <= manifest.files.keys():
+            raise ArtifactError(f"{path} names files or formats that it can't hold. Export the model again.")
         return manifest
 
 

@@ -25,8 +25,13 @@ class ArtifactReport:
     manifest: Manifest
 
     @classmethod
-    def of(cls, folder: Path, manifest: Manifest) -> "ArtifactReport":
-        return cls(folder, manifest)
+    def of(cls, folder: Path) -> "ArtifactReport":
+        """The report of an artifact, from its manifest alone.
+
+        Raises:
+            ArtifactError: there is none, or it is damaged.
+        """
+        return cls(folder, Manifest.read(folder))
 
     @property
     def total_bytes(self) -> int:
@@ -48,7 +53,6 @@ class ArtifactReport:
 
     def _facts(self) -> Table:
         manifest, routing = self.manifest, self.manifest.routing
-        needs = manifest.requirements
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         ratios = ", ".join(
             f"{ratio:.4g} before {layer}"
@@ -64,7 +68,7 @@ class ArtifactReport:
             "limits",
             f"{limits.batch} rows, {limits.length} tokens in a row, {limits.image_tokens} tokens in a picture",
         )
-        table.add_row("compiled for", f"torch {needs.torch_release}, {needs.device}, {where}")
+        table.add_row("runs on", str(manifest.requirements or "any machine with ONNX Runtime"))
         table.add_row("made with", ", ".join(f"{name} {v}" for name, v in manifest.versions.items()))
         table.add_row("weights", f"{_mebibytes(manifest.weight_bytes)}, {manifest.dtype}")
         share = self.total_bytes / manifest.weight_bytes
@@ -74,8 +78,8 @@ class ArtifactReport:
     def _program_table(self) -> Table:
         table = Table("program", "files", "MiB", title="Programs")
         for name, program in self.manifest.programs.items():
-            size = sum(self.manifest.files[region].size for region in program.regions)
-            table.add_row(name, str(len(program.regions)), f"{size / 2**20:.1f}")
+            size = sum(self.manifest.files[file].size for file in program.files)
+            table.add_row(name, str(len(program.files)), f"{size / 2**20:.1f}")
         for column in table.columns[1:]:
             column.justify = "right"
         return table

@@ -44,6 +44,10 @@ class Requirements:
         capability = torch.cuda.get_device_capability(device)
         return cls(version, "cuda", platform.machine(), (), capability, torch.version.cuda)
 
+    def __str__(self) -> str:
+        gpu = f", CUDA {self.cuda_release}, compute capability {self.capability}" if self.capability else ""
+        return f"torch {self.torch_release}, {self.device}, {self.machine}{gpu}"
+
     def check(self, device: torch.device) -> None:
         """Raise ArtifactError unless `device` can run the code."""
         if self.device != device.type:

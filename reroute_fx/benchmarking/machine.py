@@ -52,11 +52,11 @@ def _resident_rise(run: Callable[[], Any]) -> int | None:
     try:
         _release_free_memory()
         _RESET.write_text("5")  # resets the peak
-        before = _resident("VmRSS")
+        before = resident_bytes("VmRSS")
     except OSError:  # no Linux, or a sandbox
         return None
     run()
-    return max(0, _resident("VmHWM") - before)
+    return max(0, resident_bytes("VmHWM") - before)
 
 
 def _release_free_memory() -> None:
@@ -66,7 +66,8 @@ def _release_free_memory() -> None:
         library.malloc_trim(0)
 
 
-def _resident(field: str) -> int:
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Bytes of this process that lie in memory, on Linux."""
     line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) * 1024
 

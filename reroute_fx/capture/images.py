@@ -98,7 +98,7 @@ class GridImages:
 
     @property
     def shapes(self) -> dict[str, dict[int, Any]]:
-        features = Dim("features", min=1)
+        features = Dim("features", min=2)
         patches = {0: self.merge**2 * features}
         segments = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
         return {
@@ -139,6 +139,8 @@ class GridImages:
                 f"A grid is {grid.tolist()}; expected heights and widths in multiples of {self.merge}. Pass what the "
                 f"model's processor returns."
             )
+        if expected[0] == self.merge**2:
+            raise InputError("The only picture is a single visual token; expected two or more. Pass it larger.")
 
     def repeat(
         self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int

@@ -4,12 +4,13 @@ A package holds no weights, so that all layers and all programs share one copy o
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -21,8 +22,8 @@ from .implementations import use_implementations
 from .regions import is_size, region_key, share_regions
 from .schedule import Schedule
 
-_EXAMPLE_SIZES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
-"""Of the tensors that a region is traced with: no two sizes are equal, and none is special."""
+_SMALLEST_EXAMPLE = 5
+"""Sizes of 1 and 2 are special."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,15 @@ def package_region(region: fx.GraphModule, device: torch.device) -> bytes:
         CaptureError: the region was fixed to a size.
     """
     check_compiler()
-    key = f"{device} {region_key(region.graph)}"
+    key = package_key(region, device)
     if key not in _packages:
         _packages[key] = _compile(copy.deepcopy(region), device)
     return _packages[key]
+
+
+def package_key(region: fx.GraphModule, device: torch.device) -> str:
+    """Equal for regions of which the packages are equal."""
+    return f"{device} {region_key(region.graph)}"
 
 
 def check_compiler() -> None:
@@ -116,22 +122,34 @@ def _take_lengths(region: fx.GraphModule) -> None:
 
 
 def _examples(fakes: Sequence[Any], shapes: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Tensors of which sizes are equal where their symbols are."""
+    """Tensors of which sizes are equal where their symbols are, and as large as the program was captured with.
+
+    A compiler decides by them what is worth several threads. They are prime, so that none follows from others.
+    """
     chosen: dict[Any, int] = {}
 
     def size(symbol: Any) -> int:
         if isinstance(symbol, int):
             return symbol
-        expression = symbol.node.expr
-        for free in sorted(expression.free_symbols, key=str):
-            chosen.setdefault(free, _EXAMPLE_SIZES[len(chosen)])
-        return int(expression.subs(chosen))
+        factor, free = symbol.node.expr.as_coeff_Mul()  # a symbol, or a multiple of one
+        if free not in chosen:
+            usual = symbol.node.hint // int(factor)
+            chosen[free] = _unused_prime(max(_SMALLEST_EXAMPLE, usual), chosen.values())
+        return int(factor) * chosen[free]
 
     dtypes = [fake.dtype if isinstance(fake, torch.Tensor) else torch.bool for fake in fakes]
     return tuple(
         torch.zeros([size(s) for s in shape], dtype=dtype, device=device)
         for shape, dtype in zip(shapes, dtypes, strict=True)
     )
+
+
+def _unused_prime(least: int, used: Iterable[int]) -> int:
+    taken = set(used)
+    prime = sympy.nextprime(least - 1)
+    while prime in taken:
+        prime = sympy.nextprime(prime)
+    return int(prime)
 
 
 def _check_sizes(exported: ExportedProgram, shapes: Sequence[Any]) -> None:

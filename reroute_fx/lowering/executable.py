@@ -90,7 +90,7 @@ class Executable:
                 self._compiled.on_region = None
 
     def _record_graphs(self, program: ExportedProgram, recorder: Recorder) -> None:
-        written = _written_inputs(program)
+        written = written_inputs(program)
         roles: list[Role] = [
             "parameter" if kind is not InputKind.USER_INPUT else "cache" if name in written else "input"
             for kind, name, _ in self._inputs
@@ -162,7 +162,7 @@ def _device(program: ExportedProgram) -> torch.device:
     return device
 
 
-def _written_inputs(program: ExportedProgram) -> set[str]:
+def written_inputs(program: ExportedProgram) -> set[str]:
     """Names of the inputs that a program writes into."""
     calls = (n for n in program.graph.nodes if n.op == "call_function")
     schemas = ((n, getattr(n.target, "_schema", None)) for n in calls)

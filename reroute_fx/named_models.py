@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ..config import RoutingConfig
-from ..demo import Example, llava_example
-from ..errors import ConfigError
+from .config import RoutingConfig
+from .demo import Example, llava_example
+from .errors import ConfigError
 
 DEMO = "demo"
 DEVICES = ("cpu", "cuda")
@@ -17,7 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class NamedModel:
     """A model in eval mode on its device, and its processor."""
 
     model: Any
@@ -53,7 +53,7 @@ def read_config(name: str, tier: float, method: str, action: str) -> RoutingConf
     return RoutingConfig.from_tier(tier, method, action, num_layers=layers)
 
 
-def load_model(name: str, device: str, dtype: str) -> LoadedModel:
+def load_model(name: str, device: str, dtype: str) -> NamedModel:
     """A model with its weights.
 
     Args:
@@ -68,13 +68,13 @@ def load_model(name: str, device: str, dtype: str) -> LoadedModel:
     if name == DEMO:
         example = llava_example()
         model = example.model.to(device, None if dtype == "auto" else wanted)
-        return LoadedModel(model, _demo_processor(example))
+        return NamedModel(model, _demo_processor(example))
     try:
         processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=wanted)
     except (OSError, ValueError) as error:
         raise _no_model(name, error) from error
-    return LoadedModel(model.eval().to(device), processor)
+    return NamedModel(model.eval().to(device), processor)
 
 
 def _demo_processor(example: Example) -> LlavaProcessor:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ..demo import picture
-from ..errors import InputError
+from .errors import InputError
+from .pictures import picture
 
 
 def check_image(path: Path | None) -> None:

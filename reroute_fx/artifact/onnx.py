@@ -1,0 +1,31 @@
+"""Programs of an artifact as ONNX files over one file of weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.export import ExportedProgram
+
+from ..errors import ArtifactError
+from ..lowering.onnx import OnnxProgram, write_onnx
+from ..runtime.loaded import Program
+from .manifest import ProgramFiles
+
+
+def write_onnx_programs(programs: Mapping[str, ExportedProgram], folder: Path) -> dict[str, ProgramFiles]:
+    """Convert programs and write the weights that they share."""
+    paths = write_onnx(programs, folder)
+    return {name: ProgramFiles("onnx", (path.name,)) for name, path in paths.items()}
+
+
+def load_onnx_program(folder: Path, files: ProgramFiles) -> Program:
+    """A program on ONNX Runtime.
+
+    Raises:
+        ArtifactError: it is no model that ONNX Runtime can run.
+        BackendUnavailableError: ONNX Runtime is missing.
+    """
+    (name,) = files.files
+    try:
+        return OnnxProgram(folder / name).run
+    except RuntimeError as error:
+        raise ArtifactError(f"ONNX Runtime can't load {folder / name}: {error}") from error

@@ -1,0 +1,309 @@
+"""Programs as ONNX files compute on ONNX Runtime what the routed graph computes, in operators that TensorRT imports."""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conversations import (
+    BATCHES,
+    NOISE,
+    ROUTING,
+    batch,
+    build,
+    forward_and_steps,
+    new_tokens,
+    prompt,
+    unrouted_model,
+)
+from kernel_examples import SELECTIONS, selection_inputs
+from safetensors.torch import load_file
+from torch.export import Dim
+
+import reroute_fx
+from reroute_fx import RoutingConfig
+from reroute_fx.capture import text_decoder
+from reroute_fx.errors import BackendUnavailableError, CaptureError
+from reroute_fx.kernels import select_tokens_reference
+from reroute_fx.lowering.onnx import OPSET, WEIGHTS, OnnxProgram, operators, write_onnx
+from reroute_fx.lowering.onnx_operators import select_tokens_by_counting, supported_operators
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+SIZES = {
+    **BATCHES,
+    "long": [prompt(5, *range(3, 43)), prompt(6, 31, 8, images=3), prompt(8, 9), prompt(7, 9, 11, images=2)],
+}
+ROUNDING = 5 * NOISE
+"""Of ONNX Runtime, which besides the order of sums has its own exponential and its own softmax."""
+SORTING_OR_SIZED_BY_VALUES = {"TopK", "NonZero", "Unique", "Compress", "NonMaxSuppression"}
+"""Operators that TensorRT takes up to 3840 values, or whose results have sizes that depend on values."""
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen"])
+def made(request, tmp_path_factory):
+    return make(unrouted_model(request.param), request.param, ROUTING[request.param], tmp_path_factory)
+
+
+def make(model, family, config, folders, names=("prefill", "continuation")):
+    """A routed model, and some of its programs as ONNX files."""
+    routed, folder = reroute_fx.compile(model, config=config, backend="eager"), folders.mktemp("onnx")
+    programs = {name: getattr(text_decoder(routed), name).program for name in names}
+    before = {name: describe(program) for name, program in programs.items()}
+    paths = write_onnx(programs, folder)
+    return SimpleNamespace(
+        model=model,
+        family=family,
+        config=config,
+        programs=programs,
+        before=before,
+        folder=folder,
+        paths=paths,
+        files={name: OnnxProgram(path) for name, path in paths.items()},
+        routed=routed,
+    )
+
+
+@contextmanager
+def on_files(made):
+    """The routed model with the files in place of its programs."""
+    decoder = text_decoder(made.routed)
+    graphs = {name: getattr(decoder, name) for name in made.files}
+    for name, program in made.files.items():
+        setattr(decoder, name, program)
+    yield made.routed
+    for name, program in graphs.items():
+        setattr(decoder, name, program)
+
+
+def describe(program):
+    nodes = [(node.format_node(), str(node.meta.get("val"))) for node in program.graph.nodes]
+    return nodes, str(program.graph_signature), dict(program.range_constraints), list(program.state_dict)
+
+
+@torch.no_grad()
+def check_parity(made, inputs):
+    def run(model):
+        return model(**inputs), forward_and_steps(model, inputs, [9, 10, 11])[:, -3:]
+
+    expected, expected_steps = run(made.routed)
+    with on_files(made) as model:
+        found, found_steps = run(model)
+    for layer in made.config.decision_layers:
+        for ours, theirs in zip(found.routing.selected[layer], expected.routing.selected[layer], strict=True):
+            assert torch.equal(ours, theirs)
+    is_token = inputs["attention_mask"].bool()
+    assert (found.logits - expected.logits)[is_token].abs().max() < ROUNDING
+    assert (found_steps - expected_steps).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("rows", SIZES)
+def test_files_compute_what_the_graph_computes(made, rows):
+    check_parity(made, batch(made.family, *SIZES[rows]))
+
+
+@pytest.mark.parametrize("rows", SIZES)
+def test_files_generate_the_same(made, rows):
+    inputs, options = batch(made.family, *SIZES[rows]), {"max_new_tokens": 12, "do_sample": False}
+    expected = new_tokens(made.routed, inputs, **options)
+    with on_files(made) as model:
+        assert torch.equal(new_tokens(model, inputs, **options), expected)
+
+
+def test_images_with_pools_of_their_own(tmp_path_factory):
+    config = RoutingConfig((1,), (0.5,), "compact_route", pool="image")
+    made = make(build("llava", layers=2), "llava", config, tmp_path_factory, ["prefill"])
+    check_parity(made, batch("llava", *SIZES["padded"]))
+    assert operators(made.paths["prefill"]) <= supported()
+
+
+def test_programs_are_not_changed(made):
+    assert {name: describe(program) for name, program in made.programs.items()} == made.before
+
+
+def test_weights_are_stored_once(made):
+    stored = load_file(made.folder / WEIGHTS)
+    decoder = text_decoder(made.model)
+    wanted = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, wanted[name])
+    left_out = {name for name in wanted if name not in stored}
+    assert all("embed_tokens" in name or "inv_freq" in name for name in left_out)
+    assert (made.folder / WEIGHTS).stat().st_size < sum(t.nbytes for t in stored.values()) + 128 * len(stored)
+
+
+def test_models_refer_to_the_weights(made):
+    for path in made.paths.values():
+        constants = onnx.load(path, load_external_data=False).graph.initializer
+        external = [c for c in constants if c.data_location == onnx.TensorProto.EXTERNAL]
+        inline = [c for c in constants if c.data_location != onnx.TensorProto.EXTERNAL]
+        assert {entry.value for c in external for entry in c.external_data if entry.key == "location"} == {
+            WEIGHTS
+        }
+        assert len(external) > 30
+        assert all(len(c.raw_data) <= 64 for c in inline)
+        for constant in onnx.load(path).graph.initializer:
+            if constant.name in {c.name for c in external}:
+                weight = text_decoder(made.model).get_parameter_or_buffer(constant.name)
+                assert (onnx.numpy_helper.to_array(constant) == weight.numpy(force=True)).all()
+
+
+def test_names(made):
+    """Inputs have the names of the program's; what it writes into comes back."""
+    layers, decisions = range(4), made.config.decision_layers
+    for name, program in made.programs.items():
+        graph = onnx.load(made.paths[name], load_external_data=False).graph
+        assert [i.name for i in graph.input] == list(program.graph_signature.user_inputs)
+    outputs = {
+        name: {o.name for o in onnx.load(path, load_external_data=False).graph.output}
+        for name, path in made.paths.items()
+    }
+    assert outputs["prefill"] == (
+        {"last_hidden_state"}
+        | {f"{kind}.{i}" for i in layers for kind in ("key", "value")}
+        | {f"{kind}.{i}" for i in decisions for kind in ("scores", "kept")}
+    )
+    caches = {f"{kind}_cache_{i}.new" for i in layers for kind in ("key", "value")}
+    assert outputs["continuation"] == {"last_hidden_state"} | caches
+
+
+def test_sizes_stay_symbols(made):
+    """Each symbol of the program is one of the file, and none stands for two."""
+    for name, program in made.programs.items():
+        placeholders = {n.name: n.meta["val"] for n in program.graph.find_nodes(op="placeholder")}
+        names = {}
+        for value in onnx.load(made.paths[name], load_external_data=False).graph.input:
+            dims = value.type.tensor_type.shape.dim
+            for dim, size in zip(dims, placeholders[value.name].shape, strict=True):
+                if isinstance(size, int):
+                    assert dim.dim_value == size
+                else:
+                    assert names.setdefault(str(size), dim.dim_param) == dim.dim_param != ""
+        assert len(set(names.values())) == len(names)
+
+
+def test_files_are_valid_and_tensorrt_takes_their_operators(made):
+    for path in made.paths.values():
+        onnx.checker.check_model(path, full_check=True)
+        used = operators(path)
+        assert used <= supported()
+        assert not used & SORTING_OR_SIZED_BY_VALUES
+        assert [entry.version for entry in onnx.load(path, load_external_data=False).opset_import] == [OPSET]
+
+
+def supported():
+    return {name for name, rules in supported_operators().items() if rules["supported"]}
+
+
+def test_files_hold_no_paths(made):
+    for path in made.paths.values():
+        content = path.read_bytes()
+        for folder in (Path(torch.__file__).parents[1], Path(reroute_fx.__file__).parent, made.folder):
+            assert str(folder).encode() not in content
+
+
+def test_the_list_of_operators_is_whole():
+    """Every operator of the newest opset in the list, and no other than those that are older."""
+    newest = {
+        s.name
+        for s in onnx.defs.get_all_schemas()
+        if s.domain == "" and s.since_version <= 23 and s.support_level == s.SupportType.COMMON
+    }
+    assert newest <= set(supported_operators())
+    assert all(rules["types"] for rules in supported_operators().values() if rules["supported"])
+
+
+class Toy(torch.nn.Module):
+    def __init__(self, function, dtype=torch.float32):
+        super().__init__()
+        self.function = function
+        self.weight = torch.nn.Parameter(torch.arange(8).to(dtype))
+        self.same_weight = self.weight
+
+    def forward(self, inputs_embeds):
+        return {"last_hidden_state": self.function(inputs_embeds * self.weight + self.same_weight)}
+
+
+def toy(function, dtype=torch.float32):
+    """A program on ``[B, S, 8]``."""
+    example = {"inputs_embeds": torch.zeros(3, 4, 8, dtype=dtype)}
+    shapes = {"inputs_embeds": {0: Dim("batch"), 1: Dim("length")}}
+    return torch.export.export(Toy(function, dtype), (), example, dynamic_shapes=shapes)
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    path = write_onnx({"toy": toy(torch.neg)}, tmp_path)["toy"]
+    assert len(load_file(tmp_path / WEIGHTS)) == 1
+    x = torch.randn(2, 5, 8)
+    expected = -(x * torch.arange(8) + torch.arange(8))
+    assert torch.allclose(OnnxProgram(path).run(inputs_embeds=x)["last_hidden_state"], expected)
+
+
+REFUSED = {
+    "BitwiseAnd": lambda x: x.long() & 1,
+    "Det": lambda x: torch.linalg.det(x[..., None, None].expand(*x.shape, 2, 2)),
+    "Cos on DOUBLE": lambda x: x.double().cos(),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_tensorrt_does_not_take_is_refused(what, tmp_path):
+    with pytest.raises(CaptureError, match=rf"'prefill' uses .*{what} at \w+"):
+        write_onnx({"prefill": toy(REFUSED[what])}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_is_fixed_to_a_size_is_refused(tmp_path):
+    program = toy(torch.neg)
+    graph, output = program.graph, program.graph.output_node()
+    (result,) = output.args[0]
+    with graph.inserting_before(output):
+        seven = graph.call_function(torch.ops.aten.ones.default, ([7, 8],))
+        output.args = ((graph.call_function(torch.ops.aten.add.Tensor, (result, seven)),),)
+    program.graph_module.recompile()
+    with pytest.raises(CaptureError, match="'prefill' was fixed to a size"):
+        write_onnx({"prefill": program}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision(tmp_path):
+    x = torch.randn(2, 5, 8)
+    for dtype, name in ((torch.float16, "half"), (torch.bfloat16, "brain")):
+        path = write_onnx({name: toy(torch.neg, dtype)}, tmp_path)[name]
+        (weight,) = load_file(tmp_path / WEIGHTS).values()
+        assert torch.equal(weight, torch.arange(8).to(dtype))
+        if dtype == torch.float16:
+            found = OnnxProgram(path).run(inputs_embeds=x.to(dtype))["last_hidden_state"]
+            assert torch.allclose(found, -(x.to(dtype) * weight + weight), atol=2**-7)
+        else:
+            with pytest.raises(BackendUnavailableError, match="float32 model"):
+                OnnxProgram(path)
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript"])
+def test_libraries_that_write_are_missed_before_anything_is_traced(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BackendUnavailableError, match=rf"^{name} is not installed.*reroute-fx\[onnx\]"):
+        write_onnx({"prefill": None}, tmp_path)
+
+
+def test_the_library_that_runs_is_missed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendUnavailableError, match=r"^onnxruntime is not installed.*reroute-fx\[onnx\]"):
+        OnnxProgram(tmp_path / "prefill.onnx")
+
+
+@pytest.mark.parametrize("rows", SELECTIONS)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_counting_selects_what_sorting_selects(rows, padding):
+    def few_values(count, generator):
+        return torch.randint(3, (count,), generator=generator).float()
+
+    for values in ({}, {"values": few_values}):
+        inputs = selection_inputs(SELECTIONS[rows], padding=padding, more_slots=padding, **values)
+        expected, found = select_tokens_reference(*inputs), select_tokens_by_counting(*inputs)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

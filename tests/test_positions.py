@@ -1,0 +1,95 @@
+"""Rotary positions without the model's code are those of the model."""
+
+import pytest
+import torch
+from conversations import IMAGE, VIDEO, unrouted_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reroute_fx.capture.positions import GridPositions, find_positions
+from reroute_fx.errors import UnsupportedModelError
+
+TEXT = st.integers(1, 6).map(lambda count: ("text", count))
+IMAGES = st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 5)).map(lambda grid: ("image", grid))
+VIDEOS = st.tuples(
+    st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.sampled_from([0.25, 1.0, 1.7])
+).map(lambda clip: ("video", clip))
+
+
+@st.composite
+def rows(draw):
+    """Text and pictures by turns, as a chat template writes them."""
+    parts = [draw(TEXT)]
+    for _ in range(draw(st.integers(0, 3))):
+        parts += [draw(IMAGES | VIDEOS), draw(TEXT)]
+    return parts
+
+
+def collect(batch, pad):
+    """Ids, mask, grids and seconds of rows, padded on one side."""
+    ids, images, videos, seconds = [], [], [], []
+    for row in batch:
+        ids.append([])
+        for kind, what in row:
+            if kind == "text":
+                ids[-1] += [5] * what
+            else:
+                time, height, width = what[:3]
+                ids[-1] += [IMAGE if kind == "image" else VIDEO] * (time * height * width)
+                (images if kind == "image" else videos).append([time, 2 * height, 2 * width])
+                seconds += [what[3]] if kind == "video" else []
+    longest = max(map(len, ids))
+    fill = [[0] * (longest - len(row)) for row in ids]
+    mask = [[1] * len(row) for row in ids]
+    side = 1 if pad == "right" else -1
+    padded = [torch.tensor([*a, *b]) for a, b in (pair[::side] for pair in zip(ids, fill, strict=True))]
+    masked = [torch.tensor([*a, *b]) for a, b in (pair[::side] for pair in zip(mask, fill, strict=True))]
+    return torch.stack(padded), torch.stack(masked), images, videos, seconds
+
+
+@given(batch=st.lists(rows(), min_size=1, max_size=3), pad=st.sampled_from(["left", "right"]))
+@settings(max_examples=200, deadline=None)
+def test_they_are_those_of_the_model(batch, pad):
+    model = unrouted_model("qwen")
+    ids, mask, images, videos, seconds = collect(batch, pad)
+    grids = {IMAGE: torch.tensor(images).view(-1, 3), VIDEO: torch.tensor(videos).view(-1, 3)}
+    expected, _ = model.model.get_rope_index(
+        ids,
+        mm_token_type_ids=(ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
+        image_grid_thw=grids[IMAGE],
+        video_grid_thw=grids[VIDEO],
+        second_per_grid_ts=torch.tensor(seconds),
+        attention_mask=mask,
+    )
+    found = find_positions(model, 3)(ids, mask.bool(), grids, VIDEO, torch.tensor(seconds))
+    assert torch.equal(found, expected)
+
+
+def test_neighbouring_pictures_have_a_place_each():
+    """Without text in between the second starts behind the longer edge of the first."""
+    positions = GridPositions(merge=2, tokens_per_second=None)
+    ids = torch.tensor([[5, *[IMAGE] * 2, *[IMAGE] * 6]])
+    grids = {IMAGE: torch.tensor([[1, 2, 4], [1, 4, 6]])}
+    found = positions(ids, torch.ones_like(ids).bool(), grids)
+    assert found[:, 0].tolist() == [
+        [0, 1, 1, 3, 3, 3, 3, 3, 3],
+        [0, 1, 1, 3, 3, 3, 4, 4, 4],
+        [0, 1, 2, 3, 4, 5, 3, 4, 5],
+    ]
+
+
+def test_models_that_count_tokens_need_none():
+    assert find_positions(unrouted_model("llava"), 2) is None
+
+
+def test_a_model_that_counts_in_another_way_is_refused(monkeypatch):
+    model = unrouted_model("qwen")
+    original = model.model.get_rope_index
+
+    def shifted(*args, **kwargs):
+        positions, offsets = original(*args, **kwargs)
+        return positions + 1, offsets
+
+    monkeypatch.setattr(model.model, "get_rope_index", shifted)
+    with pytest.raises(UnsupportedModelError, match="other rotary positions"):
+        find_positions(model, 3)

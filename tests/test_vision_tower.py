@@ -1,0 +1,166 @@
+"""Vision towers as programs: any number and any size of pictures, and what the model computes of them."""
+
+import pytest
+import torch
+from conversations import MODELS, batch, prompt, unrouted_model
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tiny_models import llava_config
+from transformers import LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from reroute_fx.capture.images import FixedImages, GridImages
+from reroute_fx.capture.segments import attend_in_segments, segments
+from reroute_fx.capture.vision_tower import capture_vision_tower
+from reroute_fx.errors import CaptureError, InputError, UnsupportedModelError
+from reroute_fx.lowering.regions import share_regions
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+NOISE = 1e-6
+"""Of features, relative to the largest: eight roundings of float32."""
+
+
+@pytest.fixture(scope="module")
+def captured():
+    return {family: capture_vision_tower(unrouted_model(family)) for family in MODELS}
+
+
+def features(captured, pixels, grid):
+    return captured.program.module()(**captured.images.inputs(pixels, grid))["features"]
+
+
+def expect(found, expected):
+    expected = torch.cat(list(expected))
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= NOISE * expected.abs().max()
+
+
+GRID = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7))
+
+
+@given(st.lists(GRID, min_size=1, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_pictures_and_videos_of_any_size(captured, grids):
+    """Windows of 2 x 2 tokens that fit and that don't, frames of different lengths in one call."""
+    model = unrouted_model("qwen")
+    grid = torch.tensor(grids) * torch.tensor([1, 2, 2])
+    assume(grid.prod(dim=-1).sum() > 4)
+    pixels = torch.randn(int(grid.prod(dim=-1).sum()), 96)
+    expect(features(captured["qwen"], pixels, grid), model.get_image_features(pixels, grid).pooler_output)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_pictures_of_one_size(captured, count):
+    pixels = torch.randn(count, 3, 16, 16)
+    expected = unrouted_model("llava").get_image_features(pixels).pooler_output
+    expect(features(captured["llava"], pixels, None), expected)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("layer", [-1, -2, [0, -1]])
+def test_feature_layers_of_the_config(strategy, layer):
+    config = llava_config(2, vision_feature_layer=layer, vision_feature_select_strategy=strategy)
+    model = LlavaForConditionalGeneration(config).eval()
+    captured = capture_vision_tower(model)
+    assert captured.images.tokens == 16 + (strategy == "full")
+    pixels = torch.randn(3, 3, 16, 16)
+    expect(features(captured, pixels, None), model.get_image_features(pixels).pooler_output)
+
+
+def test_how_models_take_pictures(captured):
+    assert captured["llava"].images == FixedImages(3, 16, 16, tokens=16)
+    assert captured["qwen"].images == GridImages(values=96, merge=2, patch=4, window=16)
+
+
+def test_layers_share_their_code(captured):
+    """Before the layers, a layer, behind them; layers that see windows and frames are the same."""
+    for each in captured.values():
+        assert share_regions(each.program.graph_module, lambda graph: graph.forward).distinct == 3
+    assert share_regions(captured["qwen"].program.graph_module, lambda graph: graph.forward).calls == 4
+
+
+def test_the_model_stays_as_it_was(family):
+    model = unrouted_model(family)
+    before = model.config.vision_config._attn_implementation
+    inputs = batch(family, prompt(7, 9, 11))
+    wanted = model(**inputs).logits
+    capture_vision_tower(model)
+    assert model.config.vision_config._attn_implementation == before
+    assert torch.equal(model(**inputs).logits, wanted)
+
+
+def test_other_towers_are_refused():
+    plain = llava_config(2)
+    config = LlavaNextConfig(
+        vision_config=plain.vision_config, text_config=plain.text_config, image_token_index=50
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"LlavaNext.*can't be exported yet.*reroute_fx.compile works"
+    ):
+        capture_vision_tower(LlavaNextForConditionalGeneration(config).eval())
+
+
+def test_a_program_that_differs_from_the_model_is_refused(monkeypatch):
+    model = unrouted_model("llava")
+    original = type(model).get_image_features
+
+    def doubled(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        output.pooler_output = [2 * picture for picture in output.pooler_output]
+        return output
+
+    monkeypatch.setattr(type(model), "get_image_features", doubled)
+    with pytest.raises(CaptureError, match="computes something else"):
+        capture_vision_tower(model)
+
+
+def test_segments_list_their_places():
+    bounds = torch.tensor([0, 3, 4, 6], dtype=torch.int32)
+    assert segments(bounds).tolist() == [[0, 1, 2], [3, -1, -1], [4, 5, -1]]
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_attention_stays_in_its_segment(lengths):
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    query, key, value = torch.randn(3, 1, 2, sum(lengths), 8, dtype=torch.float64)
+    found, _ = attend_in_segments(None, query, key, value, None, 0.3, cu_seq_lens_q=segments(bounds))
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    scores = (0.3 * query @ key.mT).masked_fill(segment[:, None] != segment, -torch.inf)
+    expected = (scores.softmax(dim=-1) @ value).transpose(1, 2)
+    assert (found - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_pictures_of_a_row_are_repeated_with_it(times):
+    """Rows with two pictures, none, and one."""
+    grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 4, 4]])
+    marks = torch.cat([torch.full((int(g.prod()), 96), i) for i, g in enumerate(grids)])
+    images = GridImages(values=96, merge=2, patch=4, window=None)
+    given = {"pixel_values": marks, "image_grid_thw": grids}
+    repeated = images.repeat(given, ("pixel_values", "image_grid_thw"), [3, 0, 4], times)
+    order = [*[0, 1] * times, *[2] * times]
+    assert torch.equal(repeated["image_grid_thw"], grids[order])
+    sizes = grids.prod(dim=-1)[order].tolist()
+    assert [int(part[0, 0]) for part in repeated["pixel_values"].split(sizes)] == order
+    fixed = FixedImages(3, 2, 2, tokens=4).repeat(
+        {"pixel_values": torch.arange(3.0)[:, None]}, ("pixel_values", "image_grid_thw"), [8, 0, 4], times
+    )
+    assert fixed["pixel_values"].flatten().tolist() == order
+
+
+@pytest.mark.parametrize(
+    ("pixels", "grid", "match"),
+    [
+        ((16, 96), None, "without their grids"),
+        ((16, 96), [[1, 4]], "without their grids"),
+        ((12, 96), [[1, 4, 4]], r"have 16 patches of 96"),
+        ((16, 90), [[1, 4, 4]], r"have 16 patches of 96"),
+        ((9, 96), [[1, 3, 3]], "multiples of 2"),
+        ((0, 96), [[1, 0, 4]], "multiples of 2"),
+        ((4, 96), [[1, 2, 2]], "single visual token"),
+    ],
+)
+def test_grids_have_to_fit(pixels, grid, match):
+    images = GridImages(values=96, merge=2, patch=4, window=16)
+    with pytest.raises(InputError, match=match):
+        images.check(torch.zeros(pixels), None if grid is None else torch.tensor(grid))
