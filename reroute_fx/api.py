@@ -11,7 +11,15 @@ from ._compat import settle_cpu_math
 from .capture import capture_decoder, find_visual_token_ids, text_decoder
 from .config import RoutingConfig
 from .errors import ConfigError, UnsupportedModelError
-from .lowering import CudaRecorder, check_backend, check_device, describe_operators, lower
+from .limits import Limits
+from .lowering import (
+    CudaRecorder,
+    check_backend,
+    check_device,
+    check_tensorrt,
+    describe_operators,
+    lower,
+)
 from .report import RoutingReport
 from .routing import Savings, continuation, route
 from .runtime import RoutedModel, make_routed_model
@@ -30,6 +38,7 @@ def compile(
     dynamic: bool = True,
     savings: Savings | None = None,
     cuda_graphs: bool = False,
+    limits: Limits | None = None,
     progress: bool = False,
 ) -> Any:
     """Route the visual tokens of a Hugging Face vision-language model.
@@ -44,10 +53,11 @@ def compile(
         action: ``"compact_route_stagewise"``, ``"compact_route"`` or ``"physical_delete"``.
         schedule: ``"exact"`` keeps the tier's promise, ``"paper"`` takes the released ratios.
         pool: ``"row"`` lets all visual tokens of a prompt compete, ``"image"`` those of each image or video.
-        backend: ``"inductor"`` or ``"eager"``.
+        backend: ``"inductor"``, ``"eager"`` or ``"tensorrt"``, which builds engines with Torch-TensorRT at once.
         dynamic: compile for any prompt length, number of visual tokens and batch size.
         savings: rewrites that save work and change no result; None for those that were measured to pay.
         cuda_graphs: replay prefills, in sizes rounded up to multiples of 64, and decoding steps as CUDA graphs.
+        limits: the largest call, for ``"tensorrt"``; larger ones are refused.
         progress: show on the terminal what is going on, also while the first calls compile.
 
     Returns:
@@ -70,6 +80,13 @@ def compile(
             "weights use reroute_fx.inspect or `reroute-fx inspect`."
         )
     check_device(decoder.device, decoder.dtype)
+    if backend == "tensorrt":
+        limits = _tensorrt_limits(limits, dynamic, cuda_graphs)
+        check_tensorrt(decoder.device)
+    elif limits is not None:
+        raise ConfigError(
+            f"limits are given for backend {backend!r}, which takes calls of any size. Leave them out."
+        )
     if cuda_graphs and decoder.device.type != "cuda":
         raise ConfigError(
             f"cuda_graphs is True, but the model is on {decoder.device}; expected a model on cuda. Leave it out."
@@ -89,6 +106,7 @@ def compile(
             name,
             recorder=CudaRecorder() if cuda_graphs else None,
             show_progress=progress,
+            limits=limits,
         )
         for name, source in (("prefill", program), ("continuation", following))
     }
@@ -99,8 +117,18 @@ def compile(
         report=_named(report, model, backend, captured.seconds),
         position_rank=captured.position_rank,
         visual_ids=find_visual_token_ids(model.config),
+        limits=limits,
         **lowered,
     )
+
+
+def _tensorrt_limits(limits: Limits | None, dynamic: bool, cuda_graphs: bool) -> Limits:
+    for name, value, wanted in (("dynamic", dynamic, True), ("cuda_graphs", cuda_graphs, False)):
+        if value is not wanted:
+            raise ConfigError(f"{name} is {value}; expected {wanted} for backend 'tensorrt'. Leave it out.")
+    if limits is not None and not isinstance(limits, Limits):
+        raise ConfigError(f"limits is a {type(limits).__name__}; expected reroute_fx.Limits.")
+    return limits or Limits()
 
 
 def _status(show: bool, text: str) -> AbstractContextManager[Any]:

@@ -16,10 +16,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from typer.testing import CliRunner
 
 import reroute_fx
-from reroute_fx.benchmarking.prompts import make_batch
 from reroute_fx.cli import app
 from reroute_fx.demo import build_tokenizer, picture
 from reroute_fx.named_models import load_model
+from reroute_fx.prompts import make_batch
 
 PUBLISHED = Path(__file__).parent / "published"
 GIB = 2**30

@@ -305,10 +305,11 @@ def test_only_routed_models_are_exported(tmp_path):
 
 
 @pytest.mark.usefixtures("nothing_runs")
-def test_a_missing_compiler_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
-    with pytest.raises(BackendUnavailableError, match=r"No C\+\+ compiler.*apt install g\+\+"):
+def test_a_missing_compiler_is_named(tmp_path):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(BackendUnavailableError, match=r"No C\+\+ compiler.*apt install g\+\+"),
+    ):
         reroute_fx.export(routed_at(FAMILY, TIERS[0]), tmp_path / "new")
     assert os.listdir(tmp_path) == []
 

@@ -1,12 +1,15 @@
 """Programs as ONNX files compute on ONNX Runtime what the routed graph computes, in operators that TensorRT imports."""
 
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
+from artifacts import LIMITS, sign
 from conversations import (
     BATCHES,
     NOISE,
@@ -25,14 +28,11 @@ from torch.export import Dim
 import reroute_fx
 from reroute_fx import RoutingConfig
 from reroute_fx.capture import text_decoder
-from reroute_fx.errors import BackendUnavailableError, CaptureError
+from reroute_fx.errors import ArtifactError, BackendUnavailableError, CaptureError
 from reroute_fx.kernels import select_tokens_reference
 from reroute_fx.lowering.onnx import OPSET, WEIGHTS, OnnxProgram, operators, write_onnx
 from reroute_fx.lowering.onnx_operators import select_tokens_by_counting, supported_operators
-
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
+from reroute_fx.runtime.loaded import PROGRAMS
 
 SIZES = {
     **BATCHES,
@@ -46,15 +46,21 @@ SORTING_OR_SIZED_BY_VALUES = {"TopK", "NonZero", "Unique", "Compress", "NonMaxSu
 
 @pytest.fixture(scope="module", params=["llava", "qwen"])
 def made(request, tmp_path_factory):
-    return make(unrouted_model(request.param), request.param, ROUTING[request.param], tmp_path_factory)
+    """A routed model, and an artifact of it."""
+    folder = tmp_path_factory.mktemp("onnx") / request.param
+    return make(request.param, unrouted_model(request.param), ROUTING[request.param], folder, export)
 
 
-def make(model, family, config, folders, names=("prefill", "continuation")):
-    """A routed model, and some of its programs as ONNX files."""
-    routed, folder = reroute_fx.compile(model, config=config, backend="eager"), folders.mktemp("onnx")
-    programs = {name: getattr(text_decoder(routed), name).program for name in names}
+def export(routed, programs, folder):
+    reroute_fx.export(routed, folder, format="onnx", limits=LIMITS)
+    return {name: folder / f"{name}.onnx" for name in programs}
+
+
+def make(family, model, config, folder, write):
+    routed = reroute_fx.compile(model, config=config, backend="eager")
+    programs = {name: executable.program for name, executable in routed.programs.items()}
     before = {name: describe(program) for name, program in programs.items()}
-    paths = write_onnx(programs, folder)
+    paths = write(routed, programs, folder)
     return SimpleNamespace(
         model=model,
         family=family,
@@ -114,9 +120,13 @@ def test_files_generate_the_same(made, rows):
         assert torch.equal(new_tokens(model, inputs, **options), expected)
 
 
+def write_prefill(routed, programs, folder):
+    return write_onnx({"prefill": programs["prefill"]}, folder)
+
+
 def test_images_with_pools_of_their_own(tmp_path_factory):
     config = RoutingConfig((1,), (0.5,), "compact_route", pool="image")
-    made = make(build("llava", layers=2), "llava", config, tmp_path_factory, ["prefill"])
+    made = make("llava", build("llava", layers=2), config, tmp_path_factory.mktemp("onnx"), write_prefill)
     check_parity(made, batch("llava", *SIZES["padded"]))
     assert operators(made.paths["prefill"]) <= supported()
 
@@ -127,12 +137,13 @@ def test_programs_are_not_changed(made):
 
 def test_weights_are_stored_once(made):
     stored = load_file(made.folder / WEIGHTS)
-    decoder = text_decoder(made.model)
-    wanted = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
-    for name, tensor in stored.items():
-        assert torch.equal(tensor, wanted[name])
-    left_out = {name for name in wanted if name not in stored}
-    assert all("embed_tokens" in name or "inv_freq" in name for name in left_out)
+    held = [*made.model.parameters(), *made.model.buffers()]
+    for tensor in stored.values():
+        assert sum(tensor.shape == other.shape and torch.equal(tensor, other) for other in held) >= 1
+    largest = [p for p in text_decoder(made.model).parameters() if p.ndim > 1]
+    for weight in largest:
+        same = [t for t in stored.values() if t.shape == weight.shape and torch.equal(t, weight)]
+        assert len(same) == 1
     assert (made.folder / WEIGHTS).stat().st_size < sum(t.nbytes for t in stored.values()) + 128 * len(stored)
 
 
@@ -193,6 +204,38 @@ def test_files_are_valid_and_tensorrt_takes_their_operators(made):
         assert used <= supported()
         assert not used & SORTING_OR_SIZED_BY_VALUES
         assert [entry.version for entry in onnx.load(path, load_external_data=False).opset_import] == [OPSET]
+
+
+def test_artifacts_generate_without_the_model(made):
+    """`load` runs all of an artifact on ONNX Runtime, from pictures to logits."""
+    loaded = reroute_fx.load(made.folder)
+    assert loaded.report.manifest.requirements is None
+    assert "ONNX Runtime" in str(loaded.report)
+    for rows in BATCHES.values():
+        inputs = batch(made.family, *rows)
+        with torch.no_grad():
+            expected, found = made.routed(**inputs), loaded(**inputs)
+        is_token = inputs["attention_mask"].bool()
+        assert (found.logits - expected.logits)[is_token].abs().max() < ROUNDING
+        for layer in made.config.decision_layers:
+            assert all(map(torch.equal, found.routing.selected[layer], expected.routing.selected[layer]))
+        answers = [new_tokens(m, inputs, max_new_tokens=8, do_sample=False) for m in (loaded, made.routed)]
+        assert torch.equal(*answers)
+
+
+def test_all_operators_of_an_artifact_are_taken(made):
+    for name in PROGRAMS:
+        assert operators(made.folder / f"{name}.onnx") <= supported()
+
+
+def test_damaged_files_are_refused(made, tmp_path):
+    folder = Path(shutil.copytree(made.folder, tmp_path / "copy"))
+    (folder / "head.onnx").write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match=r"head\.onnx has 7 bytes"):
+        reroute_fx.load(folder)
+    sign(folder)
+    with pytest.raises(ArtifactError, match=r"ONNX Runtime can't load .*head\.onnx"):
+        reroute_fx.load(folder)
 
 
 def supported():

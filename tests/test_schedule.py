@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reroute_fx.errors import ArtifactError
-from reroute_fx.lowering.schedule import HIDDEN, Call, Schedule, ScheduledProgram
+from reroute_fx.lowering.schedule import HIDDEN, Call, Schedule, ScheduledProgram, as_executable
 
 # Values: x 0, y 1, w 2, b 3; product 4; sum 5 and its double 6; as many threes as y is long 7.
 SCHEDULE = Schedule(
@@ -43,7 +43,8 @@ def program(schedule=SCHEDULE):
 
 
 def check(run):
-    result = run(x=torch.tensor([[1.0, 2.0, 3.0]]), y=torch.zeros(4))
+    values = run(x=torch.tensor([[1.0, 2.0, 3.0]]), y=torch.zeros(4))
+    result = as_executable(values)
     assert result["output"].last_hidden_state.tolist() == [[6, 11, 16]]
     assert {name: x.tolist() for name, x in result["routing"].items()} == {
         "double": [[12, 22, 32]],

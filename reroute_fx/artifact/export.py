@@ -18,6 +18,7 @@ from ..capture.vision_tower import capture_vision_tower
 from ..capture.vocabulary import capture_embeddings, capture_head
 from ..errors import ConfigError
 from ..limits import Limits
+from ..lowering import check_tensorrt
 from ..lowering.ahead import check_compiler
 from ..lowering.onnx import check_libraries
 from ..runtime import LoadedModel, RoutedModel
@@ -28,8 +29,18 @@ from .inputs import input_contract
 from .manifest import FORMATS, PROCESSOR, SCHEMA, Manifest
 from .onnx import write_onnx_programs
 from .requirements import Requirements
+from .tensorrt import write_tensorrt
 
-_PACKAGES = ("reroute-fx", "torch", "transformers", "triton", "safetensors", "onnx")
+_PACKAGES = (
+    "reroute-fx",
+    "torch",
+    "transformers",
+    "triton",
+    "safetensors",
+    "onnx",
+    "torch-tensorrt",
+    "tensorrt",
+)
 
 
 def export(
@@ -47,7 +58,8 @@ def export(
     Args:
         routed: what `reroute_fx.compile` returned, on the kind of device that the artifact is for.
         path: folder to make. It appears whole or not at all.
-        format: ``"aot"`` for machine code of this kind of machine, ``"onnx"`` for ONNX files.
+        format: ``"aot"`` for machine code of this kind of machine, ``"onnx"`` for ONNX files, ``"tensorrt"`` for
+            engines of the routed programs and machine code around them.
         limits: the largest call that the artifact has to serve.
         processor: of the model, to be kept with it.
         overwrite: replace an artifact at `path`, once the new one is complete.
@@ -59,12 +71,12 @@ def export(
     Raises:
         ConfigError: an argument is no routed model, an unknown format or an invalid limit; before anything runs.
         ArtifactError: `path` exists, can't be written, or the disk is full.
-        BackendUnavailableError: no C++ compiler, or no library that writes ONNX.
+        BackendUnavailableError: no C++ compiler, or no library for the format.
         UnsupportedModelError, CaptureError: the model has parts that can't be exported.
     """
     target = Path(path)
     _check_arguments(routed, format, limits, processor)
-    check_libraries() if format == "onnx" else check_compiler()
+    _check_tools(format, routed)
     with whole_folder(target, overwrite) as folder, _phases(progress) as phase:
         _write(routed, folder, format, limits or default_limits(routed), processor, phase)
         phase("writing to disk")
@@ -91,6 +103,15 @@ def _check_arguments(routed: Any, format: str, limits: Any, processor: Any) -> N
         raise ConfigError(
             f"processor is a {type(processor).__name__}; expected the processor of the model, from AutoProcessor."
         )
+
+
+def _check_tools(format: str, routed: RoutedModel) -> None:
+    if format == "onnx":
+        check_libraries()
+    else:
+        check_compiler()
+    if format == "tensorrt":
+        check_tensorrt(routed.device)
 
 
 @dataclass(frozen=True)
@@ -128,6 +149,11 @@ def _write(
     if format == "onnx":
         phase("converting")
         programs = write_onnx_programs(traced.programs, folder)
+    elif format == "tensorrt":
+        around = {name: p for name, p in traced.programs.items() if name not in routed.programs}
+        programs = write_aot(around, routed, folder, phase)
+        phase("building engines")
+        programs |= write_tensorrt(routed.programs, folder, limits)
     else:
         programs = write_aot(traced.programs, routed, folder, phase)
     _write_descriptions(routed, folder, processor)

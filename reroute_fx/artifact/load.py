@@ -1,5 +1,6 @@
 """Read an artifact back: verify all of it, then put a model together from its programs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from ..errors import ArtifactError
 from ..runtime.loaded import PROGRAMS, LoadedModel, Parts, Program
 from .aot import load_aot, read_weights
 from .files import check_files
-from .manifest import PROCESSOR, WEIGHTS, Manifest
+from .manifest import PROCESSOR, WEIGHTS, Manifest, ProgramFiles
 from .onnx import load_onnx_program
 from .report import ArtifactReport
 from .requirements import check_memory
+from .tensorrt import load_tensorrt_program
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> LoadedModel:
@@ -62,12 +64,12 @@ def _load_programs(folder: Path, manifest: Manifest, device: torch.device) -> di
     found = {name: manifest.programs[name] for name in PROGRAMS}
     is_compiled = any(files.format == "aot" for files in found.values())
     weights = read_weights(folder / WEIGHTS, device) if is_compiled else {}
-    return {
-        name: load_onnx_program(folder, files)
-        if files.format == "onnx"
-        else load_aot(folder, name, files, weights, device)
-        for name, files in found.items()
+    loaders: dict[str, Callable[[str, ProgramFiles], Program]] = {
+        "aot": lambda name, files: load_aot(folder, name, files, weights, device),
+        "onnx": lambda name, files: load_onnx_program(folder, files),
+        "tensorrt": lambda name, files: load_tensorrt_program(folder, files),
     }
+    return {name: loaders[files.format](name, files) for name, files in found.items()}
 
 
 def _read_description(kind: Any, folder: Path, **options: Any) -> Any:

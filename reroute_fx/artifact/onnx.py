@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch.export import ExportedProgram
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, RerouteError
 from ..lowering.onnx import OnnxProgram, write_onnx
 from ..runtime.loaded import Program
 from .manifest import ProgramFiles
@@ -27,5 +27,7 @@ def load_onnx_program(folder: Path, files: ProgramFiles) -> Program:
     (name,) = files.files
     try:
         return OnnxProgram(folder / name).run
-    except RuntimeError as error:
+    except RerouteError:
+        raise
+    except Exception as error:  # Those of ONNX Runtime have no other class in common.
         raise ArtifactError(f"ONNX Runtime can't load {folder / name}: {error}") from error

@@ -59,9 +59,6 @@ class ArtifactReport:
             for layer, ratio in zip(routing.decision_layers, routing.keep_ratios, strict=True)
         )
         limits = manifest.limits
-        where = (
-            f"CUDA {needs.cuda_release}, capability {needs.capability}" if needs.capability else needs.machine
-        )
         table.add_row("folder", str(self.path))
         table.add_row("routing", f"keeps {ratios}" if ratios else "none")
         table.add_row(

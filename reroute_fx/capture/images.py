@@ -140,7 +140,9 @@ class GridImages:
                 f"model's processor returns."
             )
         if expected[0] == self.merge**2:
-            raise InputError("The only picture is a single visual token; expected two or more. Pass it larger.")
+            raise InputError(
+                "The only picture is a single visual token; expected two or more. Pass it larger."
+            )
 
     def repeat(
         self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int

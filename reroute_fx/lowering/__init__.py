@@ -3,17 +3,20 @@
 from .cuda_graphs import CudaRecorder
 from .device import check_device, describe_operators
 from .executable import BACKENDS, Executable, check_backend, lower
-from .schedule import DecoderProgram, Schedule, ScheduledProgram
+from .schedule import Schedule, ScheduledProgram, as_executable
+from .tensorrt import TensorRTProgram, check_tensorrt
 
 __all__ = [
     "BACKENDS",
     "CudaRecorder",
-    "DecoderProgram",
     "Executable",
     "Schedule",
     "ScheduledProgram",
+    "TensorRTProgram",
+    "as_executable",
     "check_backend",
     "check_device",
+    "check_tensorrt",
     "describe_operators",
     "lower",
 ]

@@ -16,10 +16,12 @@ from torch.export.graph_signature import InputKind
 
 from .._compat import compilation_settings
 from ..errors import ConfigError
+from ..limits import Limits
 from . import inductor
 from .cuda_graphs import CudaGraphs, Recorder, Role
+from .tensorrt import TensorRTProgram, lower_tensorrt
 
-BACKENDS = ("inductor", "eager")
+BACKENDS = ("inductor", "eager", "tensorrt")
 logger = logging.getLogger(__name__)
 
 
@@ -121,23 +123,28 @@ def lower(
     *,
     recorder: Recorder | None = None,
     show_progress: bool = False,
-) -> Executable:
+    limits: Limits | None = None,
+) -> Executable | TensorRTProgram:
     """Lower a program.
 
     Args:
         program: as `reroute_fx.route` returns it; its regions are the graph's ``meta["region"]``.
         backend: ``"inductor"`` compiles each distinct region at its first call; ``"eager"`` runs the graph
-            as it is.
+            as it is; ``"tensorrt"`` builds engines now.
         dynamic: compile for any batch size and length; otherwise for those of the first call, and again
             when they change.
         name: what the program is for, in messages.
         recorder: records calls as CUDA graphs; None to launch every call anew.
         show_progress: show what the first call compiles.
+        limits: the largest call, for ``"tensorrt"``.
 
     Raises:
         ConfigError: unknown backend.
+        BackendUnavailableError: Torch-TensorRT can't be imported, or the program is on no CUDA device.
     """
     check_backend(backend)
+    if backend == "tensorrt":
+        return lower_tensorrt(program, name, limits)
     executable = Executable(program, backend, name)
     if backend == "inductor":
         device = _device(program)

@@ -16,7 +16,6 @@ import torch.utils._pytree as pytree
 from safetensors.torch import save_file
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from transformers.modeling_outputs import BaseModelOutput
 
 from .._compat import compilation_settings
 from ..errors import BackendUnavailableError, CaptureError
@@ -30,7 +29,7 @@ from .onnx_operators import (
     operator_name,
     select_tokens_by_counting,
 )
-from .schedule import HIDDEN
+from .schedule import HIDDEN, as_executable
 
 OPSET = 18
 """TensorRT's importer takes 9 to 24."""
@@ -108,9 +107,7 @@ class OnnxProgram:
 
     def __call__(self, **inputs: torch.Tensor) -> dict[str, Any]:
         """Run a routed program; returns what an `Executable` of it returns."""
-        values = self.run(**inputs)
-        output = BaseModelOutput(last_hidden_state=values.pop(HIDDEN))
-        return {"output": output, "routing": values}
+        return as_executable(self.run(**inputs))
 
     @torch.no_grad()
     def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:

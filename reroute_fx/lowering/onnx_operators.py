@@ -4,7 +4,7 @@ import functools
 import importlib
 import importlib.resources
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -150,8 +150,25 @@ def _cumulative_sum(value: Any, dim: int, dtype: Any = None) -> Any:
     return op.Cast(counts, to=types.INT64)
 
 
+def _convolution_3d(
+    value: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+    dilation: Sequence[int] = (1, 1, 1),
+    groups: int = 1,
+) -> Any:
+    """``aten.conv3d``; onnxscript 0.7 puts zeros of a wrong shape in the place of a missing bias."""
+    op = library("onnxscript").opset18
+    given = (value, weight) if bias is None else (value, weight, bias)
+    pads = [*padding, *padding]
+    return op.Conv(*given, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.clamp.default: _clamp,
+    torch.ops.aten.conv3d.default: _convolution_3d,
     torch.ops.aten.cumsum.default: _cumulative_sum,
 }
 """Functions of onnxscript for ATen operators."""

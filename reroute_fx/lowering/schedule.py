@@ -179,21 +179,11 @@ class ScheduledProgram:
         return {name: values[i] for name, i in self.schedule.outputs.items()}
 
 
-class DecoderProgram:
-    """A routed program that returns what an `Executable` of it returns.
-
-    Args:
-        run: returns ``last_hidden_state`` and what `route` exposes, by name.
-    """
-
-    def __init__(self, run: Callable[..., dict[str, torch.Tensor]]) -> None:
-        self.run = run
-        self.cuda_graphs = None
-
-    def __call__(self, **inputs: torch.Tensor) -> dict[str, Any]:
-        values = self.run(**inputs)
-        output = BaseModelOutput(last_hidden_state=values.pop(HIDDEN))
-        return {"output": output, "routing": values}
+def as_executable(values: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What an `Executable` of a routed program returns, from the program's outputs by name."""
+    routing = dict(values)
+    output = BaseModelOutput(last_hidden_state=routing.pop(HIDDEN))
+    return {"output": output, "routing": routing}
 
 
 def _last_uses(schedule: Schedule) -> list[list[int]]:

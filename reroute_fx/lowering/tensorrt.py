@@ -16,10 +16,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind, OutputSpec
-from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import ArtifactError, BackendUnavailableError
 from ..limits import Limits
+from .schedule import HIDDEN, as_executable
 from .tensorrt_coverage import Coverage, coverage, coverage_of
 from .tensorrt_decompose import Size, decompose, rebuild
 
@@ -35,7 +35,6 @@ __all__ = [
     "save_tensorrt",
 ]
 
-HIDDEN = "last_hidden_state"
 _NOTE = "reroute_fx.json"
 """File beside the engines that says what goes in and comes out."""
 _USUAL_LENGTH, _USUAL_ROWS, _USUAL_NEW_TOKENS = 1024, 2, 2
@@ -82,15 +81,18 @@ class TensorRTProgram:
         self.compilations, self.compile_seconds = int(program is not None), seconds
         self._run = run
 
-    @torch.no_grad()
     def __call__(self, **inputs: torch.Tensor) -> dict[str, Any]:
         """Run on contiguous inputs; returns what an `Executable` of the program returns."""
+        return as_executable(self.run(**inputs))
+
+    @torch.no_grad()
+    def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run on contiguous inputs; returns the outputs by name."""
         results = pytree.tree_leaves(self._run(**{name: inputs[name] for name in self.interface.inputs}))
         count = len(self.interface.written)
         for name, new in zip(self.interface.written, results[:count], strict=True):
             inputs[name].copy_(new)
-        named = dict(zip(self.interface.outputs, results[count:], strict=True))
-        return {"output": BaseModelOutput(last_hidden_state=named.pop(HIDDEN)), "routing": named}
+        return dict(zip(self.interface.outputs, results[count:], strict=True))
 
 
 def lower_tensorrt(

@@ -16,7 +16,7 @@ from ..capture.positions import GridPositions
 from ..config import RoutingConfig
 from ..errors import InputError
 from ..limits import Limits
-from ..lowering import DecoderProgram
+from ..lowering import as_executable
 from .decoder import RoutedDecoder
 from .model import RoutedModel
 from .prompt import PromptReader
@@ -87,8 +87,8 @@ class LoadedModel(RoutedModel, GenerationMixin):
         self.processor, self._loaded_report = processor, report
         self._parts = parts
         self._decoder = RoutedDecoder()
-        self._decoder.prefill = DecoderProgram(parts.programs["prefill"])
-        self._decoder.continuation = DecoderProgram(parts.programs["continuation"])
+        self._decoder.prefill = _routed(parts.programs["prefill"])
+        self._decoder.continuation = _routed(parts.programs["continuation"])
         self._decoder.routing_config = parts.routing_config
         self._decoder.position_rank = 2 if parts.positions is None else 3
         self._decoder.owner = owner
@@ -255,6 +255,10 @@ def _placeholder(config: Any, kind: str) -> int:
     if token is None:
         raise InputError(f"The call has {kind}s, but the model takes none. Leave them out.")
     return int(token)
+
+
+def _routed(program: Program) -> Callable[..., Any]:
+    return lambda **inputs: as_executable(program(**inputs))
 
 
 def _no_other_program(*_: Any, **__: Any) -> Any:

@@ -13,7 +13,8 @@ from transformers.generation import GenerationMode
 
 from ..config import RoutingConfig
 from ..errors import InputError
-from ..lowering import Executable
+from ..limits import Limits
+from ..lowering import Executable, TensorRTProgram
 from ..report import RoutingReport
 from .cache import RoutedCache
 from .clone import clone, clone_path, specialize
@@ -39,7 +40,7 @@ class RoutedModel(torch.nn.Module):
     """
 
     routing_config: RoutingConfig
-    programs: dict[str, Executable]
+    programs: dict[str, Executable | TensorRTProgram]
     config: Any
     device: torch.device
     _signature: inspect.Signature
@@ -134,12 +135,13 @@ class RoutedModel(torch.nn.Module):
 def make_routed_model(
     model: PreTrainedModel,
     decoder: PreTrainedModel,
-    prefill: Executable,
-    continuation: Executable,
+    prefill: Executable | TensorRTProgram,
+    continuation: Executable | TensorRTProgram,
     report: RoutingReport,
     *,
     position_rank: int,
     visual_ids: tuple[int, ...],
+    limits: Limits | None = None,
 ) -> Any:
     """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed."""
     owner = uuid.uuid4().hex
@@ -152,7 +154,7 @@ def make_routed_model(
     routed = specialize(clone_path(model, decoder, inner), RoutedModel)
     routed.routing_config = report.config
     routed._signature = inspect.signature(type(model).forward)
-    routed._reader = PromptReader(model.config, report.config, visual_ids, owner)
+    routed._reader = PromptReader(model.config, report.config, visual_ids, owner, limits=limits)
     routed._report = report
     routed.programs = {"prefill": prefill, "continuation": continuation}
     routed._first_call_seconds = {}
