@@ -16,7 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import reroute_fx
 from reroute_fx import Limits
 from reroute_fx.artifact import manifest
-from reroute_fx.artifact.export import trace
+from reroute_fx.artifact.exporting import trace
 from reroute_fx.artifact.files import list_files
 from reroute_fx.lowering import ahead
 from reroute_fx.lowering.ahead import schedule

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import time
 from contextlib import suppress
@@ -58,9 +59,9 @@ def names(folder):
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
-def export_forever(target):
+def export_forever(target, tiers=TIERS[:2]):
     while True:
-        for tier in TIERS[:2]:
+        for tier in tiers:
             reroute_fx.export(routed_at(FAMILY, tier), target, limits=LIMITS, overwrite=True)
 
 
@@ -70,10 +71,11 @@ def test_killed_at_any_moment_one_or_the_other_is_there(good, answers, tmp_path)
     reroute_fx.export(routed_at(FAMILY, TIERS[0]), target, limits=LIMITS)
     duration = time.perf_counter() - start
     draw, seen = random.Random(0), set()
-    for _ in range(20):
-        writer = multiprocessing.get_context("fork").Process(target=export_forever, args=(target,))
+    for number in range(20):
+        tiers = TIERS[:2][:: 1 if number % 2 else -1]
+        writer = multiprocessing.get_context("fork").Process(target=export_forever, args=(target, tiers))
         writer.start()
-        time.sleep(draw.uniform(0, 2 * duration))
+        time.sleep(draw.uniform(0, 3 * duration))
         assert writer.is_alive()
         writer.kill()
         writer.join()
@@ -273,7 +275,7 @@ def test_a_config_that_transformers_can_not_read_is_told(copied):
 @pytest.fixture
 def nothing_runs(monkeypatch):
     """Fail if anything is traced."""
-    monkeypatch.setattr("reroute_fx.artifact.export.trace", lambda routed: pytest.fail("traced"))
+    monkeypatch.setattr("reroute_fx.artifact.exporting.trace", lambda routed: pytest.fail("traced"))
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -336,12 +338,19 @@ def test_a_disk_that_fills_up_is_told(good, copied, monkeypatch, answers, name):
     assert os.listdir(copied.parent) == [copied.name]
 
 
-def test_weights_on_a_full_disk_are_told(good, copied, monkeypatch, answers):
-    """A disk of no size at all: what is written there fails in the library that writes it."""
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no /dev/full")
+def test_weights_that_can_not_be_written_are_told(good, copied, monkeypatch, answers):
+    """The system refuses files of more than 1000 bytes while they are written."""
     save = reroute_fx.artifact.aot.save_file
-    monkeypatch.setattr("reroute_fx.artifact.aot.save_file", lambda tensors, path: save(tensors, "/dev/full"))
+
+    def limited(tensors, path):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            save(tensors, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr("reroute_fx.artifact.aot.save_file", limited)
     with pytest.raises(ArtifactError, match="could not be written"):
         reroute_fx.export(routed_at(FAMILY, TIERS[1]), copied, overwrite=True)
     expect_works(copied, answers)

@@ -1,7 +1,7 @@
 """Artifacts: what `compile` made, on disk."""
 
-from .export import default_limits, export
-from .load import load
+from .exporting import default_limits, export
+from .loading import load
 from .manifest import FORMATS
 from .report import ArtifactReport
 

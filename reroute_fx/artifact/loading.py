@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from .._compat import settle_cpu_math
+from ..capture.tracing import first_line
 from ..errors import ArtifactError
 from ..runtime.loaded import PROGRAMS, LoadedModel, Parts, Program
 from .aot import load_aot, read_weights
@@ -75,9 +76,9 @@ def _load_programs(folder: Path, manifest: Manifest, device: torch.device) -> di
 def _read_description(kind: Any, folder: Path, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # Tokenizers raise no other class.
         raise ArtifactError(
-            f"{kind.__name__} can't read {folder}: {str(error).strip().splitlines()[0]} Use the transformers that it "
+            f"{kind.__name__} can't read {folder}: {first_line(error)}. Use the transformers that it "
             f"was exported with."
         ) from error
 

@@ -1,0 +1,140 @@
+"""Artifacts on the command line: export, show, run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from artifacts import TIERS, artifact, processor, remember, routed_at
+from conversations import unrouted_model
+from PIL import Image
+from typer.testing import CliRunner
+
+import reroute_fx
+from reroute_fx.cli import app
+from reroute_fx.prompts import make_batch
+
+TIER = str(TIERS[0])
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A model and its processor as users have them on disk."""
+    folder = tmp_path_factory.mktemp("model")
+    unrouted_model("llava").save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = artifact(tmp_path_factory, "llava")
+    remember(folder, routed_at("llava", TIERS[0]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.effect_noise((40, 30), 90).convert("RGB").save(path)
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def said(result):
+    return " ".join((result.stdout + result.stderr).split())
+
+
+@pytest.mark.parametrize("format", ["aot", "onnx"])
+def test_from_a_folder_to_an_answer(model_folder, made, picture, tmp_path, format):
+    out = tmp_path / "llava"
+    options = ("--tier", TIER, "--format", format, "--batch", 2, "--length", 128, "--image-tokens", 16)
+    done = invoke("export", model_folder, out, *options)
+    assert done.exit_code == 0, said(done)
+    assert "2 rows, 128 tokens in a row, 16 tokens in a picture" in said(done)
+    shown = invoke("show", out, "--json")
+    assert json.loads(shown.stdout)["format"] == format
+    assert json.loads(shown.stdout)["limits"] == {"batch": 2, "length": 128, "image_tokens": 16}
+    assert "LlavaForConditionalGeneration" in invoke("show", out).stdout
+    answered = invoke("run", out, "--image", picture, "--prompt", "w9 w11", "--new-tokens", 5)
+    assert answered.exit_code == 0, said(answered)
+    loaded = reroute_fx.load(out)
+    inputs = make_batch(loaded.processor, loaded, 1, "w9 w11", picture)
+    with torch.no_grad():
+        tokens = loaded.generate(**inputs, max_new_tokens=5, do_sample=False)
+    expected = loaded.processor.tokenizer.decode(
+        tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert answered.stdout.split() == expected.split()
+
+
+def test_running_imports_no_model(made, picture):
+    """Neither the command nor what it calls."""
+    code = (
+        "import sys; from reroute_fx.cli import app\n"
+        "try: app()\n"
+        "finally: print([m for m in sys.modules if '.models.' in m and '.modeling_' in m and '.auto.' not in m])"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "run",
+        str(made),
+        "--image",
+        str(picture),
+        "--prompt",
+        "w9",
+        "--new-tokens",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_artifact_is_replaced_only_when_asked(model_folder, made, tmp_path):
+    out = tmp_path / "llava"
+    out.mkdir()
+    (out / "mine").write_text("")
+    refused = invoke("export", model_folder, out, "--tier", TIER)
+    assert refused.exit_code == 2
+    assert "which exists" in said(refused)
+    assert (out / "mine").exists()
+    done = invoke("export", model_folder, out, "--tier", TIER, "--overwrite")
+    assert done.exit_code == 0, said(done)
+    assert not (out / "mine").exists()
+
+
+def test_what_fails_is_said_in_a_line(model_folder, made, picture, tmp_path):
+    for arguments, match in (
+        (("show", tmp_path), "ArtifactError: "),
+        (("run", tmp_path, "--prompt", "w9"), "ArtifactError: "),
+        (("run", made, "--prompt", "w9", "--image", tmp_path / "none.png"), "InputError: image is"),
+        (("run", made, "--prompt", "w9", "--device", "cuda"), "ArtifactError: "),
+        (("run", made, "--prompt", " ".join(["w9"] * 90)), "InputError: "),
+        (
+            ("export", model_folder, tmp_path / "new", "--tier", TIER, "--format", "zip"),
+            "ConfigError: format is 'zip'",
+        ),
+        (
+            ("export", model_folder, tmp_path / "new", "--tier", TIER, "--batch", 0),
+            "ConfigError: limits.batch is 0",
+        ),
+        (("export", tmp_path, tmp_path / "new"), "ConfigError: model is"),
+    ):
+        failed = invoke(*arguments)
+        assert failed.exit_code == 2, arguments
+        assert match in said(failed)
+        assert "Traceback" not in said(failed)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_artifact_without_a_processor_says_so(tmp_path_factory):
+    failed = invoke("run", artifact(tmp_path_factory, "qwen"), "--prompt", "w9")
+    assert failed.exit_code == 2
+    assert "has no processor; expected one. Export it with processor=" in said(failed)
