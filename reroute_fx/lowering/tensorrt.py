@@ -77,7 +77,8 @@ class TensorRTProgram:
         program: ExportedProgram | None = None,
         seconds: float = 0.0,
     ) -> None:
-        self.name, self.interface, self.program = name, interface, program
+        self.name, self.interface = name, interface
+        self.program: Any = program
         self.compilations, self.compile_seconds = int(program is not None), seconds
         self._run = run
 
