@@ -1,6 +1,6 @@
 """All that needs a GPU, in one command of at most ten minutes.
 
-    python benchmarks/gpu.py [--sections checks,rates,kernels,models] [--models llava-1.5-7b] [--batches 8,1,32]
+    python benchmarks/gpu.py [--sections checks,rates,kernels,models,artifacts] [--models llava-1.5-7b] [--batches 8,1]
 
 ``checks``   every kernel on fresh random inputs against exact or float64 references, in poisoned memory; golden
              vectors on the device
@@ -9,6 +9,7 @@
 ``models``   7B shapes with random weights: eager, `torch.compile`, this project's compiler without routing, the eager
              hook routing, and the three tiers with and without CUDA graphs; first token, decoding, whole answers,
              peak memory, the floor, the share of routing's kernels, and whether anything makes the host wait
+``artifacts``  golden vectors from artifacts that are exported and loaded here, and from TensorRT where it is installed
 
 What was measured is written after every step, so that a run that is cut short keeps it. ``--dry-run`` goes through
 everything on CPU with tiny sizes; it writes only into a folder that is named.
@@ -23,8 +24,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from gpu_artifacts import check_artifact, check_engines
 from gpu_checks import run_checks
-from gpu_golden import check_golden
+from gpu_golden import MODELS, check_golden
 from gpu_kernels import Rates, kernel_shapes, measure_kernels, measure_rates
 from gpu_models import SETTINGS, contenders, hooks, routing_share, sync_errors, watched_program
 from record import RESULTS, call_seconds, number_table, summary, write
@@ -44,7 +46,7 @@ from reroute_fx.benchmarking.machine import peak_bytes
 from reroute_fx.benchmarking.theory import theory_of, weight_bytes
 from reroute_fx.benchmarking.workload import Workload
 
-SECTIONS = ("checks", "rates", "kernels", "models")
+SECTIONS = ("checks", "rates", "kernels", "models", "artifacts")
 STEPS, NEW_TOKENS = 16, 64
 COMPILE_SECONDS = {"torch.compile": 180}
 """It unrolls the layers, and compiles them again for generate; what was measured before must not be lost to it."""
@@ -126,6 +128,14 @@ def section_models(run: Run, rates: Rates, names: list[str], batches: list[int],
         gc.collect()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def section_artifacts(run: Run) -> None:
+    for name in MODELS[:1] if run.tiny else MODELS:
+        if run.has_time(f"artifacts {name}", needs=0 if run.tiny else 150):
+            run.keep("artifacts", name, check_artifact(name, run.device, run.tiny))
+            run.keep("tensorrt", name, check_engines(name, run.device))
+            console.print(f"{name}: {run.record['artifacts'][name]} {run.record['tensorrt'][name]}")
 
 
 @torch.no_grad()
@@ -297,6 +307,8 @@ def main(
     if "models" in wanted:
         sizes = [2] if dry_run else [int(size) for size in batches.split(",")]
         section_models(run, rates, models.split(","), sizes, backend)
+    if "artifacts" in wanted:
+        run.attempt("artifacts", lambda: section_artifacts(run))
     run.keep("run", "finished", True)
     console.print(json.dumps({"errors": len(run.record["errors"]), "left out": run.record["left_out"]}))
     if run.record["errors"]:

@@ -336,3 +336,30 @@ def test_it_can_be_loaded_twice(loaded, family, tmp_path_factory):
     copied = copy.deepcopy(inputs)
     assert torch.equal(new_tokens(second, inputs, max_new_tokens=5, do_sample=False), before)
     assert all(torch.equal(inputs[name], copied[name]) for name in inputs)
+
+
+def test_it_stays_where_it_is(loaded):
+    model, _ = loaded("llava")
+    assert model.to("cpu").to(torch.float32) is model
+    for change in (model.half, lambda: model.to("meta"), model.double):
+        with pytest.raises(InputError, match="can't be moved or cast"):
+            change()
+
+
+@torch.no_grad()
+def test_inputs_may_lie_in_memory_as_they_like(loaded, family):
+    """Views, other strides, 32-bit ids, doubles: what a caller may pass as well as what a processor returns."""
+    model, _ = loaded(family)
+    inputs = batch(family, *MIXED)
+    expected = model(**inputs)
+    step = torch.tensor([[9], [10], [11]])
+    following = model(input_ids=step, past_key_values=expected.past_key_values).logits
+    strided = {
+        "input_ids": inputs["input_ids"].int().T.contiguous().T,
+        "attention_mask": inputs["attention_mask"].bool().T.contiguous().T,
+        "pixel_values": inputs["pixel_values"].double().mT.contiguous().mT,
+    }
+    found = model(**{**inputs, **strided})
+    assert torch.equal(found.logits, expected.logits)
+    wide = torch.tensor([[0, 9], [0, 10], [0, 11]], dtype=torch.int32)[:, 1:]
+    assert torch.equal(model(input_ids=wide, past_key_values=found.past_key_values).logits, following)

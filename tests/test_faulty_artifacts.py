@@ -18,8 +18,10 @@ from artifacts import LIMITS, TIERS, artifact, remember, routed_at, sign
 from conversations import NOISE, SINGLE, batch
 
 import reroute_fx
-from reroute_fx import ArtifactError, BackendUnavailableError, ConfigError
+from reroute_fx import ArtifactError, BackendUnavailableError, CaptureError, ConfigError
+from reroute_fx.artifact import exporting
 from reroute_fx.artifact.manifest import NAME
+from reroute_fx.runtime.loaded import _routed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_gradients")
 FAMILY = "llava"
@@ -86,13 +88,16 @@ def test_killed_at_any_moment_one_or_the_other_is_there(good, answers, tmp_path)
 
 
 def test_killed_before_the_first_is_whole_none_is_there(good, answers, tmp_path):
-    target, draw = tmp_path / "llava", random.Random(1)
-    for _ in range(4):
+    target = tmp_path / "llava"
+    for seconds in (0, 0.1, 0.3, 0.6, 1.5, 20):
         writer = multiprocessing.get_context("fork").Process(target=export_forever, args=(target,))
         writer.start()
-        time.sleep(draw.uniform(0, 1))
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not (seconds == 20 and target.exists()):
+            time.sleep(0.01)
         writer.kill()
         writer.join()
+        assert target.exists() or seconds < 20
         if target.exists():
             expect_works(target, answers)
             shutil.rmtree(target)
@@ -354,3 +359,22 @@ def test_weights_that_can_not_be_written_are_told(good, copied, monkeypatch, ans
     with pytest.raises(ArtifactError, match="could not be written"):
         reroute_fx.export(routed_at(FAMILY, TIERS[1]), copied, overwrite=True)
     expect_works(copied, answers)
+
+
+@pytest.mark.parametrize("program", ["head", "embeddings", "continuation"])
+def test_an_artifact_that_answers_otherwise_is_not_handed_out(good, tmp_path, monkeypatch, program):
+    """Programs that compute something else than the model's own code, such as scaled logits."""
+    read = exporting.read_model
+
+    def scaled(*given):
+        model = read(*given)
+        run = model._parts.programs[program]
+        model._parts.programs[program] = lambda **inputs: {k: 1.01 * v for k, v in run(**inputs).items()}
+        if program == "continuation":
+            model._decoder.continuation = _routed(model._parts.programs[program])
+        return model
+
+    monkeypatch.setattr(exporting, "read_model", scaled)
+    with pytest.raises(CaptureError, match="gives other logits than the model"):
+        reroute_fx.export(routed_at(FAMILY, TIERS[0]), tmp_path / "new")
+    assert os.listdir(tmp_path) == []

@@ -47,6 +47,13 @@ def test_kernels_were_measured(record):
         assert min(row.values()) > 0
 
 
+def test_artifacts_were_loaded(record):
+    facts = record["artifacts"]["llava"]
+    assert facts["error"] < 1e-4
+    assert facts["bytes"] > facts["weight_bytes"] > 0
+    assert record["tensorrt"]["llava"]["left"] == []
+
+
 def test_models_were_measured(record):
     assert len(record["models"]) == 1
     for rows in record["models"].values():

@@ -16,6 +16,7 @@ from reroute_fx.capture.positions import GridPositions
 MANIFEST = Manifest(
     schema=SCHEMA,
     format="aot",
+    name="llava-hf/llava-1.5-7b-hf",
     model="LlavaForConditionalGeneration",
     model_type="llava",
     dtype="float32",

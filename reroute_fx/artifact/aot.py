@@ -23,8 +23,12 @@ from .manifest import WEIGHTS, ProgramFiles
 
 def write_aot(
     programs: Mapping[str, ExportedProgram], model: torch.nn.Module, folder: Path, phase: Callable[..., None]
-) -> dict[str, ProgramFiles]:
-    """Compile programs, and write the weights that they share under the names that `model` gives them."""
+) -> tuple[dict[str, ProgramFiles], dict[str, torch.Tensor]]:
+    """Compile programs, and write the weights that they share under the names that `model` gives them.
+
+    Returns:
+        The files of each program, and the weights.
+    """
     scheduled = {name: schedule(program) for name, program in programs.items()}
     weights = _Weights(model, programs, scheduled)
     check_free_space(folder, sum(tensor.nbytes for tensor in weights.tensors.values()))
@@ -42,7 +46,7 @@ def write_aot(
         (folder / f"programs/{name}.json").write_text(json.dumps(plan.to_json()))
     phase("writing weights")
     weights.save(folder / WEIGHTS)
-    return written
+    return written, weights.tensors
 
 
 def load_aot(

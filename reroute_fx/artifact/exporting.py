@@ -23,9 +23,11 @@ from ..lowering.ahead import check_compiler
 from ..lowering.onnx import check_libraries
 from ..runtime import LoadedModel, RoutedModel
 from .aot import write_aot
+from .checking import check_answers
 from .files import list_files
 from .folders import whole_folder
 from .inputs import input_contract
+from .loading import read_model
 from .manifest import FORMATS, PROCESSOR, SCHEMA, Manifest
 from .onnx import write_onnx_programs
 from .requirements import Requirements
@@ -145,22 +147,23 @@ def _write(
     phase: Callable[..., None],
 ) -> None:
     phase("tracing")
-    traced = trace(routed)
+    traced, weights = trace(routed), None
     if format == "onnx":
         phase("converting")
         programs = write_onnx_programs(traced.programs, folder)
     elif format == "tensorrt":
         around = {name: p for name, p in traced.programs.items() if name not in routed.programs}
-        programs = write_aot(around, routed, folder, phase)
+        programs, weights = write_aot(around, routed, folder, phase)
         phase("building engines")
         programs |= write_tensorrt(routed.programs, folder, limits)
     else:
-        programs = write_aot(traced.programs, routed, folder, phase)
+        programs, weights = write_aot(traced.programs, routed, folder, phase)
     _write_descriptions(routed, folder, processor)
     dtype = str(routed.dtype).removeprefix("torch.")
-    Manifest(
+    manifest = Manifest(
         schema=SCHEMA,
         format=format,
+        name=_name(routed),
         model=type(routed).__name__.removeprefix("Routed"),
         model_type=routed.config.model_type,
         dtype=dtype,
@@ -174,7 +177,10 @@ def _write(
         versions=_versions(),
         programs=programs,
         files=list_files(folder),
-    ).write(folder)
+    )
+    manifest.write(folder)
+    phase("checking")
+    check_answers(routed, read_model(folder, manifest, routed.device, weights))
 
 
 def _write_descriptions(routed: Any, folder: Path, processor: Any) -> None:
@@ -183,6 +189,12 @@ def _write_descriptions(routed: Any, folder: Path, processor: Any) -> None:
     routed.generation_config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder / PROCESSOR)
+
+
+def _name(routed: RoutedModel) -> str:
+    """Id of the model, or the last part of its folder's path."""
+    given = str(routed.config.name_or_path or "")
+    return Path(given).name if Path(given).exists() else given
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Read an artifact back: verify all of it, then put a model together from its programs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,31 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Loade
     check_memory(manifest.weight_bytes, place)
     check_files(folder, manifest.files)
     settle_cpu_math()
-    programs = _load_programs(folder, manifest, place)
+    return read_model(folder, manifest, place)
+
+
+def read_model(
+    folder: Path,
+    manifest: Manifest,
+    device: torch.device,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> LoadedModel:
+    """The model of an artifact that was verified.
+
+    Args:
+        folder: of the artifact.
+        manifest: its manifest.
+        device: where the weights go, and the programs run.
+        weights: by name, if they are at hand.
+    """
+    programs = _load_programs(folder, manifest, device, weights)
     parts = Parts(
         config=_read_description(AutoConfig, folder, trust_remote_code=False),
         generation_config=_read_description(GenerationConfig, folder),
         routing_config=manifest.routing,
         limits=manifest.limits,
         dtype=getattr(torch, manifest.dtype),
-        device=place,
+        device=device,
         images=manifest.images,
         positions=manifest.positions,
         visual_ids=manifest.visual_ids,
@@ -58,13 +75,16 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Loade
     return LoadedModel(parts, ArtifactReport(folder, manifest), _read_processor(folder, manifest))
 
 
-def _load_programs(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, Program]:
+def _load_programs(
+    folder: Path, manifest: Manifest, device: torch.device, given: Mapping[str, torch.Tensor] | None
+) -> dict[str, Program]:
     missing = [name for name in PROGRAMS if name not in manifest.programs]
     if missing:
         raise ArtifactError(f"{folder} has no program {missing[0]!r}. Export the model again.")
     found = {name: manifest.programs[name] for name in PROGRAMS}
-    is_compiled = any(files.format == "aot" for files in found.values())
-    weights = read_weights(folder / WEIGHTS, device) if is_compiled else {}
+    weights = given or {}
+    if given is None and any(files.format == "aot" for files in found.values()):
+        weights = read_weights(folder / WEIGHTS, device)
     loaders: dict[str, Callable[[str, ProgramFiles], Program]] = {
         "aot": lambda name, files: load_aot(folder, name, files, weights, device),
         "onnx": lambda name, files: load_onnx_program(folder, files),

@@ -63,6 +63,7 @@ class Manifest:
     Attributes:
         schema: version of this layout.
         format: one of `FORMATS`.
+        name: id of the model, or name of its folder; empty if it has none.
         model: class that it was exported from.
         model_type: of its config.
         dtype: of its weights.
@@ -80,6 +81,7 @@ class Manifest:
 
     schema: int
     format: str
+    name: str
     model: str
     model_type: str
     dtype: str

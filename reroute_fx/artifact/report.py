@@ -48,7 +48,8 @@ class ArtifactReport:
 
     def __rich__(self) -> RenderableType:
         manifest = self.manifest
-        title = f"{manifest.model}: {manifest.routing.method} / {manifest.routing.action}, {manifest.format}"
+        routing = manifest.routing
+        title = f"{manifest.name or manifest.model}: {routing.method} / {routing.action}, {manifest.format}"
         return Group(Text(title, style="bold"), self._facts(), self._program_table(), self._input_table())
 
     def _facts(self) -> Table:
@@ -60,6 +61,7 @@ class ArtifactReport:
         )
         limits = manifest.limits
         table.add_row("folder", str(self.path))
+        table.add_row("model", f"{manifest.model}, {manifest.name or 'without a name'}")
         table.add_row("routing", f"keeps {ratios}" if ratios else "none")
         table.add_row(
             "limits",

@@ -115,6 +115,16 @@ class LoadedModel(RoutedModel, GenerationMixin):
     def is_remote_code(self) -> bool:
         return False
 
+    def _apply(self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LoadedModel":
+        """Called by `to` and its like."""
+        changed = change(torch.empty(0, dtype=self.dtype, device=self.device))
+        if (changed.dtype, changed.device) != (self.dtype, self.device):
+            raise InputError(
+                f"A loaded model can't be moved or cast: it is {self.dtype} on {self.device}. Pass device= to "
+                f"reroute_fx.load, or export the model in the dtype that you need."
+            )
+        return self
+
     def get_experts_implementation(self) -> dict[str, str]:
         """`generate` asks for it; the programs are compiled as they are."""
         return {}
@@ -158,6 +168,8 @@ class LoadedModel(RoutedModel, GenerationMixin):
             InputError: inputs that don't fit the model, its limits or the cache.
         """
         assert input_ids is not None  # PromptReader refuses calls without
+        # Compiled programs read memory as it was laid out when they were made.
+        input_ids = input_ids.long().contiguous()
         embeds = self._parts.programs["embeddings"](given=input_ids)["inputs_embeds"]
         grids: dict[int, torch.Tensor] = {}
         for kind, pixels, grid in (

@@ -1,0 +1,49 @@
+"""Ask an artifact before it is handed out."""
+
+import torch
+
+from ..errors import CaptureError
+from ..runtime import LoadedModel, RoutedModel
+
+_ROWS, _LENGTH = 2, 12
+
+
+@torch.no_grad()
+def check_answers(routed: RoutedModel, loaded: LoadedModel) -> None:
+    """Raise CaptureError unless a text prompt and a token behind it have the logits that the model's own code gives.
+
+    That is all of an artifact but selection, whose ties rounding may break, and the vision tower, which was compared
+    when it was captured.
+    """
+    rows, length = min(_ROWS, loaded.limits.batch), min(_LENGTH, loaded.limits.length - 1)
+    prompt = _text(routed, rows, length)
+    expected, found = routed(**prompt), loaded(**prompt)
+    is_token = prompt["attention_mask"].bool()
+    pairs = [(found.logits[is_token], expected.logits[is_token])]
+    mask = prompt["attention_mask"]
+    step = {
+        "input_ids": prompt["input_ids"][:, -1:],
+        "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+    }
+    following = [
+        model(**step, past_key_values=output.past_key_values).logits
+        for model, output in ((loaded, found), (routed, expected))
+    ]
+    for ours, theirs in [*pairs, tuple(following)]:
+        # A hundred roundings of the largest value.
+        noise = 100 * torch.finfo(theirs.dtype).eps * theirs.abs().max()
+        if not (ours - theirs).abs().max() <= noise:
+            raise CaptureError(
+                f"The artifact gives other logits than the model: off by {(ours - theirs).abs().max():.1e} where "
+                f"rounding explains {noise:.1e}. {type(routed).__name__} can't be exported; use reroute_fx.compile."
+            )
+
+
+def _text(routed: RoutedModel, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Rows of different tokens that stand for no picture; all but the first are padded on the left."""
+    visual = torch.tensor(routed._reader.visual_ids)
+    tokens = torch.arange(3, 3 + rows * length + len(visual))
+    ids = tokens[~torch.isin(tokens, visual)][: rows * length].view(rows, length)
+    mask = torch.ones_like(ids)
+    mask[1:, : length // 3] = 0
+    return {"input_ids": ids.to(routed.device), "attention_mask": mask.to(routed.device)}
