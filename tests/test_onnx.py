@@ -223,6 +223,11 @@ def test_artifacts_generate_without_the_model(made):
         assert torch.equal(*answers)
 
 
+def test_they_run_on_cpu(made):
+    with pytest.raises(ArtifactError, match="device is meta, but ONNX artifacts run on cpu"):
+        reroute_fx.load(made.folder, device="meta")
+
+
 def test_all_operators_of_an_artifact_are_taken(made):
     for name in PROGRAMS:
         assert operators(made.folder / f"{name}.onnx") <= supported()

@@ -39,6 +39,9 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Loade
     place = torch.device(device or (needs.device if needs else "cpu"))
     if needs:
         needs.check(place)
+    elif place.type != "cpu":
+        raise ArtifactError(f"device is {place}, but ONNX artifacts run on cpu here; leave device out.")
+    place = torch.empty(0, device=place).device  # with the number of the GPU
     check_memory(manifest.weight_bytes, place)
     check_files(folder, manifest.files)
     settle_cpu_math()
