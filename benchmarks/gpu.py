@@ -9,7 +9,7 @@
 ``models``   7B shapes with random weights: eager, `torch.compile`, this project's compiler without routing, the eager
              hook routing, and the three tiers with and without CUDA graphs; first token, decoding, whole answers,
              peak memory, the floor, the share of routing's kernels, and whether anything makes the host wait
-``artifacts``  golden vectors from artifacts that are exported and loaded here, and from TensorRT where it is installed
+``artifacts``  golden models as artifacts that are exported and loaded here, and on TensorRT where it is installed
 
 What was measured is written after every step, so that a run that is cut short keeps it. ``--dry-run`` goes through
 everything on CPU with tiny sizes; it writes only into a folder that is named.
@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from gpu_artifacts import check_artifact, check_engines
+from gpu_artifacts import check_artifact, check_engines, subject
 from gpu_checks import run_checks
 from gpu_golden import MODELS, check_golden
 from gpu_kernels import Rates, kernel_shapes, measure_kernels, measure_rates
@@ -133,8 +133,9 @@ def section_models(run: Run, rates: Rates, names: list[str], batches: list[int],
 def section_artifacts(run: Run) -> None:
     for name in MODELS[:1] if run.tiny else MODELS:
         if run.has_time(f"artifacts {name}", needs=0 if run.tiny else 150):
-            run.keep("artifacts", name, check_artifact(name, run.device, run.tiny))
-            run.keep("tensorrt", name, check_engines(name, run.device))
+            asked = subject(name, run.device, run.tiny)
+            run.keep("artifacts", name, check_artifact(asked, run.device, run.tiny))
+            run.keep("tensorrt", name, check_engines(asked, run.device))
             console.print(f"{name}: {run.record['artifacts'][name]} {run.record['tensorrt'][name]}")
 
 

@@ -77,7 +77,7 @@ def test_killed_at_any_moment_one_or_the_other_is_there(good, answers, tmp_path)
         tiers = TIERS[:2][:: 1 if number % 2 else -1]
         writer = multiprocessing.get_context("fork").Process(target=export_forever, args=(target, tiers))
         writer.start()
-        time.sleep(draw.uniform(0, 3 * duration))
+        time.sleep(draw.uniform(0, 1.5 * duration))
         assert writer.is_alive()
         writer.kill()
         writer.join()
