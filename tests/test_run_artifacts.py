@@ -1,5 +1,6 @@
 """Artifacts on the command line: export, show, run."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,11 +10,14 @@ import torch
 from artifacts import TIERS, artifact, processor, remember, routed_at
 from conversations import unrouted_model
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import reroute_fx
+from reroute_fx.artifact import exporting
 from reroute_fx.cli import app
 from reroute_fx.prompts import make_batch
+from reroute_fx.runtime.loaded import PROGRAMS
 
 TIER = str(TIERS[0])
 
@@ -95,6 +99,25 @@ def test_running_imports_no_model(made, picture):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_phases_of_an_export_show(made, tmp_path, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        exporting, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100)
+    )
+    reroute_fx.export(routed_at("llava", TIERS[0]), tmp_path / "new", progress=True)
+    shown = screen.getvalue()
+    phases = [
+        "tracing",
+        *(f"compiling {name}" for name in PROGRAMS),
+        "writing weights",
+        "checking",
+        "writing to disk",
+    ]
+    places = [shown.index(phase) for phase in phases]
+    assert places == sorted(places)
+    assert "/13" in shown
 
 
 def test_an_artifact_is_replaced_only_when_asked(model_folder, made, tmp_path):

@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from artifacts import TIERS, artifact, remember, routed_at
 from conversations import (
     BATCHES,
     NOISE,
@@ -31,7 +32,8 @@ from torch.export import Dim, ExportedProgram
 from transformers.modeling_outputs import BaseModelOutput
 
 import reroute_fx
-from reroute_fx import BackendUnavailableError, RoutingConfig, kernels
+from reroute_fx import BackendUnavailableError, ConfigError, InputError, RoutingConfig, api, kernels
+from reroute_fx.artifact import exporting
 from reroute_fx.capture import capture_decoder, find_visual_token_ids, text_decoder
 from reroute_fx.errors import ArtifactError, CaptureError
 from reroute_fx.limits import Limits
@@ -89,11 +91,13 @@ class Library:
         pickle_protocol,
     ):
         assert output_format == "exported_program"
-        Path(file_path).write_text("engines")
-        self.files[file_path] = module, extra_files
+        # What is in the file, and so can be moved with it.
+        number = str(len(self.files))
+        Path(file_path).write_text(number)
+        self.files[number] = module, extra_files
 
     def load(self, file_path="", extra_files=None):
-        module, files = self.files[file_path]
+        module, files = self.files[Path(file_path).read_text()]
         extra_files.update({name: files[name] for name in extra_files if name in files})
         return SimpleNamespace(module=lambda: module)
 
@@ -101,7 +105,8 @@ class Library:
     def installed(self):
         """Let it be found, on a machine that has a GPU."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tensorrt, "check_tensorrt", lambda device: self)
+            for module in (tensorrt, api, exporting):
+                patch.setattr(module, "check_tensorrt", lambda device: self)
             patch.setattr(tensorrt, "_device", lambda program: torch.device("cuda"))
             yield
 
@@ -307,6 +312,54 @@ def test_files_of_others_are_refused(library, tmp_path):
         library.save(None, str(path), extra_files={}, retrace=False, pickle_protocol=4)
         with pytest.raises(ArtifactError, match="can't be read"):
             tensorrt.load_tensorrt(path)
+
+
+def test_compile_and_export(library, tmp_path_factory, tmp_path):
+    """From a model to engines to an artifact, whose other programs are machine code, and back."""
+    made, eager = artifact(tmp_path_factory, "llava"), routed_at("llava", TIERS[0])
+    remember(made, eager)
+    inputs, options = batch("llava", *BATCHES["padded"]), {"max_new_tokens": 6, "do_sample": False}
+    expected = new_tokens(eager, inputs, **options)
+    with library.installed():
+        routed = reroute_fx.compile(unrouted_model("llava"), tier=TIERS[0], backend="tensorrt", limits=LIMITS)
+        assert torch.equal(new_tokens(routed, inputs, **options), expected)
+        assert routed.report.backend == "tensorrt"
+        with pytest.raises(InputError, match=r"5 rows.*limits\.batch=4"):
+            routed(**batch("llava", *BATCHES["single"] * 5))
+        path = reroute_fx.export(routed, tmp_path / "llava", format="tensorrt", limits=LIMITS)
+        loaded = reroute_fx.load(path)
+        assert torch.equal(new_tokens(loaded, inputs, **options), expected)
+    formats = {name: files.format for name, files in loaded.report.manifest.programs.items()}
+    assert formats == {
+        **dict.fromkeys(("embeddings", "images", "head"), "aot"),
+        **dict.fromkeys(("prefill", "continuation"), "tensorrt"),
+    }
+    library.compiled.clear()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"backend": "tensorrt"}, BackendUnavailableError, r"reroute-fx\[tensorrt\]"),
+        ({"backend": "tensorrt", "dynamic": False}, ConfigError, "dynamic is False; expected True"),
+        ({"backend": "tensorrt", "cuda_graphs": True}, ConfigError, "cuda_graphs is True; expected False"),
+        ({"backend": "tensorrt", "limits": 8}, ConfigError, "limits is a int"),
+        ({"backend": "eager", "limits": LIMITS}, ConfigError, "limits are given for backend 'eager'"),
+    ],
+)
+def test_compile_refuses_before_anything_is_traced(arguments, error, match, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    monkeypatch.setattr(api, "capture_decoder", lambda model: pytest.fail("traced"))
+    with pytest.raises(error, match=match):
+        reroute_fx.compile(unrouted_model("llava"), tier=TIERS[0], **arguments)
+
+
+def test_export_refuses_before_anything_is_traced(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    monkeypatch.setattr(exporting, "trace", lambda routed: pytest.fail("traced"))
+    with pytest.raises(BackendUnavailableError, match=r"reroute-fx\[tensorrt\]"):
+        reroute_fx.export(routed_at("llava", TIERS[0]), tmp_path / "new", format="tensorrt")
+    assert not list(tmp_path.iterdir())
 
 
 CHECKED = {

@@ -220,5 +220,6 @@ def _phases(show: bool) -> Iterator[Callable[..., None]]:
                 bar.reset(task, total=steps, description=description)
             else:
                 bar.update(task, advance=1, description=description)
+            bar.refresh()
 
         yield phase
