@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
-from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
 
 def settle_cpu_math() -> None:
@@ -43,11 +42,13 @@ def dynamo_export(
     model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]
 ) -> ExportedProgram:
     """Export a Hugging Face module. Newer transformers return the program with metadata, 5.17 the program."""
+    # Early versions of it import the code of many models, which those who load an artifact don't need.
+    exporters: Any = importlib.import_module("transformers.exporters.exporter_dynamo")
     # Without the last option torch 2.11 finds constraints between sizes that it can't solve.
-    config = DynamoConfig(
+    config = exporters.DynamoConfig(
         dynamic=True, dynamic_shapes=dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
     )
-    exporter = DynamoExporter()
+    exporter = exporters.DynamoExporter()
     program: ExportedProgram
     with torch.no_grad():
         if hasattr(exporter, "export_program"):

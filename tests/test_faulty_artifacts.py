@@ -67,6 +67,13 @@ def export_forever(target, tiers=TIERS[:2]):
             reroute_fx.export(routed_at(FAMILY, tier), target, limits=LIMITS, overwrite=True)
 
 
+def wait_for(condition):
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 def test_killed_at_any_moment_one_or_the_other_is_there(good, answers, tmp_path):
     target = tmp_path / "llava"
     start = time.perf_counter()
@@ -76,8 +83,11 @@ def test_killed_at_any_moment_one_or_the_other_is_there(good, answers, tmp_path)
     for number in range(20):
         tiers = TIERS[:2][:: 1 if number % 2 else -1]
         writer = multiprocessing.get_context("fork").Process(target=export_forever, args=(target, tiers))
+        before = (target / NAME).stat().st_ino
         writer.start()
-        time.sleep(draw.uniform(0, 1.5 * duration))
+        time.sleep(draw.uniform(0, duration))
+        if number % 7 == 6:  # in these the new one is there, however slow the machine is
+            wait_for(lambda before=before: (target / NAME).stat().st_ino != before)
         assert writer.is_alive()
         writer.kill()
         writer.join()
@@ -89,15 +99,14 @@ def test_killed_at_any_moment_one_or_the_other_is_there(good, answers, tmp_path)
 
 def test_killed_before_the_first_is_whole_none_is_there(good, answers, tmp_path):
     target = tmp_path / "llava"
-    for seconds in (0, 0.1, 0.3, 0.6, 1.5, 20):
+    for seconds in (0, 0.1, 0.3, 0.6, 1, 1.5):
         writer = multiprocessing.get_context("fork").Process(target=export_forever, args=(target,))
         writer.start()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not (seconds == 20 and target.exists()):
-            time.sleep(0.01)
+        time.sleep(seconds)
+        if seconds == 1.5:
+            wait_for(target.exists)
         writer.kill()
         writer.join()
-        assert target.exists() or seconds < 20
         if target.exists():
             expect_works(target, answers)
             shutil.rmtree(target)

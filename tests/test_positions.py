@@ -78,6 +78,23 @@ def test_neighbouring_pictures_have_a_place_each():
     ]
 
 
+def test_seconds_as_early_versions_count_them(monkeypatch):
+    """In transformers 5.17 the seconds between frames are cut to whole ones first."""
+    model = unrouted_model("qwen")
+    original = model.model.get_rope_index
+
+    def cut(*args, second_per_grid_ts, **kwargs):
+        return original(*args, second_per_grid_ts=second_per_grid_ts.int(), **kwargs)
+
+    monkeypatch.setattr(model.model, "get_rope_index", cut)
+    positions = find_positions(model, 3)
+    assert positions.whole_seconds
+    ids = torch.tensor([[5, *[VIDEO] * 3]])
+    grids = {VIDEO: torch.tensor([[3, 2, 2]])}
+    found = positions(ids, torch.ones_like(ids).bool(), grids, VIDEO, torch.tensor([1.7]))
+    assert found[0, 0].tolist() == [0, 1, 5, 9]
+
+
 def test_models_that_count_tokens_need_none():
     assert find_positions(unrouted_model("llava"), 2) is None
 

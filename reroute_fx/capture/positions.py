@@ -20,10 +20,12 @@ class GridPositions:
     Attributes:
         merge: patches along an edge that are one token.
         tokens_per_second: positions for a second of a video; None if a frame is one position.
+        whole_seconds: whether seconds between frames are cut to whole ones, as early versions of transformers do.
     """
 
     merge: int
     tokens_per_second: float | None
+    whole_seconds: bool = False
 
     def __call__(
         self,
@@ -63,7 +65,7 @@ class GridPositions:
             if token in left:
                 time, height, width = next(left[token])
                 height, width = height // self.merge, width // self.merge
-                step = (self.tokens_per_second or 1) * next(spacing, 1.0) if token == video_token else 1
+                step = self._step(next(spacing, 1.0)) if token == video_token else 1
                 yield start + _block(time, height, width, step)
                 place += time * height * width
                 start += max(height, width)
@@ -72,6 +74,9 @@ class GridPositions:
                 yield torch.arange(start, start + end - place).expand(3, -1)
                 start += end - place
                 place = end
+
+    def _step(self, seconds: float) -> float:
+        return (self.tokens_per_second or 1) * (int(seconds) if self.whole_seconds else seconds)
 
 
 def _block(time: int, height: int, width: int, step: float) -> torch.Tensor:
@@ -90,13 +95,15 @@ def find_positions(model: PreTrainedModel, rank: int) -> GridPositions | None:
     if rank == 2:
         return None
     vision = model.config.vision_config
-    positions = GridPositions(vision.spatial_merge_size, getattr(vision, "tokens_per_second", None))
-    if not _agrees(model, positions):
+    rate = getattr(vision, "tokens_per_second", None)
+    candidates = [GridPositions(vision.spatial_merge_size, rate, whole) for whole in (False, True)]
+    found = next((positions for positions in candidates if _agrees(model, positions)), None)
+    if found is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} gives its prompts other rotary positions than Qwen2.5-VL does; expected those. It "
             f"can't be exported; use reroute_fx.compile."
         )
-    return positions
+    return found
 
 
 def _agrees(model: PreTrainedModel, positions: GridPositions) -> bool:
