@@ -3,11 +3,20 @@
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def settle_cpu_math() -> None:

@@ -272,7 +272,7 @@ def _meta_model(name: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from .errors import ConfigError, UnsupportedModelError
+    from .errors import UnsupportedModelError, first_line
 
     path = Path(name)
     if path.suffix == ".json" and not path.is_file():
@@ -280,9 +280,8 @@ def _meta_model(name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model is {name!r}; expected a model id, a folder or a config.json. {first}"
+            f"model is {name!r}; expected a model id, a folder or a config.json. {first_line(error)}"
         ) from error
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     try:

@@ -12,6 +12,7 @@ __all__ = [
     "ParityError",
     "RerouteError",
     "UnsupportedModelError",
+    "first_line",
 ]
 
 
@@ -41,3 +42,9 @@ class ParityError(RerouteError):
 
 class ArtifactError(RerouteError):
     """An artifact can't be written, or is not what it should be."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its class if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

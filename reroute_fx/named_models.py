@@ -9,7 +9,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from .config import RoutingConfig
 from .demo import Example, llava_example
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 
 DEMO = "demo"
 DEVICES = ("cpu", "cuda")
@@ -93,7 +93,7 @@ def _demo_processor(example: Example) -> LlavaProcessor:
 
 
 def _no_model(name: str, error: Exception) -> ConfigError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     return ConfigError(
-        f"model is {name!r}; expected 'demo', a model id, or a folder with config, weights and processor. {lines[0]}"
+        f"model is {name!r}; expected 'demo', a model id, or a folder with config, weights and processor. "
+        f"{first_line(error)}"
     )

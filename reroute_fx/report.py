@@ -1,17 +1,17 @@
 """What the compiler did to a decoder and what that saves on paper."""
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from .config import REFERENCE_TOKENS, RoutingConfig
 from .passes import PassResult
+from .tables import as_text
 from .theory import REFERENCE_TEXT, LayerCost, PrefillCost, prefill_cost
 
 
@@ -108,9 +108,7 @@ class RoutingReport:
         return plain
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+        return as_text(self)
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [

@@ -21,6 +21,7 @@ import reroute_fx
 from reroute_fx import ArtifactError, BackendUnavailableError, CaptureError, ConfigError
 from reroute_fx.artifact import exporting
 from reroute_fx.artifact.manifest import NAME
+from reroute_fx.lowering import weights
 from reroute_fx.runtime.loaded import _routed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_gradients")
@@ -354,7 +355,7 @@ def test_a_disk_that_fills_up_is_told(good, copied, monkeypatch, answers, name):
 
 def test_weights_that_can_not_be_written_are_told(good, copied, monkeypatch, answers):
     """The system refuses files of more than 1000 bytes while they are written."""
-    save = reroute_fx.artifact.aot.save_file
+    save = weights.save_file
 
     def limited(tensors, path):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -364,7 +365,7 @@ def test_weights_that_can_not_be_written_are_told(good, copied, monkeypatch, ans
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr("reroute_fx.artifact.aot.save_file", limited)
+    monkeypatch.setattr(weights, "save_file", limited)
     with pytest.raises(ArtifactError, match="could not be written"):
         reroute_fx.export(routed_at(FAMILY, TIERS[1]), copied, overwrite=True)
     expect_works(copied, answers)

@@ -107,7 +107,7 @@ class Library:
         with pytest.MonkeyPatch.context() as patch:
             for module in (tensorrt, api, exporting):
                 patch.setattr(module, "check_tensorrt", lambda device: self)
-            patch.setattr(tensorrt, "_device", lambda program: torch.device("cuda"))
+            patch.setattr(tensorrt, "program_device", lambda program: torch.device("cuda"))
             yield
 
 

@@ -1,6 +1,5 @@
 """Programs of an artifact as AOTInductor packages over one file of weights."""
 
-import errno
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,19 +9,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.export import ExportedProgram
 
 from ..errors import ArtifactError
 from ..lowering import Schedule, ScheduledProgram
 from ..lowering.ahead import Scheduled, load_region, package_region, schedule
+from ..lowering.weights import WEIGHTS, memory_of, save_weights
+from ..runtime import RoutedModel
+from ..runtime.loaded import PROGRAMS
 from .files import check_package
 from .folders import check_free_space
-from .manifest import WEIGHTS, ProgramFiles
+from .manifest import ProgramFiles
 
 
 def write_aot(
-    programs: Mapping[str, ExportedProgram], model: torch.nn.Module, folder: Path, phase: Callable[..., None]
+    programs: Mapping[str, ExportedProgram], model: RoutedModel, folder: Path, phase: Callable[..., None]
 ) -> tuple[dict[str, ProgramFiles], dict[str, torch.Tensor]]:
     """Compile programs, and write the weights that they share under the names that `model` gives them.
 
@@ -40,12 +41,12 @@ def write_aot(
         for i, region in enumerate(parts.regions):
             phase(f"compiling {name}", steps)
             files.append(f"programs/{name}_{i}.pt2")
-            (folder / files[-1]).write_bytes(package_region(region, _device(parts)))
+            (folder / files[-1]).write_bytes(package_region(region, model.device))
         plan = replace(parts.schedule, weights=weights.names[name])
         written[name] = ProgramFiles("aot", tuple(files), f"programs/{name}.json")
         (folder / f"programs/{name}.json").write_text(json.dumps(plan.to_json()))
     phase("writing weights")
-    weights.save(folder / WEIGHTS)
+    save_weights(weights.tensors, folder / WEIGHTS)
     return written, weights.tensors
 
 
@@ -62,7 +63,7 @@ def load_aot(
     try:
         plan = json.loads((folder / str(files.schedule)).read_text())
         regions = [load_region(folder / region, device) for region in files.files]
-        return ScheduledProgram(Schedule.from_json(plan, len(regions)), regions, weights)
+        return ScheduledProgram(Schedule.from_json(plan, len(regions), PROGRAMS[name]), regions, weights)
     except KeyError as error:
         raise ArtifactError(
             f"{folder} lacks the weight {error} of {name}. Export the model again."
@@ -80,15 +81,6 @@ def read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
         raise ArtifactError(f"{path} is damaged: {error}. Copy the whole folder again.") from error
 
 
-def _device(parts: Scheduled) -> torch.device:
-    return next(
-        n.meta["val"].device
-        for region in parts.regions
-        for n in region.graph.find_nodes(op="placeholder")
-        if isinstance(n.meta["val"], torch.Tensor)
-    )
-
-
 class _Weights:
     """The weights of all programs, each once.
 
@@ -99,13 +91,13 @@ class _Weights:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: RoutedModel,
         programs: Mapping[str, ExportedProgram],
         scheduled: Mapping[str, Scheduled],
     ) -> None:
         known: dict[Any, str] = {}
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-            known.setdefault(_place(tensor), name)
+            known.setdefault(memory_of(tensor), name)
         self.tensors: dict[str, torch.Tensor] = {}
         self.names: dict[str, tuple[str, ...]] = {}
         for program, source in programs.items():
@@ -113,26 +105,6 @@ class _Weights:
             names = []
             for target in scheduled[program].schedule.weights:
                 tensor = held[target]
-                names.append(known.setdefault(_place(tensor), f"constants.{program}.{target}"))
+                names.append(known.setdefault(memory_of(tensor), f"constants.{program}.{target}"))
                 self.tensors[names[-1]] = tensor
             self.names[program] = tuple(names)
-
-    def save(self, path: Path) -> None:
-        plain = {name: _alone(tensor.detach()) for name, tensor in self.tensors.items()}
-        try:
-            save_file(plain, path)
-        except SafetensorError as error:
-            # The library tells of a full disk in words.
-            raise OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error)) from error
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same memory."""
-    storage = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
-    return (*storage, tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory of its own, without gaps."""
-    is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if is_alone else tensor.clone(memory_format=torch.contiguous_format)

@@ -19,7 +19,6 @@ def check_answers(routed: RoutedModel, loaded: LoadedModel) -> None:
     prompt = _text(routed, rows, length)
     expected, found = routed(**prompt), loaded(**prompt)
     is_token = prompt["attention_mask"].bool()
-    pairs = [(found.logits[is_token], expected.logits[is_token])]
     mask = prompt["attention_mask"]
     step = {
         "input_ids": prompt["input_ids"][:, -1:],
@@ -29,7 +28,7 @@ def check_answers(routed: RoutedModel, loaded: LoadedModel) -> None:
         model(**step, past_key_values=output.past_key_values).logits
         for model, output in ((loaded, found), (routed, expected))
     ]
-    for ours, theirs in [*pairs, tuple(following)]:
+    for ours, theirs in ((found.logits[is_token], expected.logits[is_token]), following):
         # A hundred roundings of the largest value.
         noise = 100 * torch.finfo(theirs.dtype).eps * theirs.abs().max()
         if not (ours - theirs).abs().max() <= noise:

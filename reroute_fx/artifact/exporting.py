@@ -1,9 +1,8 @@
 """Write a routed model to disk as programs that run without its class."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.export import ExportedProgram
 
+from .._compat import package_version
 from ..capture import find_visual_token_ids, text_decoder
 from ..capture.images import FixedImages, GridImages
 from ..capture.positions import GridPositions, find_positions
@@ -174,7 +174,7 @@ def _write(
         positions=traced.positions,
         visual_ids=find_visual_token_ids(routed.config),
         requirements=None if format == "onnx" else Requirements.of(routed.device),
-        versions=_versions(),
+        versions={name: found for name in _PACKAGES if (found := package_version(name))},
         programs=programs,
         files=list_files(folder),
     )
@@ -195,14 +195,6 @@ def _name(routed: RoutedModel) -> str:
     """Id of the model, or the last part of its folder's path."""
     given = str(routed.config.name_or_path or "")
     return Path(given).name if Path(given).exists() else given
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from pathlib import Path
 from ..errors import ArtifactError
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
-_BLOCK = 2**20
 _PACKAGED = (".so", ".cpp", ".json", ".cubin", ".hsaco", ".spv", ".o")
 _PACKAGED_NAMES = {"archive_format", "archive_version", "version", "byteorder", "serialization_id"}
 

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from .._compat import settle_cpu_math
-from ..capture.tracing import first_line
-from ..errors import ArtifactError
+from ..errors import ArtifactError, first_line
+from ..lowering.weights import WEIGHTS
 from ..runtime.loaded import PROGRAMS, LoadedModel, Parts, Program
 from .aot import load_aot, read_weights
 from .files import check_files
-from .manifest import PROCESSOR, WEIGHTS, Manifest, ProgramFiles
+from .manifest import PROCESSOR, Manifest, ProgramFiles
 from .onnx import load_onnx_program
 from .report import ArtifactReport
 from .requirements import check_memory

@@ -13,6 +13,7 @@ from ..capture.positions import GridPositions
 from ..config import RoutingConfig
 from ..errors import ArtifactError
 from ..limits import Limits
+from ..lowering.weights import WEIGHTS
 from .files import FileEntry, check_name
 from .requirements import Requirements
 
@@ -20,8 +21,6 @@ NAME = "manifest.json"
 PROCESSOR = "processor"
 """Folder of the processor inside an artifact."""
 SCHEMA = 1
-WEIGHTS = "weights.safetensors"
-"""File of all weights."""
 FORMATS = ("aot", "onnx", "tensorrt")
 _LARGEST = 64 * 2**20
 

@@ -1,14 +1,14 @@
 """What an artifact holds."""
 
-import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..tables import as_text
 from .manifest import Manifest
 
 
@@ -42,9 +42,7 @@ class ArtifactReport:
         return {"path": str(self.path), "bytes": self.total_bytes, **asdict(self.manifest)}
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+        return as_text(self)
 
     def __rich__(self) -> RenderableType:
         manifest = self.manifest

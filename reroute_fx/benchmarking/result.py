@@ -1,6 +1,5 @@
 """What was measured, and how it reads."""
 
-import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ..config import RoutingConfig
 from ..errors import InputError
+from ..tables import as_text
 from .parity import Parity
 from .theory import Theory
 
@@ -206,9 +206,7 @@ class BenchmarkResult:
         plot_results([self], path)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+        return as_text(self)
 
     def __rich__(self) -> RenderableType:
         times = [self._time_table(measure) for measure in MEASURES]

@@ -10,8 +10,8 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from .._compat import dynamo_export
-from ..errors import CaptureError, UnsupportedModelError
-from .tracing import as_traced, first_line, quiet
+from ..errors import CaptureError, UnsupportedModelError, first_line
+from .tracing import as_traced, quiet
 from .visual_tokens import find_visual_token_ids
 
 _SAMPLE_BATCH, _SAMPLE_LENGTH = 2, 1024

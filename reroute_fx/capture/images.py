@@ -24,7 +24,7 @@ class Images(Protocol):
         """Dynamic dimensions of the inputs of the program."""
 
     def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Inputs of the program that `capture_vision_tower` returns."""
+        """Inputs of the program that `capture_vision_tower` returns; `grid` is on the host."""
 
     def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
         """Raise InputError unless the model can take such pictures."""
@@ -111,13 +111,12 @@ class GridImages:
 
     def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
         assert grid is not None
-        on_host = grid.cpu()
         given = {
-            "position_ids": get_vision_position_ids(on_host, self.merge),
-            "frames": segments(get_vision_cu_seqlens(on_host)),
+            "position_ids": get_vision_position_ids(grid, self.merge),
+            "frames": segments(get_vision_cu_seqlens(grid)),
         }
         if self.window is not None:
-            order, bounds = get_vision_window_index(on_host, self.merge, self.window, self.patch)
+            order, bounds = get_vision_window_index(grid, self.merge, self.window, self.patch)
             given |= {"window_order": order, "windows": segments(bounds)}
         placed = {name: tensor.to(pixel_values.device) for name, tensor in given.items()}
         return {"pixel_values": pixel_values, **placed}

@@ -10,10 +10,10 @@ from torch import nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from ..errors import CaptureError, UnsupportedModelError
+from ..errors import CaptureError, UnsupportedModelError, first_line
 from .images import FixedImages, GridImages
 from .segments import SEGMENTS
-from .tracing import as_traced, first_line, quiet
+from .tracing import as_traced, quiet
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
             f"{first_line(error)}. Use reroute_fx.compile without an export."
         ) from error
     _check_sizes(program, shapes)
+    _drop_assertions(program)
     _mark_layers(program)
     _compare(program, inputs, tower.expected(**sample))
     return CapturedTower(program, images)
@@ -151,13 +152,18 @@ def _check_sizes(program: ExportedProgram, shapes: dict[str, dict[int, Any]]) ->
                 )
 
 
+def _drop_assertions(program: ExportedProgram) -> None:
+    """What was asserted of dtypes while it was traced holds for all sizes."""
+    assertion = torch.ops.aten._assert_tensor_metadata.default
+    for node in program.graph.find_nodes(op="call_function", target=assertion):
+        program.graph.erase_node(node)
+    program.graph_module.recompile()
+
+
 def _mark_layers(program: ExportedProgram) -> None:
     """Name the layer of each node in ``meta["region"]``, so that equal layers share one region."""
     layers: dict[Any, tuple[str, str]] = {}
-    for node in list(program.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            program.graph.erase_node(node)
-            continue
+    for node in program.graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         found = re.match(r"(.*?)\.(\d+)(\.|$)", stack[-1][0]) if stack else None
         if found:
@@ -166,7 +172,6 @@ def _mark_layers(program: ExportedProgram) -> None:
     for node, (name, number) in layers.items():
         if name == longest[0][0]:
             node.meta["region"] = f"layer.{number}"
-    program.graph_module.recompile()
 
 
 def _compare(program: ExportedProgram, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> None:

@@ -3,11 +3,12 @@
 from .cuda_graphs import CudaRecorder
 from .device import check_device, describe_operators
 from .executable import BACKENDS, Executable, check_backend, lower
-from .schedule import Schedule, ScheduledProgram, as_executable
+from .schedule import HIDDEN, Schedule, ScheduledProgram, as_executable
 from .tensorrt import TensorRTProgram, check_tensorrt
 
 __all__ = [
     "BACKENDS",
+    "HIDDEN",
     "CudaRecorder",
     "Executable",
     "Schedule",

@@ -4,13 +4,12 @@ A package holds no weights, so that all layers and all programs share one copy o
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -18,12 +17,10 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
 from ..errors import BackendUnavailableError, CaptureError
+from .example_sizes import ExampleSizes
 from .implementations import use_implementations
 from .regions import is_size, region_key, share_regions
 from .schedule import Schedule
-
-_SMALLEST_EXAMPLE = 5
-"""Sizes of 1 and 2 are special."""
 
 
 @dataclass(frozen=True)
@@ -122,34 +119,13 @@ def _take_lengths(region: fx.GraphModule) -> None:
 
 
 def _examples(fakes: Sequence[Any], shapes: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Tensors of which sizes are equal where their symbols are, and as large as the program was captured with.
-
-    A compiler decides by them what is worth several threads. They are prime, so that none follows from others.
-    """
-    chosen: dict[Any, int] = {}
-
-    def size(symbol: Any) -> int:
-        if isinstance(symbol, int):
-            return symbol
-        factor, free = symbol.node.expr.as_coeff_Mul()  # a symbol, or a multiple of one
-        if free not in chosen:
-            usual = symbol.node.hint // int(factor)
-            chosen[free] = _unused_prime(max(_SMALLEST_EXAMPLE, usual), chosen.values())
-        return int(factor) * chosen[free]
-
+    """Tensors of which sizes are equal where their symbols are."""
+    size = ExampleSizes()
     dtypes = [fake.dtype if isinstance(fake, torch.Tensor) else torch.bool for fake in fakes]
     return tuple(
         torch.zeros([size(s) for s in shape], dtype=dtype, device=device)
         for shape, dtype in zip(shapes, dtypes, strict=True)
     )
-
-
-def _unused_prime(least: int, used: Iterable[int]) -> int:
-    taken = set(used)
-    prime = sympy.nextprime(least - 1)
-    while prime in taken:
-        prime = sympy.nextprime(prime)
-    return int(prime)
 
 
 def _check_sizes(exported: ExportedProgram, shapes: Sequence[Any]) -> None:

@@ -3,6 +3,7 @@
 from importlib import metadata
 
 import torch
+from torch.export import ExportedProgram
 
 from ..errors import BackendUnavailableError, UnsupportedModelError
 
@@ -55,6 +56,13 @@ def describe_operators(device: torch.device) -> str:
         capability = torch.cuda.get_device_capability(device)
         return f"Triton kernels, compute capability {_dotted(capability)}"
     return f"PyTorch references, because the model is on {device.type}"
+
+
+def program_device(program: ExportedProgram) -> torch.device:
+    """Where a program runs: on the device of its inputs."""
+    fakes = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
+    device: torch.device = next(fake.device for fake in fakes if isinstance(fake, torch.Tensor))
+    return device
 
 
 def _dotted(version: tuple[int, ...]) -> str:

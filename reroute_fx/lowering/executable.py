@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..limits import Limits
 from . import inductor
 from .cuda_graphs import CudaGraphs, Recorder, Role
+from .device import program_device
 from .tensorrt import TensorRTProgram, lower_tensorrt
 
 BACKENDS = ("inductor", "eager", "tensorrt")
@@ -147,7 +148,7 @@ def lower(
         return lower_tensorrt(program, name, limits)
     executable = Executable(program, backend, name)
     if backend == "inductor":
-        device = _device(program)
+        device = program_device(program)
         regions = inductor.lower(program.graph_module, device, dynamic, executable._compiled)
         executable._module = regions.module
         executable.regions, executable.distinct_regions = regions.calls, regions.distinct
@@ -160,13 +161,6 @@ def lower(
 def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ConfigError(f"backend is {backend!r}; expected one of {list(BACKENDS)}.")
-
-
-def _device(program: ExportedProgram) -> torch.device:
-    """Where a program runs: on the device of its inputs."""
-    fakes = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
-    device: torch.device = next(fake.device for fake in fakes if isinstance(fake, torch.Tensor))
-    return device
 
 
 def written_inputs(program: ExportedProgram) -> set[str]:

@@ -13,12 +13,11 @@ from typing import Any
 import sympy
 import torch
 import torch.utils._pytree as pytree
-from safetensors.torch import save_file
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from .._compat import compilation_settings
 from ..errors import BackendUnavailableError, CaptureError
+from .example_sizes import ExampleSizes
 from .executable import written_inputs
 from .implementations import use_implementations
 from .onnx_operators import (
@@ -29,11 +28,11 @@ from .onnx_operators import (
     operator_name,
     select_tokens_by_counting,
 )
-from .schedule import HIDDEN, as_executable
+from .schedule import as_executable, by_name
+from .weights import WEIGHTS, memory_of, save_weights
 
 OPSET = 18
 """TensorRT's importer takes 9 to 24."""
-WEIGHTS = "weights.safetensors"
 _PREFIX = "program."
 """Of the names that `_Functional` gives to weights."""
 NEW = ".new"
@@ -129,7 +128,7 @@ def _convert(program: ExportedProgram, name: str) -> Any:
             exported,
             dynamo=True,
             opset_version=OPSET,
-            input_names=_inputs(program),
+            input_names=program.graph_signature.user_inputs,
             output_names=list(pytree.tree_unflatten(range(results.num_leaves), results)),
             custom_translation_table=TRANSLATIONS,
             optimize=False,
@@ -152,19 +151,13 @@ class _Functional(torch.nn.Module):
             node.target = select_tokens_by_counting
         # The other references on every device: ONNX has no place for kernels.
         use_implementations(self.program, torch.device("cpu"))
-        self.written = [name for name in _inputs(program) if name in written_inputs(program)]
+        written = written_inputs(program)
+        self.written = [name for name in program.graph_signature.user_inputs if name in written]
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         new = {name: inputs[name].clone() for name in self.written}
-        results: dict[str, Any] = self.program(**{**inputs, **new})
-        if "routing" in results:
-            results = {HIDDEN: results["output"].last_hidden_state, **results["routing"]}
+        results = by_name(self.program(**{**inputs, **new}))
         return results | {name + NEW: tensor for name, tensor in new.items()}
-
-
-def _inputs(program: ExportedProgram) -> list[str]:
-    specs = program.graph_signature.input_specs
-    return [s.arg.name for s in specs if s.kind is InputKind.USER_INPUT]
 
 
 def _export(program: ExportedProgram, name: str) -> ExportedProgram:
@@ -189,18 +182,16 @@ def _examples(program: ExportedProgram) -> tuple[dict[str, torch.Tensor], dict[s
         name: {
             i: size.node.expr for i, size in enumerate(placeholders[name].shape) if not isinstance(size, int)
         }
-        for name in _inputs(program)
+        for name in program.graph_signature.user_inputs
     }
-    expressions = dict.fromkeys(size for shape in shapes.values() for size in shape.values())
-    symbols = dict.fromkeys(symbol for size in expressions for symbol in sorted(size.free_symbols, key=str))
+    symbols = {symbol for shape in shapes.values() for size in shape.values() for symbol in size.free_symbols}
     dims = {symbol: Dim(str(symbol), min=_least(program, symbol)) for symbol in symbols}
-    # No two sizes are equal, and none is special.
-    chosen = {symbol: sympy.prime(number) for number, symbol in enumerate(symbols, start=3)}
-    inputs = {}
-    for name, shape in shapes.items():
+    example_size, inputs = ExampleSizes(), {}
+    for name in shapes:
         fake = placeholders[name]
-        size = [int(shape[i].subs(chosen)) if i in shape else fake.shape[i] for i in range(fake.ndim)]
-        inputs[name] = torch.zeros(size, dtype=fake.dtype, device=fake.device)
+        inputs[name] = torch.zeros(
+            [example_size(size) for size in fake.shape], dtype=fake.dtype, device=fake.device
+        )
     return inputs, {name: {i: _multiple(s, dims) for i, s in shape.items()} for name, shape in shapes.items()}
 
 
@@ -246,12 +237,12 @@ def _write_weights(models: Mapping[str, Any], folder: Path) -> None:
         for value in _weights(model):
             value.name = value.name.removeprefix(_PREFIX)
             tensor = value.const_value.raw.detach()
-            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            place = memory_of(tensor)
             if place not in names:
                 names[place] = f"{model_name}.{value.name}" if value.name in tensors else value.name
                 tensors[names[place]] = tensor
             references.append((value, names[place]))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    save_weights(tensors, folder / WEIGHTS)
     places = _places(folder / WEIGHTS)
     for value, name in references:
         _refer(value, *places[name], folder)

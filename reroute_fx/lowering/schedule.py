@@ -60,15 +60,15 @@ class Schedule:
     def of(cls, program: ExportedProgram, regions: Regions) -> "Schedule":
         """The schedule of a program that `route` or `continuation` returned, or one that returns tensors by name."""
         specs = program.graph_signature.input_specs
-        inputs = tuple(s.arg.name for s in specs if s.kind is InputKind.USER_INPUT)
+        inputs = program.graph_signature.user_inputs
         weights = {s.arg.name: str(s.target) for s in specs if s.kind is not InputKind.USER_INPUT}
         reader = _Reader(regions, (*inputs, *weights))
         calls = tuple(map(reader.call, reader.calls()))
         return cls(inputs, tuple(weights.values()), calls, reader.outputs(program.call_spec.out_spec))
 
     @classmethod
-    def from_json(cls, data: Any, regions: int) -> "Schedule":
-        """Read what `to_json` wrote, for a program of as many regions.
+    def from_json(cls, data: Any, regions: int, result: str = HIDDEN) -> "Schedule":
+        """Read what `to_json` wrote, for a program of as many regions that returns `result`.
 
         Raises:
             ArtifactError: it is something else, or reads a value that is not there yet.
@@ -79,7 +79,7 @@ class Schedule:
                 for c in data["calls"]
             ]
             schedule = cls(tuple(data["inputs"]), tuple(data["weights"]), tuple(calls), dict(data["outputs"]))
-            schedule._check(regions)
+            schedule._check(regions, result)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
                 f"The schedule of a program is damaged ({type(error).__name__}: {error}). Export the model again."
@@ -89,11 +89,11 @@ class Schedule:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def _check(self, regions: int) -> None:
+    def _check(self, regions: int, result: str) -> None:
         """Raise ValueError unless all names are strings and all numbers stand for something."""
         names = (*self.inputs, *self.weights, *self.outputs)
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError("a name is no string")
+        if not all(isinstance(name, str) for name in names) or result not in self.outputs:
+            raise ValueError("names are missing")
         count = len(self.inputs) + len(self.weights)
         for call in self.calls:
             _check_number(call.region, regions)
@@ -141,9 +141,7 @@ class _Reader:
     def outputs(self, spec: pytree.TreeSpec) -> dict[str, int]:
         returned: Any = self.graph.output_node().args[0]
         whole = pytree.tree_unflatten(list(returned), spec)
-        if "routing" in whole:
-            whole = {HIDDEN: whole["output"].last_hidden_state, **whole["routing"]}
-        return {name: self.values[node] for name, node in whole.items()}
+        return {name: self.values[node] for name, node in by_name(whole).items()}
 
 
 class ScheduledProgram:
@@ -177,6 +175,13 @@ class ScheduledProgram:
             for i in released:
                 values[i] = None
         return {name: values[i] for name, i in self.schedule.outputs.items()}
+
+
+def by_name(results: dict[str, Any]) -> dict[str, Any]:
+    """Results of a program by name: those of a routed one are ``{"output": ..., "routing": ...}``."""
+    if "routing" not in results:
+        return results
+    return {HIDDEN: results["output"].last_hidden_state, **results["routing"]}
 
 
 def as_executable(values: dict[str, torch.Tensor]) -> dict[str, Any]:

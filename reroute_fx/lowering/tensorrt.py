@@ -19,7 +19,8 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Output
 
 from ..errors import ArtifactError, BackendUnavailableError
 from ..limits import Limits
-from .schedule import HIDDEN, as_executable
+from .device import program_device
+from .schedule import as_executable, by_name
 from .tensorrt_coverage import Coverage, coverage, coverage_of
 from .tensorrt_decompose import Size, decompose, rebuild
 
@@ -110,7 +111,7 @@ def lower_tensorrt(
         BackendUnavailableError: Torch-TensorRT can't be imported, or the program is on no CUDA device.
         CaptureError: a size was fixed.
     """
-    device = _device(program)
+    device = program_device(program)
     torch_tensorrt = check_tensorrt(device)
     start = time.perf_counter()
     sizes = _sizes(program, limits or Limits())
@@ -195,12 +196,6 @@ def load_tensorrt(path: Path) -> TensorRTProgram:
     return TensorRTProgram(loaded.module(), interface, name)
 
 
-def _device(program: ExportedProgram) -> torch.device:
-    fakes = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
-    device: torch.device = next(fake.device for fake in fakes if isinstance(fake, torch.Tensor))
-    return device
-
-
 def _user_inputs(program: ExportedProgram) -> dict[str, Any]:
     """Values of the inputs that a caller gives, by name."""
     given = {
@@ -259,8 +254,7 @@ def _pure(program: ExportedProgram) -> tuple[ExportedProgram, Interface]:
 
 
 def _output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
-    whole: Any = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    numbers: dict[str, int] = {HIDDEN: whole["output"].last_hidden_state, **whole["routing"]}
+    numbers: dict[str, int] = by_name(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
     return tuple(sorted(numbers, key=numbers.__getitem__))
 
 

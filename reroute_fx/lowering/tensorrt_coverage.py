@@ -1,7 +1,6 @@
 """Which operators of a routed program Torch-TensorRT converts, and which it leaves to PyTorch."""
 
 import importlib
-import io
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -9,12 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import fx
 from torch.export import ExportedProgram
 
+from ..tables import as_text
 from .tensorrt_decompose import decompose, load_recorded
 
 OUTSIDE = "outside"
@@ -80,9 +80,7 @@ class Coverage:
         return {"source": self.source, "operators": entries}
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        console.print(self)
-        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+        return as_text(self, width=120)
 
     def __rich__(self) -> RenderableType:
         table = Table(title="Operators for TensorRT", caption=f"Converters: {self.source}")

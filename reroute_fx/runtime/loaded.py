@@ -16,13 +16,20 @@ from ..capture.positions import GridPositions
 from ..config import RoutingConfig
 from ..errors import InputError
 from ..limits import Limits
-from ..lowering import as_executable
+from ..lowering import HIDDEN, as_executable
 from .decoder import RoutedDecoder
 from .model import RoutedModel
 from .prompt import PromptReader
 
 Program = Callable[..., dict[str, torch.Tensor]]
-PROGRAMS = ("embeddings", "images", "prefill", "continuation", "head")
+PROGRAMS = {
+    "embeddings": "inputs_embeds",
+    "images": "features",
+    "prefill": HIDDEN,
+    "continuation": HIDDEN,
+    "head": "logits",
+}
+"""What each program returns, besides what `route` exposes."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +185,9 @@ class LoadedModel(RoutedModel, GenerationMixin):
         ):
             if pixels is not None:
                 token = _placeholder(self.config, kind)
-                embeds = self._put_features(embeds, input_ids == token, pixels, grid)
                 if grid is not None:
                     grids[token] = grid.cpu()
+                embeds = self._put_features(embeds, input_ids == token, pixels, grids.get(token))
         output = self._decoder.routed_forward(
             _no_other_program,
             inputs_embeds=embeds,
