@@ -1,0 +1,144 @@
+"""The small LLaVA of the grounding study, untrained: tokenizer, processor and model."""
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from reroute_fx.grounding.questions import NUMBERS, RELATIONS
+from reroute_fx.grounding.scenes import COLOURS, SHAPES, SIDE, SIZES, TEXTURES
+
+IMAGE = "<image>"
+PATCH = 14
+WIDTH, HEADS, DECODER_LAYERS, TOWER_LAYERS = 128, 4, 16, 6
+
+_WORD = r" ?[A-Za-z]+| ?[0-9]\.[0-9]{2}| ?[\[\],.?:]|[\s\S]"
+"""A word, a number with two decimals or a sign, each with the space before it; or any character."""
+_OTHER_WORDS = [
+    "USER",
+    "ASSISTANT",
+    "Where",
+    "Is",
+    "Are",
+    "is",
+    "are",
+    "the",
+    "there",
+    "a",
+    "exactly",
+    "thing",
+    "things",
+    "yes",
+    "no",
+]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word and number that questions and answers have, with and without a space before it."""
+    shapes = [form for shape in SHAPES for form in (shape, f"{shape}{'es' if shape == 'cross' else 's'}")]
+    relations = [word for relation in RELATIONS for word in relation.split()]
+    words = [
+        *_OTHER_WORDS,
+        "thing",
+        "things",
+        "yes",
+        "no",
+        *SIZES,
+        *TEXTURES,
+        *COLOURS,
+        *shapes,
+        *relations,
+        *NUMBERS,
+        *"[],.?:",
+    ]
+    words += [f"{hundredth / 100:.2f}" for hundredth in range(101)]
+    special = ["<unk>", "<s>", "</s>", "<pad>", IMAGE]
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(
+        ["\n", *(form for word in words for form in (word, f" {word}")), " "], trainer
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=[IMAGE],
+        padding_side="left",
+    )
+
+
+def build_processor() -> LlavaProcessor:
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+        ),
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE,
+        num_additional_image_tokens=1,
+    )
+
+
+def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGeneration:
+    """A CLIP tower and a Llama decoder, joined as LLaVA-1.5 does: features of the last layer but one."""
+    torch.manual_seed(seed)
+    tokenizer = processor.tokenizer
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH * 8 // 3 // 8 * 8,
+        num_hidden_layers=DECODER_LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=1024,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH * 3,
+        num_hidden_layers=TOWER_LAYERS,
+        num_attention_heads=HEADS,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=image_id, vision_feature_layer=-2
+        )
+    )
+
+
+def grow(model: LlavaForConditionalGeneration, trained: int) -> None:
+    """Spread the first `trained` decoder layers over the depth; what comes between starts as a copy that adds nothing.
+
+    The model says the same before and after (block expansion, Wu et al. 2024, arXiv 2401.02415).
+    """
+    layers = model.model.language_model.layers
+    every = len(layers) // trained
+    states = [
+        {name: value.clone() for name, value in layer.state_dict().items()} for layer in layers[:trained]
+    ]
+    for i, layer in enumerate(layers):
+        layer.load_state_dict(states[i // every])
+        if i % every:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)

@@ -1,0 +1,193 @@
+"""The study's answers as scores, a table and plots."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from reroute_fx.grounding.scoring import (
+    THRESHOLD,
+    Interval,
+    YesNoScores,
+    average,
+    share,
+    yes_no_scores,
+)
+
+Records = Sequence[dict[str, Any]]
+ORDER = (
+    "fastv deleted",
+    "fastv routed",
+    "pdrop deleted",
+    "pdrop routed",
+    "random deleted",
+    "random routed",
+    "average pooling",
+)
+_COLOURS = {"fastv": "#4878a8", "pdrop": "#e07b39", "random": "#8a8a8a", "average": "#5a9e6f"}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a contender over all seeds.
+
+    Attributes:
+        accuracy: share of boxes that overlap the right one by half.
+        overlap: mean overlap.
+        yes_no: POPE's scores.
+        right: share of right yes/no answers.
+        agreement: share of all answers that are, to the letter, the unrouted model's.
+    """
+
+    accuracy: Interval
+    overlap: Interval
+    yes_no: YesNoScores
+    right: Interval
+    agreement: Interval
+
+
+def score(records: Records, contender: str, tier: int | None, hops: int | None = None) -> Scores:
+    """Scores of one contender at a tier; of references with so many relations only, if given."""
+    boxes = _answers(records, contender, tier, "refer")
+    truths = _answers(records, contender, tier, "yes/no")
+    same = [
+        a["answer"] == b["answer"]
+        for kind in ("refer", "yes/no")
+        for a, b in zip(
+            _answers(records, contender, tier, kind), _answers(records, "unrouted", None, kind), strict=True
+        )
+    ]
+    overlaps = [a["iou"] for a in boxes if hops in (None, a["hops"])]
+    right = [a["answer"].lower() == a["target"] for a in truths]
+    return Scores(
+        share([value >= THRESHOLD for value in overlaps]),
+        average(overlaps),
+        yes_no_scores([a["answer"] for a in truths], [a["target"] for a in truths]),
+        share(right),
+        share(same),
+    )
+
+
+def _answers(records: Records, contender: str, tier: int | None, kind: str) -> list[dict[str, Any]]:
+    found = [r for r in records if (r["contender"], r["tier"], r["kind"]) == (contender, tier, kind)]
+    return [answer for r in sorted(found, key=lambda r: r["seed"]) for answer in r["answers"]]
+
+
+def tiers(records: Records) -> list[int]:
+    return sorted({r["tier"] for r in records if r["tier"]}, reverse=True)
+
+
+def markdown_table(records: Records) -> str:
+    """All scores, in percent but for the overlap; after ± half of the 95 % interval."""
+    lines = [
+        "| tokens | contender | ACC@0.5 | no relation | one | two | mean IoU | yes/no | F1 | same answer |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        _line(records, "unrouted", None),
+    ]
+    lines += [_line(records, name, tier) for tier in tiers(records) for name in ORDER]
+    return "\n".join(lines)
+
+
+def _line(records: Records, name: str, tier: int | None) -> str:
+    scores = score(records, name, tier)
+    by_hops = [score(records, name, tier, hops).accuracy.mean for hops in range(3)]
+    cells = [
+        str(tier or 576),
+        name,
+        _percent(scores.accuracy),
+        *(f"{100 * value:.1f}" for value in by_hops),
+        f"{scores.overlap.mean:.3f}",
+        _percent(scores.right),
+        f"{100 * scores.yes_no.f1:.1f}",
+        f"{100 * scores.agreement.mean:.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval.mean:.1f} ± {50 * (interval.high - interval.low):.1f}"
+
+
+def plot_accuracy(records: Records, path: Path) -> None:
+    """Scores against the budget, deleted and routed, with 95 % intervals."""
+    figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
+    for chart, field, title in zip(
+        figure.subplots(1, 2),
+        ("accuracy", "right"),
+        ("referring expressions, ACC@0.5", "yes/no questions, accuracy"),
+        strict=True,
+    ):
+        for name in ORDER:
+            intervals = [getattr(score(records, name, tier), field) for tier in tiers(records)]
+            middle = [100 * i.mean for i in intervals]
+            spread = [
+                [100 * (i.mean - i.low) for i in intervals],
+                [100 * (i.high - i.mean) for i in intervals],
+            ]
+            chart.errorbar(tiers(records), middle, yerr=spread, label=name, capsize=3, **_style(name))
+        unrouted = 100 * getattr(score(records, "unrouted", None), field).mean
+        chart.axhline(unrouted, color="black", linewidth=1, label="unrouted")
+        chart.set_xticks(tiers(records))
+        chart.set_xlabel("visual tokens that enter a layer on average, of 576")
+        chart.set_ylabel("%")
+        chart.set_title(title)
+        chart.grid(alpha=0.3)
+    chart.legend(fontsize=8, loc="lower right")
+    figure.savefig(path)
+
+
+def _style(name: str) -> dict[str, Any]:
+    routed = name.endswith("routed")
+    return {
+        "color": _COLOURS[name.split()[0]],
+        "linestyle": "-" if routed else "--",
+        "marker": "o" if routed else "x",
+    }
+
+
+def plot_recovery(records: Records, path: Path) -> None:
+    """What each decision keeps of the target, and how often what it brings back is the target."""
+    names = ("fastv deleted", "fastv routed", "pdrop deleted", "pdrop routed")
+    figure = Figure(figsize=(4 * len(tiers(records)), 7), dpi=130, layout="constrained")
+    charts = figure.subplots(2, len(tiers(records)), sharey="row", squeeze=False)
+    for column, tier in enumerate(tiers(records)):
+        for name in names:
+            stages = stage_counts(records, name, tier)
+            places = range(1, len(stages) + 1)
+            kept = [100 * s["kept_target"] / s["target"] for s in stages]
+            charts[0][column].plot(places, kept, label=name, **_style(name))
+            if name.endswith("routed"):
+                back = [100 * s["back_target"] / max(1, s["out_target"]) for s in stages[1:]]
+                others = [_share_of_others(s) for s in stages[1:]]
+                colour = _style(name)["color"]
+                charts[1][column].plot(
+                    places[1:], back, color=colour, marker="o", label=f"{name}: on the target"
+                )
+                charts[1][column].plot(
+                    places[1:], others, color=colour, linestyle=":", label=f"{name}: elsewhere"
+                )
+        charts[0][column].set_title(f"tier {tier}")
+        charts[1][column].set_xlabel("decision")
+        for row in charts:
+            row[column].set_xticks(range(1, 5))
+            row[column].grid(alpha=0.3)
+    charts[0][0].set_ylabel("% of the target's tokens that are kept")
+    charts[1][0].set_ylabel("% of deferred tokens that come back")
+    for row in charts:
+        row[0].legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _share_of_others(stage: dict[str, int]) -> float:
+    out = stage["out"] - stage["out_target"]
+    return 100 * (stage["back"] - stage["back_target"]) / max(1, out)
+
+
+def stage_counts(records: Records, contender: str, tier: int) -> list[dict[str, int]]:
+    """`recovery.Stage` for each decision, summed over all seeds."""
+    found = [
+        r["stages"] for r in records if (r["contender"], r["tier"], r["kind"]) == (contender, tier, "refer")
+    ]
+    return [{name: sum(s[name] for s in column) for name in column[0]} for column in zip(*found, strict=True)]
