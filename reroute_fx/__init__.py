@@ -30,6 +30,7 @@ from .plan import RowPlan, plan_rows
 from .report import RoutingReport
 from .routing import Savings, route
 from .runtime import LoadedModel, RoutedCache, RoutedModel, Routing
+from .visualizing import visualize
 
 __version__ = version("reroute-fx")
 
@@ -64,4 +65,5 @@ __all__ = [
     "passes",
     "plan_rows",
     "route",
+    "visualize",
 ]

@@ -99,19 +99,61 @@ def _record(entry: PaperConfig) -> dict[str, Any]:
 
 
 @app.command()
-def demo(backend: Annotated[str, typer.Option(help=" or ".join(BACKENDS))] = "inductor") -> None:
-    """Compile, generate and time two small models with random weights; nothing is downloaded."""
+def demo(
+    backend: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
+    scene: Annotated[int, typer.Option(help="number of the generated scene")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("demo"),
+) -> None:
+    """Ask a small trained model for a thing in a scene: unrouted, with deleted and with routed tokens."""
     from .demo import run
 
     try:
-        run(backend, _console)
+        check_backend(backend)
+        run(backend, _console, scene, out)
+    except RerouteError as error:
+        _fail(error)
+
+
+@app.command()
+def visualize(
+    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a small one")],
+    out: Annotated[Path, typer.Argument(help="folder for the pictures")],
+    prompt: Annotated[str, typer.Option(help="text behind the picture")],
+    image: Annotated[Path | None, typer.Option(help="picture; a generated one if left out")] = None,
+    tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
+    method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",
+    action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
+    new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of the answer")] = 64,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+) -> None:
+    """Draw which visual tokens ran through each stage, how they were scored, and the answer."""
+    from . import api
+    from .named_models import check_device, load_model, read_config
+    from .prompts import make_batch, read_image
+    from .visualizing import check_visualize
+    from .visualizing import visualize as draw
+
+    try:
+        check_visualize(out)
+        check_device(device, dtype)
+        picture = read_image(image) if image else None
+        config = read_config(model, tier, method, action)
+        with _errors.status("loading and routing"):
+            loaded = load_model(model, device, dtype)
+            inputs = make_batch(loaded.processor, loaded.model, 1, prompt, picture)
+            routed = api.compile(
+                loaded.model, tier, config=config, method=method, action=action, backend="eager"
+            )
+        page = draw(routed, inputs, out, loaded.processor, max_new_tokens=new_tokens)
+        _console.print(f"Written: {page} and {page.with_name('prompt-0.png')}", soft_wrap=True)
     except RerouteError as error:
         _fail(error)
 
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a random one")],
+    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a small one")],
     tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
     batch: Annotated[str, typer.Option(help="rows of each batch, such as 1,8")] = "1",
     method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",
@@ -134,13 +176,13 @@ def bench(
     from . import api
     from .benchmarking import benchmark, check_benchmark, check_file, check_plot, plot_results, write_json
     from .named_models import check_device, load_model, read_config
-    from .prompts import check_image, make_batch
+    from .prompts import make_batch, read_image
 
     try:
         sizes = _batch_sizes(batch)
         check_backend(backend)
         check_device(device, dtype)
-        check_image(image)
+        picture = read_image(image) if image else None
         if json_file:
             check_file(json_file)
         if plot_file:
@@ -148,7 +190,7 @@ def bench(
         config = read_config(model, tier, method, action)
         with _errors.status("loading and routing"):
             loaded = load_model(model, device, dtype)
-            batches = [make_batch(loaded.processor, loaded.model, rows, prompt, image) for rows in sizes]
+            batches = [make_batch(loaded.processor, loaded.model, rows, prompt, picture) for rows in sizes]
             routed = api.compile(
                 loaded.model, tier, config=config, method=method, action=action, backend=backend
             )
@@ -169,7 +211,7 @@ def bench(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a random one")],
+    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a small one")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
     tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
     method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",
@@ -225,15 +267,15 @@ def run(
     from transformers import TextStreamer
 
     from .artifact import load
-    from .prompts import check_image, make_batch
+    from .prompts import make_batch, read_image
 
     try:
-        check_image(image)
+        picture = read_image(image) if image else None
         with _errors.status("loading"):
             model = load(path, device=device)
             if model.processor is None:
                 raise ConfigError(f"{path} has no processor; expected one. Export it with processor=...")
-            inputs = make_batch(model.processor, model, 1, prompt, image)
+            inputs = make_batch(model.processor, model, 1, prompt, picture)
         streamer = TextStreamer(model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, streamer=streamer)
     except RerouteError as error:

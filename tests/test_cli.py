@@ -10,16 +10,17 @@ import jsonschema
 import pytest
 import torch
 from PIL import Image
-from tiny_models import llava_config
+from tiny_models import byte_tokenizer, llava_config
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 import reroute_fx
 from reroute_fx.cli import app
-from reroute_fx.demo import build_tokenizer, picture
+from reroute_fx.errors import InputError
 from reroute_fx.named_models import load_model
-from reroute_fx.prompts import make_batch
+from reroute_fx.pictures import picture
+from reroute_fx.prompts import make_batch, read_image
 
 PUBLISHED = Path(__file__).parent / "published"
 GIB = 2**30
@@ -100,7 +101,7 @@ def test_configs_lists_the_release():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A tiny LLaVA with weights and a processor: 16 visual tokens for each picture."""
-    folder, tokenizer = tmp_path_factory.mktemp("checkpoint"), build_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("checkpoint"), byte_tokenizer()
     torch.manual_seed(0)
     config = llava_config(4, spread=0.5)
     config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
@@ -155,13 +156,42 @@ def test_bench_asks_as_the_model_was_taught(checkpoint, tmp_path):
     assert asked(None) == ("USER: [picture]\nWhat? ASSISTANT:", False)
     part = "{{ '<image>' if part.type == 'image' else part.text }}"
     loaded.processor.chat_template = f"{{% for part in messages[0].content %}}{part}{{% endfor %}} Answer:"
-    assert asked(tmp_path / "cat.png") == ("[picture]What? Answer:", True)
+    assert asked(read_image(tmp_path / "cat.png")) == ("[picture]What? Answer:", True)
 
 
 def test_bench_knows_the_demo():
     demo = load_model("demo", "cpu", "auto")
-    inputs = make_batch(demo.processor, demo.model, 1, "What?", None)
-    assert (inputs["input_ids"] == demo.model.config.image_token_id).sum() == 576
+    inputs = make_batch(demo.processor, demo.model, 1, "Where is the star?", None)
+    assert (inputs["input_ids"] == demo.model.config.image_token_id).sum() == 144
+
+
+def test_words_that_the_model_does_not_know_are_named():
+    demo = load_model("demo", "cpu", "auto")
+    with pytest.raises(InputError, match=r"prompt has \['tiny', 'unicorn\?'\], for which .* has no token"):
+        make_batch(demo.processor, demo.model, 1, "Where is the tiny red unicorn?", None)
+
+
+def test_pictures_of_other_modes(tmp_path):
+    for mode in ("1", "L", "P", "RGBA", "CMYK"):
+        path = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
+        picture(0).convert(mode).save(path)
+        assert read_image(path).mode == "RGB"
+    Image.new("I;16", (8, 8), 60000).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match=r"deep.png' of mode 'I;16'; expected 8 bits"):
+        read_image(tmp_path / "deep.png")
+
+
+def test_broken_pictures(tmp_path):
+    whole = tmp_path / "whole.jpg"
+    picture(0).save(whole)
+    for name, content in (
+        ("cut.jpg", whole.read_bytes()[:2000]),
+        ("no.jpg", b"no picture"),
+        ("empty.jpg", b""),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}'; expected a picture that can be read"):
+            read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import reroute_fx
 from reroute_fx.artifact import exporting
 from reroute_fx.cli import app
-from reroute_fx.prompts import make_batch
+from reroute_fx.prompts import make_batch, read_image
 from reroute_fx.runtime.loaded import PROGRAMS
 
 TIER = str(TIERS[0])
@@ -67,7 +67,7 @@ def test_from_a_folder_to_an_answer(model_folder, made, picture, tmp_path, forma
     answered = invoke("run", out, "--image", picture, "--prompt", "w9 w11", "--new-tokens", 5)
     assert answered.exit_code == 0, said(answered)
     loaded = reroute_fx.load(out)
-    inputs = make_batch(loaded.processor, loaded, 1, "w9 w11", picture)
+    inputs = make_batch(loaded.processor, loaded, 1, "w9 w11", read_image(picture))
     with torch.no_grad():
         tokens = loaded.generate(**inputs, max_new_tokens=5, do_sample=False)
     expected = loaded.processor.tokenizer.decode(

@@ -21,8 +21,10 @@ from study import BATCH, Contender, Prompt, contenders, make_inputs, test_prompt
 
 from reroute_fx.benchmarking.machine import environment
 from reroute_fx.benchmarking.result import write_json
-from reroute_fx.grounding.checkpoint import CHECKPOINT, load_checkpoint
+from reroute_fx.errors import UnsupportedModelError
+from reroute_fx.grounding.scenes import SIDE
 from reroute_fx.grounding.scoring import overlap, read_box
+from reroute_fx.named_models import CHECKPOINT, load_model
 
 RESULTS = Path(__file__).parent.parent / "results"
 KINDS = ("refer", "yes/no")
@@ -86,6 +88,15 @@ def run(model: Any, processor: Any, seeds: Sequence[int], count: int) -> list[di
     return records
 
 
+def _check(model: Any) -> None:
+    """Raise UnsupportedModelError for models that `train.py` didn't make."""
+    if model.config.model_type != "llava" or model.config.vision_config.image_size != SIDE:
+        raise UnsupportedModelError(
+            f"The checkpoint is a {model.config.model_type!r} model; expected a LLaVA for {SIDE} pixels, as "
+            f"benchmarks/grounding/train.py writes."
+        )
+
+
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="folder with model and processor")] = CHECKPOINT,
     folder: Annotated[Path, typer.Option(help="where results are written")] = RESULTS,
@@ -98,9 +109,10 @@ def main(
     """Run the study, write answers and plots, print the table."""
     target = folder / "grounding.json"
     if not from_json:
-        model, processor = load_checkpoint(checkpoint)
+        loaded = load_model(str(checkpoint), "cpu", "float32")
+        _check(loaded.model)
         weights = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
-        records = run(model, processor, range(seeds), count)
+        records = run(loaded.model, loaded.processor, range(seeds), count)
         write_json(target, {"environment": environment(), "weights": weights, "records": records})
     records = json.loads(target.read_text())["records"]
     plot_accuracy(records, folder / "grounding_accuracy.png")

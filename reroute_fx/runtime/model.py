@@ -3,8 +3,9 @@
 import inspect
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,15 @@ class RoutedModel(torch.nn.Module):
         given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
         self._reader.check_generate(given, self.device)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def visualize(
+        self, inputs: Mapping[str, Any], path: str | Path, processor: Any = None, **options: Any
+    ) -> Path:
+        """Draw which visual tokens of each prompt ran through each stage: see `reroute_fx.visualize`."""
+        # Drawing comes after the runtime; this is a shorter way to it for those who hold a model.
+        from ..visualizing import visualize
+
+        return visualize(self, inputs, path, processor, **options)
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._forget_position_offset()

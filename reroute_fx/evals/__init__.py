@@ -1,0 +1,1 @@
+"""Evaluation of routed models with lmms-eval (extra `[eval]`)."""
