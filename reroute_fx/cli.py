@@ -300,6 +300,25 @@ def show(
         _console.print(report)
 
 
+@app.command()
+def tasks(
+    out: Annotated[Path, typer.Argument(help="folder for task files and data")],
+    count: Annotated[int, typer.Option(min=1, help="prompts of each task on generated scenes")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="other seeds have other scenes")] = 0,
+) -> None:
+    """Write tasks for lmms-eval: two on generated scenes with their data, and the paper's by model family."""
+    from .evals.tasks import FAMILIES, paper_tasks, write_tasks
+
+    try:
+        names = write_tasks(out, count, seed)
+    except RerouteError as error:
+        _fail(error)
+    _console.print(f"{len(names)} tasks in {out}: lmms-eval --include_path {out} --tasks ...", soft_wrap=True)
+    _console.print(f"generated scenes: {','.join(names[:2])}", soft_wrap=True)
+    for family in FAMILIES:
+        _console.print(f"the paper's, {family}: {','.join(paper_tasks(family))}", soft_wrap=True)
+
+
 def _batch_sizes(given: str) -> list[int]:
     sizes = given.split(",")
     if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):

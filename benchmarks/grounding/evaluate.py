@@ -17,39 +17,39 @@ import typer
 from recovery import recovery
 from results import markdown_table, plot_accuracy, plot_recovery
 from rich.progress import Progress
-from study import BATCH, Contender, Prompt, contenders, make_inputs, test_prompts
+from study import BATCH, Contender, contenders, make_inputs
 
 from reroute_fx.benchmarking.machine import environment
 from reroute_fx.benchmarking.result import write_json
 from reroute_fx.errors import UnsupportedModelError
-from reroute_fx.grounding.scenes import SIDE
+from reroute_fx.grounding.questions import KINDS, Question, collect
+from reroute_fx.grounding.scenes import SIDE, Scene
 from reroute_fx.grounding.scoring import overlap, read_box
 from reroute_fx.named_models import CHECKPOINT, load_model
 
 RESULTS = Path(__file__).parent.parent / "results"
-KINDS = ("refer", "yes/no")
+Asked = tuple[Scene, Question]
 
 
 def answer_all(
-    contender: Contender, processor: Any, prompts: Sequence[Prompt]
-) -> Iterator[tuple[Prompt, str, Any]]:
+    contender: Contender, processor: Any, prompts: Sequence[Asked]
+) -> Iterator[tuple[Question, str, Any]]:
     """Each prompt with the answer and with what was kept for it: for each decision `[N]` bool."""
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         tokens, routing = contender.answer(make_inputs(processor, batch))
         texts = processor.batch_decode(tokens, skip_special_tokens=True)
-        for row, (prompt, text) in enumerate(zip(batch, texts, strict=True)):
+        for row, ((_, question), text) in enumerate(zip(batch, texts, strict=True)):
             kept = [] if routing is None else [layer[row] for layer in routing.all_kept.values()]
-            yield prompt, text.strip(), kept
+            yield question, text.strip(), kept
 
 
 def record(
-    contender: Contender, processor: Any, prompts: Sequence[Prompt], seed: int, kind: str
+    contender: Contender, processor: Any, prompts: Sequence[Asked], seed: int, kind: str
 ) -> dict[str, Any]:
     """The answers of a contender to the prompts of a seed, and for references what was kept of the target."""
     answers, stages = [], []
-    for prompt, text, kept in answer_all(contender, processor, prompts):
-        question = prompt.question
+    for question, text, kept in answer_all(contender, processor, prompts):
         one: dict[str, Any] = {"answer": text, "kind": question.kind, "hops": question.hops}
         if question.box is None:
             one["target"] = question.answer
@@ -80,7 +80,7 @@ def run(model: Any, processor: Any, seeds: Sequence[int], count: int) -> list[di
     records = []
     with Progress() as progress:
         for seed in seeds:
-            prompts = {kind: test_prompts(seed, count, kind) for kind in KINDS}
+            prompts = {kind: collect("test", seed, count, kind) for kind in KINDS}
             everyone = contenders(model, seed)
             for contender in progress.track(everyone, description=f"seed {seed}"):
                 for kind in KINDS:

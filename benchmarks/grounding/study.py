@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reroute_fx
-from reroute_fx.grounding.questions import Question, questions
-from reroute_fx.grounding.scenes import Scene, scene
+from reroute_fx.grounding.questions import Question
+from reroute_fx.grounding.scenes import Scene
 
 TIERS = {192: 1 / 3, 128: 2 / 9, 64: 1 / 9}
 """Share of the visual tokens that enter a layer on average, by the tier's name at 576."""
@@ -18,14 +18,6 @@ POOLED = {192: (8, 6), 128: (8, 4), 64: (4, 4)}
 """Columns and rows of 12 x 12 tokens after average pooling."""
 ACTIONS = {"deleted": "physical_delete", "routed": "compact_route_stagewise"}
 BATCH = 24
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A question about a scene."""
-
-    scene: Scene
-    question: Question
 
 
 @dataclass(frozen=True)
@@ -43,21 +35,9 @@ class Contender:
     answer: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, Any]]
 
 
-def test_prompts(seed: int, count: int, kind: str) -> list[Prompt]:
-    """`count` questions of a kind, "refer" or "yes/no", two of a scene; other seeds have other scenes."""
-    found: list[Prompt] = []
-    number = 100_000 * seed
-    while len(found) < count:
-        here = scene("test", number)
-        boxes, truths = questions(here, 2, 2)
-        found += [Prompt(here, question) for question in (boxes if kind == "refer" else truths)]
-        number += 1
-    return found[:count]
-
-
-def make_inputs(processor: Any, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-    texts = [f"USER: <image>\n{prompt.question.text} ASSISTANT:" for prompt in prompts]
-    pictures = [prompt.scene.picture for prompt in prompts]
+def make_inputs(processor: Any, prompts: Sequence[tuple[Scene, Question]]) -> dict[str, torch.Tensor]:
+    texts = [f"USER: <image>\n{question.text} ASSISTANT:" for _, question in prompts]
+    pictures = [here.picture for here, _ in prompts]
     return dict(processor(images=pictures, text=texts, padding=True, return_tensors="pt"))
 
 

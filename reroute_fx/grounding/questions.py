@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from .scenes import COLOURS, SHAPES, SIZES, TEXTURES, Box, Scene, Thing, questions_generator
+from .scenes import COLOURS, SHAPES, SIZES, TEXTURES, Box, Scene, Thing, questions_generator, scene
 
 RELATIONS = {
     "left of": (0, -1),
@@ -17,11 +17,13 @@ RELATIONS = {
 """Axis and direction in which a thing lies from another."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 MOST_HOPS = 2
+KINDS = ("refer", "yes/no")
 
 _WORDS = {"size": tuple(SIZES), "texture": TEXTURES, "colour": tuple(COLOURS), "shape": SHAPES}
 _MARGIN = 8
 """Pixels between centres below which no one can say which is further left."""
 _TRIES = 100
+_SCENES_OF_A_SEED = 100_000
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,17 @@ def questions(scene: Scene, references: int, checks: int) -> tuple[list[Question
     boxes = (refer(scene, random, int(count)) for count in hops)
     truths = (yes_no(scene, random, str(kind), bool(random.integers(2))) for kind in kinds)
     return _different(boxes), _different(truths)
+
+
+def collect(split: str, seed: int, count: int, kind: str) -> list[tuple[Scene, Question]]:
+    """`count` questions of a kind out of `KINDS`, at most two of a scene; another seed has other scenes."""
+    found: list[tuple[Scene, Question]] = []
+    number = _SCENES_OF_A_SEED * seed
+    while len(found) < count:
+        here = scene(split, number)
+        found += [(here, question) for question in questions(here, 2, 2)[KINDS.index(kind)]]
+        number += 1
+    return found[:count]
 
 
 def _different(found: Iterator[Question | None]) -> list[Question]:
