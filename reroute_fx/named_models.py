@@ -36,7 +36,7 @@ def check_device(device: str, dtype: str) -> None:
         )
 
 
-def read_config(name: str, tier: float, method: str, action: str) -> RoutingConfig:
+def read_config(name: str, tier: float, method: str, action: str, schedule: str = "exact") -> RoutingConfig:
     """The routing of a named model, from its config alone.
 
     Raises:
@@ -49,7 +49,7 @@ def read_config(name: str, tier: float, method: str, action: str) -> RoutingConf
     layers = getattr(config, "num_hidden_layers", None)
     if layers is None:
         raise ConfigError(f"model is {name!r} and has no decoder layers; expected a vision-language model.")
-    return RoutingConfig.from_tier(tier, method, action, num_layers=layers)
+    return RoutingConfig.from_tier(tier, method, action, schedule, num_layers=layers)
 
 
 def load_model(name: str, device: str, dtype: str) -> NamedModel:

@@ -120,11 +120,27 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
         patch_size=PATCH,
     )
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    return LlavaForConditionalGeneration(
+    model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision, text_config=text, image_token_index=image_id, vision_feature_layer=-2
         )
     )
+    _order_numbers(model, tokenizer)
+    return model
+
+
+def _order_numbers(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let numbers start out near their neighbours, read and written: a decoder that has read much knows their order."""
+    frequencies = torch.arange(1, 25)
+    turns = torch.arange(101)[:, None] / 202 * frequencies * 2 * torch.pi
+    waves = torch.cat([turns.cos(), turns.sin()], dim=1) / frequencies.sqrt().repeat(2)  # [101, 48]
+    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        mixing, _ = torch.linalg.qr(torch.randn(WIDTH, waves.shape[1]))
+        placed = waves @ mixing.T
+        placed *= weight.norm(dim=1).mean() / placed.norm(dim=1).mean()
+        for value, vector in enumerate(placed):
+            for form in (f"{value / 100:.2f}", f" {value / 100:.2f}"):
+                weight.data[tokenizer.convert_tokens_to_ids(form)] = vector
 
 
 def grow(model: LlavaForConditionalGeneration, trained: int) -> None:

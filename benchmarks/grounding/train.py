@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from reroute_fx.grounding.questions import questions
-from reroute_fx.grounding.scenes import COLOURS, SHAPES, SIDE, SIZES, TEXTURES, Scene, scene
+from reroute_fx.grounding.scenes import COLOURS, CROWD, SHAPES, SIDE, SIZES, TEXTURES, Scene, scene
 
 REFERENCES, CHECKS = 8, 6
 """Questions about each picture for a box, and for yes or no."""
@@ -36,6 +36,7 @@ SHALLOW = 4
 _LONGEST = 32
 """Tokens of question and answer; of the few longer ones none is trained on."""
 _WARM_UP = 100
+_MUON_RATE, _WORDS_RATE = 4, 3
 _SAVE_EVERY = 100
 _SHOW_EVERY = 20
 _FIELDS = {"size": tuple(SIZES), "texture": TEXTURES, "colour": tuple(COLOURS), "shape": SHAPES}
@@ -95,6 +96,7 @@ class Recipe:
         rate: the highest learning rate, after warming up.
         first_scene: number of the first training scene, so that phases see different ones.
         decay: whether a cosine takes the rate to 0.
+        ramp: steps over which scenes fill up, from one or two things to as many as the test's.
     """
 
     steps: int
@@ -102,6 +104,13 @@ class Recipe:
     rate: float
     first_scene: int
     decay: bool = True
+    ramp: int = 0
+
+    def crowd(self, step: int) -> tuple[int, int]:
+        """Fewest and most things in the scenes of a step."""
+        if step >= self.ramp:
+            return CROWD
+        return 1, 2 + (CROWD[1] - 2) * step // self.ramp
 
 
 class Batches(IterableDataset[Any]):
@@ -113,7 +122,9 @@ class Batches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         for step in range(self.start, self.recipe.steps):
             first = self.recipe.first_scene + step * self.recipe.batch
-            yield self.make([scene(self.split, first + i) for i in range(self.recipe.batch)])
+            yield self.make(
+                [scene(self.split, first + i, self.recipe.crowd(step)) for i in range(self.recipe.batch)]
+            )
 
 
 class Maker:
@@ -181,7 +192,7 @@ class Phase:
     ) -> None:
         self.name, self.recipe, self.model, self.loss = name, recipe, model, loss
         self.parameters, self.step = parameters, 0
-        self.optimizers = _optimizers(model, parameters, recipe.rate)
+        self.optimizers = _optimizers(model, parameters)
 
     def run(self, make: Callable[[list[Scene]], Any], save: Callable[[], None], progress: Progress) -> None:
         """Train to the last step, saving now and then."""
@@ -198,9 +209,10 @@ class Phase:
                 save()
 
     def _train(self, batch: Any) -> Callable[[], str]:
+        rate = self.recipe.rate * _share_of_rate(self.step, self.recipe)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["highest"] * _share_of_rate(self.step, self.recipe)
+                group["lr"] = group["times"] * rate
         with torch.autocast("cpu", torch.bfloat16):
             loss, shown = self.loss(batch)
         loss.backward()
@@ -220,18 +232,21 @@ class Phase:
             optimizer.load_state_dict(saved)
 
 
-def _optimizers(model: Any, parameters: list[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of layers, AdamW for all else."""
-    chosen = {id(p) for p in parameters}
-    inner = [p for n, p in model.named_parameters() if id(p) in chosen and p.ndim == 2 and ".layers." in n]
-    taken = {id(p) for p in inner}
-    matrices = torch.optim.Muon(inner, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-    others = [p for p in parameters if id(p) not in taken]
-    rest = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    for optimizer in (matrices, rest):
-        for group in optimizer.param_groups:
-            group["highest"] = rate
-    return [matrices, rest]
+def _optimizers(model: Any, parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of layers, AdamW for all else; matrices and words take larger steps."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "words": [], "others": []}
+    for parameter in parameters:
+        name = names.get(id(parameter), "")
+        is_matrix = parameter.ndim == 2 and ".layers." in name
+        is_word = "embed_tokens" in name or "lm_head" in name
+        groups["matrices" if is_matrix else "words" if is_word else "others"].append(parameter)
+    matrices = {"params": groups["matrices"], "times": _MUON_RATE}
+    rest = [{"params": groups["words"], "times": _WORDS_RATE}, {"params": groups["others"], "times": 1}]
+    return [
+        torch.optim.Muon([matrices], weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([group for group in rest if group["params"]], betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def _share_of_rate(step: int, recipe: Recipe) -> float:
@@ -299,7 +314,10 @@ def main(
     maker, heads, place = Maker(processor), TowerHeads(), folder / "state.pt"
     tower = tower_phase(model, heads, Recipe(tower_steps, 32, tower_rate, 0))
     shallow = decoder_phase(
-        "shallow", model, Recipe(shallow_steps, 16, decoder_rate, 10**6, decay=False), maker
+        "shallow",
+        model,
+        Recipe(shallow_steps, 16, decoder_rate, 10**6, decay=False, ramp=shallow_steps // 2),
+        maker,
     )
     deep = decoder_phase("deep", model, Recipe(deep_steps, 16, decoder_rate, 2 * 10**6), maker)
 

@@ -25,7 +25,7 @@ _MAX_NEW_TOKENS = 1024
 class RerouteFx(lmms):
     """Args:
     pretrained: model id or folder, or ``"demo"``.
-    tier, method, action: see `reroute_fx.compile`; ``method=none`` is the same compiler without routing.
+    tier, method, action, schedule: see `reroute_fx.compile`; ``method=none`` is the same compiler without routing.
     backend: ``"inductor"`` or ``"eager"``.
     device: ``"cpu"`` or ``"cuda"``; with a GPU in the machine that is the default.
     dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
@@ -42,6 +42,7 @@ class RerouteFx(lmms):
         tier: float = 128,
         method: str = "pdrop",
         action: str = "compact_route_stagewise",
+        schedule: str = "exact",
         backend: str = "inductor",
         device: str | None = None,
         dtype: str = "auto",
@@ -56,15 +57,13 @@ class RerouteFx(lmms):
             raise ConfigError(f"batch_size is {batch_size!r}; expected a whole number of 1 or more.")
         device = (device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
         check_device(device, dtype)
-        config = read_config(pretrained, float(tier), method, action)
+        config = read_config(pretrained, float(tier), method, action, schedule)
         loaded = load_model(pretrained, device, dtype)
         self.processor, self.batch = loaded.processor, int(batch_size)
         self.processor.tokenizer.padding_side = "left"
         if max_pixels is not None:
             _limit_pixels(self.processor, int(max_pixels))
-        self.model = api.compile(
-            loaded.model, float(tier), config=config, method=method, action=action, backend=backend
-        )
+        self.model = api.compile(loaded.model, config=config, backend=backend)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests; requests of one batch have the same generation arguments."""
@@ -107,7 +106,7 @@ class RerouteFx(lmms):
         raise NotImplementedError("reroute_fx has no tasks of several rounds yet; choose others.")
 
 
-_ARGUMENTS = "pretrained, tier, method, action, backend, device, dtype, max_pixels and batch_size"
+_ARGUMENTS = "pretrained, tier, method, action, schedule, backend, device, dtype, max_pixels and batch_size"
 
 
 def _batches(requests: list[Instance], size: int) -> list[list[int]]:

@@ -30,7 +30,8 @@ SIZES = {"small": (22, 28), "large": (40, 52)}
 _FINER = 3
 """Objects are drawn this much larger and scaled down, for smooth edges."""
 _GAP = 4
-_FEWEST_OBJECTS, _MOST_OBJECTS = 5, 9
+CROWD = (5, 9)
+"""Fewest and most things in a scene; where there is no room, fewer."""
 
 Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
@@ -90,10 +91,10 @@ class Scene:
         return Image.fromarray((np.asarray(image, dtype=np.float64) + noise).clip(0, 255).astype(np.uint8))
 
 
-def scene(split: str, number: int) -> Scene:
-    """The scene of a split with this number; always the same one."""
+def scene(split: str, number: int, crowd: tuple[int, int] = CROWD) -> Scene:
+    """The scene of a split with this number and from so many to so many things; always the same one."""
     random = _generator(split, number, 0)
-    wanted = int(random.integers(_FEWEST_OBJECTS, _MOST_OBJECTS + 1))
+    wanted = int(random.integers(*crowd, endpoint=True))
     things: list[Thing] = []
     for _ in range(200):
         thing = _draw_lots(random, things)
