@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from contenders import BATCH, Contender, contenders, make_inputs
 from recovery import recovery
-from results import markdown_table, plot_accuracy, plot_recovery
 from rich.progress import Progress
-from study import BATCH, Contender, contenders, make_inputs
+from summary import markdown_table, plot_accuracy, plot_recovery
 
 from reroute_fx.benchmarking.machine import environment
 from reroute_fx.benchmarking.result import write_json

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from model import DECODER_LAYERS, IMAGE, PATCH, WIDTH, build_model, build_processor, grow
 from packing import IGNORED, PACKED, Packed, pack
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from small_llava import DECODER_LAYERS, IMAGE, PATCH, WIDTH, build_model, build_processor, grow
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 

@@ -61,13 +61,16 @@ def _area(box: Sequence[float]) -> float:
 
 
 def yes_no_scores(answers: Sequence[str], targets: Sequence[str]) -> YesNoScores:
-    """Scores of answers that are right if they are the target, but for case and space around."""
+    """Scores of answers that are right if they are the target, but for case and space around.
+
+    For recall, answers that are neither count on no side.
+    """
     said = [answer.strip().lower() for answer in answers]
     pairs = list(zip(said, targets, strict=True))
     both = sum(a == t == "yes" for a, t in pairs)
-    yes, positive = said.count("yes"), list(targets).count("yes")
+    yes, missed = said.count("yes"), pairs.count(("no", "yes"))
     precision = both / yes if yes else 0.0
-    recall = both / positive if positive else 0.0
+    recall = both / (both + missed) if both else 0.0
     return YesNoScores(
         accuracy=sum(a == t for a, t in pairs) / len(pairs),
         precision=precision,

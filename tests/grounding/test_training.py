@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from model import IMAGE, build_model, build_processor, grow
 from packing import IGNORED, PACKED
+from small_llava import IMAGE, build_model, build_processor, grow
 from train import SHALLOW, Maker, decoder_logits, tower_labels
 
 from reroute_fx.grounding.questions import questions, write_box
