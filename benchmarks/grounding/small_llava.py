@@ -19,54 +19,26 @@ IMAGE = "<image>"
 PATCH = 14
 WIDTH, HEADS, DECODER_LAYERS, TOWER_LAYERS = 128, 4, 16, 6
 
-_WORD = r" ?[A-Za-z]+| ?[0-9]\.[0-9]{2}| ?[\[\],.?:]|[\s\S]"
-"""A word, a number with two decimals or a sign, each with the space before it; or any character."""
-_OTHER_WORDS = [
-    "USER",
-    "ASSISTANT",
-    "Where",
-    "Is",
-    "Are",
-    "is",
-    "are",
-    "the",
-    "there",
-    "a",
-    "exactly",
-    "thing",
-    "things",
-    "yes",
-    "no",
-]
+_WORD = r"(?: \[|, )[0-9]\.[0-9]{2}| ?[A-Za-z]+| ?[\],.?:]|[\s\S]"
+"""A number of a box with the sign before it; a word or a sign with the space before it; or any character."""
+_SENTENCES = ("USER", "ASSISTANT", "Where", "Is", "Are", "is", "are", "the", "there", "a", "exactly")
+_NOUNS_AND_ANSWERS = ("thing", "things", "yes", "no")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word and number that questions and answers have, with and without a space before it."""
     shapes = [form for shape in SHAPES for form in (shape, f"{shape}{'es' if shape == 'cross' else 's'}")]
     relations = [word for relation in RELATIONS for word in relation.split()]
-    words = [
-        *_OTHER_WORDS,
-        "thing",
-        "things",
-        "yes",
-        "no",
-        *SIZES,
-        *TEXTURES,
-        *COLOURS,
-        *shapes,
-        *relations,
-        *NUMBERS,
-        *"[],.?:",
-    ]
-    words += [f"{hundredth / 100:.2f}" for hundredth in range(101)]
+    words = [*_SENTENCES, *_NOUNS_AND_ANSWERS, *SIZES, *TEXTURES, *COLOURS, *shapes]
+    words += [*relations, *NUMBERS, *"],.?:"]
+    numbers = [form for hundredth in range(101) for form in number_forms(hundredth)]
     special = ["<unk>", "<s>", "</s>", "<pad>", IMAGE]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "isolated")
     tokenizer.decoder = decoders.Fuse()
     trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(
-        ["\n", *(form for word in words for form in (word, f" {word}")), " "], trainer
-    )
+    forms = [form for word in words for form in (word, f" {word}")]
+    tokenizer.train_from_iterator(["\n", " ", *forms, *numbers], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
@@ -79,6 +51,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=[IMAGE],
         padding_side="left",
     )
+
+
+def number_forms(hundredth: int) -> tuple[str, str]:
+    """A number as the first of a box, and as another one."""
+    return f" [{hundredth / 100:.2f}", f", {hundredth / 100:.2f}"
 
 
 def build_processor() -> LlavaProcessor:
@@ -125,8 +102,17 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
             vision_config=vision, text_config=text, image_token_index=image_id, vision_feature_layer=-2
         )
     )
+    _start_well(model)
     _order_numbers(model, tokenizer)
     return model
+
+
+def _start_well(model: LlavaForConditionalGeneration) -> None:
+    """Let words be as large as what layers read, and layers add nothing yet, so that no word is drowned."""
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    for layer in model.model.language_model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
 def _order_numbers(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -135,12 +121,13 @@ def _order_numbers(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTo
     turns = torch.arange(101)[:, None] / 202 * frequencies * 2 * torch.pi
     waves = torch.cat([turns.cos(), turns.sin()], dim=1) / frequencies.sqrt().repeat(2)  # [101, 48]
     for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        mixing, _ = torch.linalg.qr(torch.randn(WIDTH, waves.shape[1]))
-        placed = waves @ mixing.T
-        placed *= weight.norm(dim=1).mean() / placed.norm(dim=1).mean()
+        mixing, _ = torch.linalg.qr(torch.randn(WIDTH, waves.shape[1] + 2))
+        placed = waves @ mixing[:, :-2].T
+        length = weight.norm(dim=1).mean()
+        placed *= length / placed.norm(dim=1).mean()
         for value, vector in enumerate(placed):
-            for form in (f"{value / 100:.2f}", f" {value / 100:.2f}"):
-                weight.data[tokenizer.convert_tokens_to_ids(form)] = vector
+            for form, apart in zip(number_forms(value), mixing[:, -2:].T, strict=True):
+                weight.data[tokenizer.convert_tokens_to_ids(form)] = vector + length * apart
 
 
 def grow(model: LlavaForConditionalGeneration, trained: int) -> None:

@@ -33,10 +33,10 @@ REFERENCES, CHECKS = 8, 6
 """Questions about each picture for a box, and for yes or no."""
 SHALLOW = 4
 """Decoder layers that are trained first."""
-_LONGEST = 32
+_LONGEST = 28
 """Tokens of question and answer; of the few longer ones none is trained on."""
 _WARM_UP = 100
-_MUON_RATE, _WORDS_RATE = 4, 3
+_RATES = {"matrices": 1.0, "words read": 20.0, "words written": 3.0, "others": 1.0}
 _SAVE_EVERY = 100
 _SHOW_EVERY = 20
 _FIELDS = {"size": tuple(SIZES), "texture": TEXTURES, "colour": tuple(COLOURS), "shape": SHAPES}
@@ -235,17 +235,19 @@ class Phase:
 def _optimizers(model: Any, parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of layers, AdamW for all else; matrices and words take larger steps."""
     names = {id(p): name for name, p in model.named_parameters()}
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "words": [], "others": []}
+    groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in _RATES}
     for parameter in parameters:
         name = names.get(id(parameter), "")
-        is_matrix = parameter.ndim == 2 and ".layers." in name
-        is_word = "embed_tokens" in name or "lm_head" in name
-        groups["matrices" if is_matrix else "words" if is_word else "others"].append(parameter)
-    matrices = {"params": groups["matrices"], "times": _MUON_RATE}
-    rest = [{"params": groups["words"], "times": _WORDS_RATE}, {"params": groups["others"], "times": 1}]
+        if parameter.ndim == 2 and ".layers." in name:
+            groups["matrices"].append(parameter)
+        elif "embed_tokens" in name or "lm_head" in name:
+            groups["words read" if "embed" in name else "words written"].append(parameter)
+        else:
+            groups["others"].append(parameter)
+    matrices, *rest = ({"params": given, "times": _RATES[kind]} for kind, given in groups.items() if given)
     return [
         torch.optim.Muon([matrices], weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([group for group in rest if group["params"]], betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -269,7 +271,7 @@ def tower_phase(model: Any, heads: TowerHeads, recipe: Recipe) -> Phase:
 
 def decoder_phase(name: str, model: Any, recipe: Recipe, maker: Maker) -> Phase:
     tokens = maker.processor.tokenizer.convert_ids_to_tokens(range(len(maker.processor.tokenizer)))
-    numbers = torch.tensor(["." in token and token.strip() != "." for token in tokens])
+    numbers = torch.tensor(["." in token and len(token) > 2 for token in tokens])
     words = torch.tensor([token in (" yes", " no") for token in tokens])
 
     def loss(batch: Packed) -> tuple[Tensor, Callable[[], str]]:
@@ -300,7 +302,7 @@ def main(
     shallow_steps: int = 3000,
     deep_steps: int = 3000,
     tower_rate: float = 1e-3,
-    decoder_rate: float = 2e-3,
+    decoder_rate: float = 1e-3,
     seed: int = 0,
 ) -> None:
     """Train, and write the model in bfloat16 with its processor to FOLDER/model."""

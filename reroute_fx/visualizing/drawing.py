@@ -44,7 +44,8 @@ def draw_prompt(views: list[PictureView], boxes: list[Box], title: str) -> Figur
 
 def panel_height(view: PictureView, width: float = _PANEL) -> float:
     """Inches of a panel so wide that shows a picture and its title."""
-    return width * view.picture.shape[0] / view.picture.shape[1] + 0.4
+    height, across = view.picture.shape[:2]
+    return width * int(height) / int(across) + 0.4
 
 
 def draw_answer(panel: Any, view: PictureView, boxes: list[Box]) -> None:

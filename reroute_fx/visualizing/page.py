@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -48,7 +49,7 @@ def _prompt(prompt: PromptPage) -> dict[str, Any]:
         out = "deleted" if prompt.views[0].deletes else "deferred"
         counts = f"{kept} of {total} kept, {total - kept} {out}, {back} came back"
         pictures = [
-            _png(view, lambda panel, s=s, v=view, draw=draw: draw(panel, v.picture, s))
+            _png(view, partial(draw, picture=view.picture, stage=s))
             for s, view in zip(stages, prompt.views, strict=True)
             for draw in (draw_tokens, draw_scores)
         ]
@@ -57,13 +58,11 @@ def _prompt(prompt: PromptPage) -> dict[str, Any]:
 
 
 def _answers(prompt: PromptPage) -> list[str]:
-    return [
-        _png(
-            view,
-            lambda panel, v=view, boxes=prompt.boxes if number == 0 else []: draw_answer(panel, v, boxes),
-        )
+    drawings = [
+        partial(draw_answer, view=view, boxes=prompt.boxes if number == 0 else [])
         for number, view in enumerate(prompt.views)
     ]
+    return [_png(view, draw) for view, draw in zip(prompt.views, drawings, strict=True)]
 
 
 def _png(view: PictureView, draw: Callable[[Any], None]) -> str:
