@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -146,7 +147,14 @@ def main(
                     scores = evaluate(model, configuration, names, folder, limit=limit, **options)
                     method, action, tier = configuration
                     records.append({"method": method, "action": action, "tier": tier, "scores": scores})
-                    write_json(json_file, {"environment": environment(), "model": model, "records": records})
+                    write_json(
+                        json_file,
+                        {
+                            "environment": environment(torch.device(device)),
+                            "model": model,
+                            "records": records,
+                        },
+                    )
         show(records, names, console)
     except RerouteError as error:
         console.print(f"{type(error).__name__}: {error}", style="red", highlight=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lmms_eval.models
+import torch
 from lmms_eval.tasks.pope import utils as pope
 from lmms_eval.tasks.refcoco import utils_rec as refcoco
 
@@ -40,7 +41,7 @@ COUNT = 200
 
 def main() -> None:
     record = {
-        "environment": environment(),
+        "environment": environment(torch.device("cpu")),
         "lmms_eval": version("lmms-eval"),
         "listed": "reroute_fx" in lmms_eval.models.MODEL_REGISTRY_V2.list_model_names(),
         "models": {name: _evaluate(arguments) for name, arguments in MODELS.items()},

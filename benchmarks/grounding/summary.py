@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from reroute_fx.grounding.questions import MOST_HOPS
 from reroute_fx.grounding.scoring import (
     THRESHOLD,
     Interval,
@@ -92,12 +93,16 @@ def markdown_table(records: Records) -> str:
 
 def _line(records: Records, name: str, tier: int | None) -> str:
     scores = score(records, name, tier)
-    by_hops = [score(records, name, tier, hops).accuracy.mean for hops in range(3)]
+    asked = {answer["hops"] for answer in _answers(records, name, tier, "refer")}
+    by_hops = [
+        f"{100 * score(records, name, tier, hops).accuracy.mean:.1f}" if hops in asked else ""
+        for hops in range(MOST_HOPS + 1)
+    ]
     cells = [
         str(tier or 576),
         name,
         _percent(scores.accuracy),
-        *(f"{100 * value:.1f}" for value in by_hops),
+        *by_hops,
         f"{scores.overlap.mean:.3f}",
         _percent(scores.right),
         f"{100 * scores.yes_no.f1:.1f}",

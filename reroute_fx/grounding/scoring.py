@@ -86,7 +86,7 @@ def share(hits: Sequence[bool]) -> Interval:
     mean = sum(hits) / count
     centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return Interval(mean, centre - half, centre + half)
+    return Interval(mean, min(mean, centre - half), max(mean, centre + half))
 
 
 def average(values: Sequence[float]) -> Interval:
