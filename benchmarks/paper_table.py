@@ -157,7 +157,9 @@ def main(
                     )
         show(records, names, console)
     except RerouteError as error:
-        console.print(f"{type(error).__name__}: {error}", style="red", highlight=False, soft_wrap=True)
+        console.print(
+            f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         raise typer.Exit(2) from error
 
 

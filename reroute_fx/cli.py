@@ -351,7 +351,8 @@ def _meta_model(name: str) -> Any:
 
 
 def _fail(error: RerouteError) -> NoReturn:
-    _errors.print(f"{type(error).__name__}: {error}", style="red", highlight=False, soft_wrap=True)
+    message = f"{type(error).__name__}: {error}"
+    _errors.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(2)
 
 

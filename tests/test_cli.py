@@ -232,3 +232,50 @@ def test_bench_needs_weights_and_an_existing_model(checkpoint, tmp_path):
         result = run("bench", str(model), "--tier", "0.5")
         assert result.exit_code == 2
         assert f"ConfigError: model is '{model}'" in result.stderr
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_visualize_draws_a_prompt(checkpoint, tmp_path):
+    picture(1).save(tmp_path / "cat.png")
+    options = [
+        "--prompt",
+        "What is that?",
+        "--image",
+        str(tmp_path / "cat.png"),
+        "--tier",
+        "0.5",
+        "--new-tokens",
+        "3",
+    ]
+    result = run("visualize", str(checkpoint), str(tmp_path / "out"), *options)
+    assert result.exit_code == 0, result.stderr
+    assert "index.html" in result.stdout
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "USER: What is that? ASSISTANT:" in page
+    with Image.open(tmp_path / "out" / "prompt-0.png") as drawn:
+        assert len(drawn.convert("RGB").getcolors(2**24)) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "nowhere.png"], "InputError: image is 'nowhere.png'"),
+        (["--tier", "100"], "ConfigError: tier is 100"),
+        (["--device", "tpu"], "ConfigError: device is 'tpu'"),
+    ],
+)
+def test_visualize_refuses_before_it_loads_anything(checkpoint, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("reroute_fx.named_models.load_model", lambda *a: pytest.fail("loaded"))
+    result = run("visualize", str(checkpoint), str(tmp_path / "out"), "--prompt", "What?", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_say_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    result = run("tasks", str(tmp_path / "tasks"))
+    assert result.exit_code == 2
+    assert "BackendUnavailableError: datasets is not installed" in result.stderr
+    assert "reroute-fx[eval]" in result.stderr
+    assert not (tmp_path / "tasks").exists()
