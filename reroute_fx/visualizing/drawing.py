@@ -38,7 +38,7 @@ def draw_prompt(views: list[PictureView], boxes: list[Box], title: str) -> Figur
         for stage, tokens, scores in zip(view.stages, upper[1:], lower[1:], strict=True):
             draw_tokens(tokens, view.picture, stage)
             draw_scores(scores, view.picture, stage)
-    figure.suptitle(title, wrap=True)
+    figure.suptitle(title.replace("$", r"\$"), wrap=True)  # dollars would enclose formulas
     return figure
 
 

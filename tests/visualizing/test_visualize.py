@@ -24,7 +24,7 @@ class Reader:
 
     def batch_decode(self, tokens, skip_special_tokens):
         prompts = tokens.shape[1] > 8
-        return ["Where is <it> & why?" if prompts else " It is at [0.25, 0.25, 0.75, 0.75]."] * len(tokens)
+        return ["Where is <it> & $why_$?" if prompts else " It is at [0.25, 0.25, 0.75, 0.75]."] * len(tokens)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_page_steps_through_the_stages(page, routed, tmp_path):
 @needs_browser
 def test_the_page_says_what_was_asked_and_answered(page):
     document = open_page(page, 0, "--dump-dom")
-    assert "<q>Where is &lt;it&gt; &amp; why?</q>" in document
+    assert "<q>Where is &lt;it&gt; &amp; $why_$?</q>" in document
     assert "<strong>It is at [0.25, 0.25, 0.75, 0.75].</strong>" in document
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", document)  # one file, nothing to load
 
