@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BackendUnavailableError, ConfigError, InputError
+from ..errors import BackendUnavailableError, ConfigError
+from ..folders import check_folder
 from ..grounding.questions import KINDS, Question, collect
 from ..grounding.scenes import SIDE, Scene
 
@@ -119,9 +120,7 @@ def write_tasks(folder: str | Path, count: int = 200, seed: int = 0) -> list[str
             "datasets is not installed; expected it to write pictures and questions. Run pip install "
             "'reroute-fx[eval]'."
         ) from error
-    target = Path(folder).absolute()
-    if target.exists() and not target.is_dir():
-        raise InputError(f"folder is {str(folder)!r}, a file; expected a folder, or a name that is free.")
+    target = check_folder("folder", folder).absolute()
     target.mkdir(parents=True, exist_ok=True)
     (target / "utils.py").write_text("from reroute_fx.evals.task_functions import *  # noqa: F403\n")
     files = {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendUnavailableError, ConfigError, InputError
+from ..folders import check_folder
 from .views import PictureView, check_views, view_rows
 
 PAGE = "index.html"
@@ -27,10 +28,7 @@ def check_visualize(path: str | Path) -> Path:
         raise BackendUnavailableError(
             "matplotlib is not installed; expected it for pictures. Run `pip install reroute-fx[bench]`."
         ) from error
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"path is {str(path)!r}, a file; expected a folder, or a name that is free.")
-    return folder
+    return check_folder("path", path)
 
 
 def visualize(
