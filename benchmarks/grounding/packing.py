@@ -4,6 +4,7 @@ A sequence is ``[prefix | question 1 | question 2 | ...]``. Each question sees t
 that it has when it is asked alone, so that training on a packed sequence is training on its questions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class Packed:
     """A batch of pictures with as many questions each.
 
     Attributes:
-        pixel_values: `[B, 3, H, W]`.
+        features: `[B, N, d]`, what the tower says of the pictures.
         input_ids: `[B, P + Q * R]`: prefix, then questions padded to the same length.
         position_ids: `[B, P + Q * R]`.
         labels: `[B, P + Q * R]`, what follows each token where that is part of an answer, else `IGNORED`.
@@ -29,7 +30,7 @@ class Packed:
         length: R.
     """
 
-    pixel_values: Tensor
+    features: Tensor
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
@@ -37,25 +38,28 @@ class Packed:
     length: int
 
 
-def pack(
-    pixels: Tensor, prefix: list[int], turns: list[list[tuple[list[int], list[int]]]], length: int, pad: int
-) -> Packed:
-    """Pack what is asked and answered, in token ids: for each picture as many (question, answer) of up to `length`."""
+def lay_out(
+    turns: Sequence[tuple[list[int], list[int]]], length: int, pad: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Questions and answers in tokens padded to `length`; what follows each token where that is part of an answer."""
     ids, labels = [], []
-    for row in turns:
-        ids.append([*prefix])
-        labels.append([IGNORED] * len(prefix))
-        for asked, answer in row:
-            rest = length - len(asked) - len(answer)
-            ids[-1] += [*asked, *answer, *[pad] * rest]
-            labels[-1] += [IGNORED] * (len(asked) - 1) + answer + [IGNORED] * (rest + 1)
-    own = torch.arange(len(prefix), len(prefix) + length).repeat(len(turns[0]))
-    positions = torch.cat([torch.arange(len(prefix)), own])
+    for asked, answer in turns:
+        rest = length - len(asked) - len(answer)
+        ids.append([*asked, *answer, *[pad] * rest])
+        labels.append([IGNORED] * (len(asked) - 1) + answer + [IGNORED] * (rest + 1))
+    return ids, labels
+
+
+def pack(features: Tensor, prefix: list[int], questions: Tensor, labels: Tensor) -> Packed:
+    """Pack, for each picture, what `lay_out` returns for its questions: both `[B, Q, R]`."""
+    rows, count, length = questions.shape
+    before = torch.tensor(prefix).expand(rows, -1)
+    own = torch.arange(len(prefix), len(prefix) + length).repeat(count)
     return Packed(
-        pixels,
-        torch.tensor(ids),
-        positions.expand(len(turns), -1),
-        torch.tensor(labels),
+        features,
+        torch.cat([before, questions.flatten(1).long()], dim=1),
+        torch.cat([torch.arange(len(prefix)), own]).expand(rows, -1),
+        torch.cat([torch.full_like(before, IGNORED), labels.flatten(1).long()], dim=1),
         len(prefix),
         length,
     )

@@ -1,0 +1,133 @@
+"""Lessons for the decoder: scenes as the frozen tower sees them, with questions and answers in tokens.
+
+They are made once and gone over several times, because drawing a scene costs more than a step of a shallow decoder.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from packing import Packed, lay_out, pack
+from rich.progress import Progress
+from small_llava import IMAGE
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tower import PATCHES, tower_features, tower_labels
+
+from reroute_fx.grounding.questions import questions
+from reroute_fx.grounding.scenes import Scene, scene
+
+REFERENCES, CHECKS = 8, 6
+"""Questions about each picture for a box, and for yes or no."""
+_LONGEST = 28
+"""Tokens of question and answer; of the few longer ones none is trained on."""
+_DRAWN = 32
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Scenes as the tower sees them, and as many questions about each.
+
+    Attributes:
+        features: `[S, N, d]` bfloat16, what the projector reads.
+        labels: `tower_labels` of each scene, stacked.
+        questions: `[S, Q, R]` int16, tokens of question, answer and padding.
+        answers: `[S, Q, R]` int16, what follows each token, where that is part of an answer.
+        prefix: tokens before the question, with those of the picture.
+    """
+
+    features: Tensor
+    labels: dict[str, Tensor]
+    questions: Tensor
+    answers: Tensor
+    prefix: list[int]
+
+    def batches(self, size: int, start: int, steps: int, seed: int) -> Iterator[Tensor]:
+        """Indices `[size]` of scenes for the steps from `start` on; each scene once before any comes again."""
+        in_epoch = len(self.features) // size
+        for step in range(start, steps):
+            order = torch.Generator().manual_seed(seed * 1000 + step // in_epoch)
+            shuffled = torch.randperm(len(self.features), generator=order)
+            yield shuffled[step % in_epoch * size :][:size]
+
+    def pack(self, chosen: Tensor) -> Packed:
+        return pack(self.features[chosen].float(), self.prefix, self.questions[chosen], self.answers[chosen])
+
+
+class LessonMaker:
+    """Makes lessons out of scenes, but for the tower's part."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.prefix = self._ids(f"USER: {IMAGE * PATCHES**2}\n", bos=True)
+
+    def pixels(self, scenes: Sequence[Scene]) -> Tensor:
+        pictures = [each.picture for each in scenes]
+        return self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+
+    def labels(self, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+        labels = [tower_labels(each) for each in scenes]
+        return {name: torch.from_numpy(np.stack([each[name] for each in labels])) for name in labels[0]}
+
+    def turns(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+        """Questions with answers, and what is to be learnt of them, both `[B, Q, R]` int16."""
+        pad = self.processor.tokenizer.pad_token_id
+        laid_out = [lay_out(self._turns(each), _LONGEST, pad) for each in scenes]
+        ids, labels = zip(*laid_out, strict=True)
+        return torch.tensor(ids, dtype=torch.int16), torch.tensor(labels, dtype=torch.int16)
+
+    def _turns(self, scene: Scene) -> list[tuple[list[int], list[int]]]:
+        """As many questions for every scene: where there are fewer, the first ones come again."""
+        boxes, truths = questions(scene, REFERENCES, CHECKS)
+        end = self.processor.tokenizer.eos_token_id
+        asked = [
+            (self._ids(f"{q.text} ASSISTANT:"), [*self._ids(f" {q.answer}"), end]) for q in boxes + truths
+        ]
+        fitting = [turn for turn in asked if sum(map(len, turn)) <= _LONGEST]
+        return list(islice(cycle(fitting), REFERENCES + CHECKS))
+
+    def _ids(self, text: str, bos: bool = False) -> list[int]:
+        return list(self.processor.tokenizer(text, add_special_tokens=bos)["input_ids"])
+
+
+class _Drawn(Dataset[Any]):
+    def __init__(self, maker: LessonMaker, first: int, count: int, crowd: tuple[int, int]) -> None:
+        self.maker, self.numbers, self.crowd = maker, range(first, first + count), crowd
+
+    def __len__(self) -> int:
+        return -(-len(self.numbers) // _DRAWN)
+
+    def __getitem__(self, index: int) -> Any:
+        scenes = [scene("train", n, self.crowd) for n in self.numbers[index * _DRAWN :][:_DRAWN]]
+        return self.maker.pixels(scenes), self.maker.labels(scenes), self.maker.turns(scenes)
+
+
+def make_lessons(
+    model: Any, maker: LessonMaker, first: int, count: int, crowd: tuple[int, int], progress: Progress
+) -> Lessons:
+    """Lessons about `count` training scenes from number `first` on, with so many to so many things."""
+    drawn = DataLoader(_Drawn(maker, first, count, crowd), batch_size=None, num_workers=2)
+    features, labels, ids, answers = [], [], [], []
+    task = progress.add_task("{} to {} things".format(*crowd), total=len(drawn), shown="")
+    for pixels, seen, (asked, answered) in drawn:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            features.append(tower_features(model, pixels)[0].bfloat16())
+        labels.append(seen)
+        ids.append(asked)
+        answers.append(answered)
+        progress.advance(task)
+    stacked = {name: torch.cat([each[name] for each in labels]) for name in labels[0]}
+    return Lessons(torch.cat(features), stacked, torch.cat(ids), torch.cat(answers), maker.prefix)
+
+
+def kept_lessons(place: Path, *how: Any) -> Lessons:
+    """The lessons in a file; if there is none, it is written, with `make_lessons(*how)`."""
+    if not place.exists():
+        made = make_lessons(*how)
+        torch.save(vars(made), f"{place}.new")
+        Path(f"{place}.new").replace(place)
+    return Lessons(**torch.load(place))
