@@ -108,23 +108,36 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
 
 
 def _start_well(model: LlavaForConditionalGeneration) -> None:
-    """Let words be as large as what layers read, and layers add nothing yet, so that no word is drowned."""
+    """Let words be as large as what layers read, layers add nothing yet, and tokens attend to what is like them.
+
+    The last holds for the dimensions that positions turn slowly (mimetic initialization, Trockman and Kolter 2023, arXiv
+    2305.09828).
+    """
     torch.nn.init.normal_(model.get_input_embeddings().weight)
+    half = WIDTH // HEADS // 2
+    slow = (torch.arange(WIDTH) % half) >= half // 2
     for layer in model.model.language_model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        attention = layer.self_attn
+        with torch.no_grad():
+            attention.q_proj.weight[slow] *= 1.6
+            attention.k_proj.weight[slow] = attention.q_proj.weight[slow]
+        torch.nn.init.zeros_(attention.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
+def number_waves() -> torch.Tensor:
+    """Each hundredth from 0 to 1 as cosines and sines of 12 frequencies, of unit length `[101, 24]`."""
+    turns = torch.arange(101)[:, None] / 202 * torch.arange(1, 13) * 2 * torch.pi
+    return torch.cat([turns.cos(), turns.sin()], dim=1) / 12**0.5
 
 
 def _order_numbers(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
     """Let numbers start out near their neighbours, read and written: a decoder that has read much knows their order."""
-    frequencies = torch.arange(1, 25)
-    turns = torch.arange(101)[:, None] / 202 * frequencies * 2 * torch.pi
-    waves = torch.cat([turns.cos(), turns.sin()], dim=1) / frequencies.sqrt().repeat(2)  # [101, 48]
+    waves = number_waves()
     for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         mixing, _ = torch.linalg.qr(torch.randn(WIDTH, waves.shape[1] + 2))
-        placed = waves @ mixing[:, :-2].T
         length = weight.norm(dim=1).mean()
-        placed *= length / placed.norm(dim=1).mean()
+        placed = length * waves @ mixing[:, :-2].T
         for value, vector in enumerate(placed):
             for form, apart in zip(number_forms(value), mixing[:, -2:].T, strict=True):
                 weight.data[tokenizer.convert_tokens_to_ids(form)] = vector + length * apart

@@ -22,7 +22,7 @@ import typer
 from lessons import LessonMaker, Lessons, kept_lessons
 from packing import IGNORED, PACKED, Packed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from small_llava import DECODER_LAYERS, WIDTH, build_model, build_processor, grow, number_forms
+from small_llava import DECODER_LAYERS, WIDTH, build_model, build_processor, grow, number_waves
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tower import FIELDS, NOTHING, TowerHeads, tower_features
@@ -223,25 +223,29 @@ def align_phase(model: Any, tokenizer: Any, recipe: Recipe, lessons: Lessons) ->
 
 
 class _Described:
-    """What patches are said to be: sums of the words of their thing and of its box's numbers, each number turned."""
+    """What patches are said to be: the words of their thing and the four numbers of its box, each in directions of its
+    own, so that a head of the decoder can read one of them and nothing else.
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         words = model.get_input_embeddings().weight.detach().clone()
+        self.waves = words.norm(dim=1).mean() * number_waves()  # [101, 24]
+        random = torch.Generator().manual_seed(0)
+        directions, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=random))
+        sizes = [self.waves.shape[1]] * 4
+        *self.sides, rest = directions.split([*sizes, WIDTH - sum(sizes)], dim=1)
+        onto_rest = rest @ rest.T * (WIDTH / rest.shape[1]) ** 0.5
         self.words = {
-            field: words[tokenizer.convert_tokens_to_ids([f" {word}" for word in each])]
+            field: words[tokenizer.convert_tokens_to_ids([f" {word}" for word in each])] @ onto_rest
             for field, each in FIELDS.items()
         }
-        forms = [number_forms(hundredth)[1] for hundredth in range(101)]
-        self.numbers = words[tokenizer.convert_tokens_to_ids(forms)]
-        random = torch.Generator().manual_seed(0)
-        self.turns = [torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=random))[0] for _ in range(4)]
 
     def __call__(self, labels: dict[str, Tensor]) -> Tensor:
         """`[B, N, d]` from `tower_labels`; zeros for patches on nothing."""
         on = labels["size"] != NOTHING
         sums = sum(words[labels[field][on]] for field, words in self.words.items())
         box = (labels["box"][on] * 100).round().long()
-        sums += sum(self.numbers[side] @ turn for side, turn in zip(box.T, self.turns, strict=True))
+        sums += sum(self.waves[side] @ place.T for side, place in zip(box.T, self.sides, strict=True))
         described = torch.zeros(*on.shape, WIDTH)
         described[on] = sums
         return described
@@ -285,10 +289,10 @@ def decoder_phase(
                 f"yes/no {each[words].mean():.3f} right {right[words].mean():.3f}"
             )
 
-        weights = 1.0 + words
+        weights = 1.0 + 3 * words
         return (each * weights).sum() / weights.sum(), shown
 
-    modules = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
+    modules = [model.model.language_model, model.lm_head]
     return Phase(name, recipe, model, modules, batches, loss)
 
 
@@ -297,8 +301,8 @@ def main(
         Path, typer.Argument(help="Where the state of the run and the trained model are written.")
     ],
     tower_steps: int = 2400,
-    shallow_steps: int = 2000,
-    deep_steps: int = 1500,
+    shallow_steps: int = 800,
+    deep_steps: int = 1300,
     scenes: int = 14000,
     rate: float = 1e-3,
     seed: int = 0,
@@ -324,15 +328,21 @@ def main(
         one = learn("one", 10**6, scenes // 8, (1, 1))
         few = learn("few", 2 * 10**6, scenes // 4, (1, 3))
         full = learn("full", 3 * 10**6, scenes, CROWD)
-        run.train(align_phase(model, tokenizer, Recipe(400, 32, 3 * rate), few))
+        run.train(align_phase(model, tokenizer, Recipe(1500, 64, 3 * rate), full))
+        model.model.multi_modal_projector.requires_grad_(False)
         text.config.num_hidden_layers = SHALLOW
-        for name, steps, lessons in (("one", 400, one), ("few", 600, few), ("full", shallow_steps, full)):
-            recipe = Recipe(steps, 16, rate, decay=False)
+        shallow = (
+            ("one", one, Recipe(200, 16, rate, decay=False)),
+            ("few", few, Recipe(400, 16, rate, decay=False)),
+            ("full", full, Recipe(1000, 16, rate, decay=False)),
+            ("slower", full, Recipe(shallow_steps, 16, 0.4 * rate, decay=False)),
+        )
+        for name, lessons, recipe in shallow:
             run.train(decoder_phase(name, model, tokenizer, recipe, lessons, seed))
         text.config.num_hidden_layers = DECODER_LAYERS
         if "deep" not in run.phases:
             grow(model, SHALLOW)
-        run.train(decoder_phase("deep", model, tokenizer, Recipe(deep_steps, 16, rate), full, seed + 1))
+        run.train(decoder_phase("deep", model, tokenizer, Recipe(deep_steps, 16, 0.4 * rate), full, seed + 1))
     text.config._attn_implementation = "sdpa"
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
