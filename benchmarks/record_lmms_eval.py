@@ -85,7 +85,7 @@ def _evaluate(arguments: str) -> dict[str, Any]:
 def _answers(folder: Path, task: str) -> list[str]:
     (path,) = folder.glob(f"out/**/*_samples_{task}.jsonl")
     samples = [json.loads(line) for line in path.read_text().splitlines()]
-    return [sample["filtered_resps"][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    return [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 
 
 def _run(*arguments: str) -> str:

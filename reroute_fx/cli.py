@@ -99,19 +99,26 @@ def _record(entry: PaperConfig) -> dict[str, Any]:
 
 
 @app.command()
-def demo(backend: Annotated[str, typer.Option(help=" or ".join(BACKENDS))] = "inductor") -> None:
-    """Compile, generate and time two small models with random weights; nothing is downloaded."""
+def demo(
+    backend: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
+    scene: Annotated[
+        int, typer.Option(help="number of a generated scene; 8 is one where deleting loses the thing")
+    ] = 8,
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("demo"),
+) -> None:
+    """Ask a small trained model for a thing in a scene: unrouted, with deleted and with routed tokens."""
     from .demo import run
 
     try:
-        run(backend, _console)
+        check_backend(backend)
+        run(backend, _console, scene, out)
     except RerouteError as error:
         _fail(error)
 
 
 @app.command()
 def visualize(
-    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a random one")],
+    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a small one")],
     out: Annotated[Path, typer.Argument(help="folder for the pictures")],
     prompt: Annotated[str, typer.Option(help="text behind the picture")],
     image: Annotated[Path | None, typer.Option(help="picture; a generated one if left out")] = None,
@@ -148,7 +155,7 @@ def visualize(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a random one")],
+    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a small one")],
     tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
     batch: Annotated[str, typer.Option(help="rows of each batch, such as 1,8")] = "1",
     method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",
@@ -206,7 +213,7 @@ def bench(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a random one")],
+    model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a small one")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
     tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
     method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",

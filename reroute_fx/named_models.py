@@ -1,17 +1,18 @@
 """Models named on the command line, with their processors."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .config import RoutingConfig
-from .demo import Example, llava_example
 from .errors import ConfigError, first_line
 
 DEMO = "demo"
+CHECKPOINT = Path(__file__).parent / "grounding" / "model"
+"""The small LLaVA that ships with the package, trained on generated scenes; its card is in the folder."""
 DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -35,18 +36,14 @@ def check_device(device: str, dtype: str) -> None:
         )
 
 
-def read_config(
-    name: str, tier: float, method: str, action: str, schedule: str = "exact"
-) -> RoutingConfig | None:
-    """The routing of a named model, from its config alone; None for the demo's, which is built first.
+def read_config(name: str, tier: float, method: str, action: str, schedule: str = "exact") -> RoutingConfig:
+    """The routing of a named model, from its config alone.
 
     Raises:
         ConfigError: no such model, or a routing that it can't have.
     """
-    if name == DEMO:
-        return None
     try:
-        config = AutoConfig.from_pretrained(name).get_text_config(decoder=True)
+        config = AutoConfig.from_pretrained(_place(name)).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise _no_model(name, error) from error
     layers = getattr(config, "num_hidden_layers", None)
@@ -59,7 +56,7 @@ def load_model(name: str, device: str, dtype: str) -> NamedModel:
     """A model with its weights.
 
     Args:
-        name: model id, folder, or ``"demo"``.
+        name: model id, folder, or ``"demo"`` for the one that ships with the package.
         device: one of `DEVICES`.
         dtype: one of `DTYPES`; ``"auto"`` is that of the checkpoint.
 
@@ -67,31 +64,16 @@ def load_model(name: str, device: str, dtype: str) -> NamedModel:
         ConfigError: it can't be found or has no weights or no processor.
     """
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    if name == DEMO:
-        example = llava_example()
-        model = example.model.to(device, None if dtype == "auto" else wanted)
-        return NamedModel(model, _demo_processor(example))
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=wanted)
+        processor = AutoProcessor.from_pretrained(_place(name))
+        model = AutoModelForImageTextToText.from_pretrained(_place(name), dtype=wanted)
     except (OSError, ValueError) as error:
         raise _no_model(name, error) from error
     return NamedModel(model.eval().to(device), processor)
 
 
-def _demo_processor(example: Example) -> LlavaProcessor:
-    vision, tokenizer = example.model.config.vision_config, example.tokenizer
-    size = vision.image_size
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        ),
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
-        image_token=tokenizer.convert_ids_to_tokens(example.model.config.image_token_id),
-        num_additional_image_tokens=1,
-    )
+def _place(name: str) -> str:
+    return str(CHECKPOINT) if name == DEMO else name
 
 
 def _no_model(name: str, error: Exception) -> ConfigError:

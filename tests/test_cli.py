@@ -1,6 +1,7 @@
 """The command line, on published configurations without weights."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import jsonschema
 import pytest
 import torch
 from PIL import Image
-from tiny_models import byte_tokenizer, llava_config, word_tokenizer
+from tiny_models import byte_tokenizer, llava_config
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
@@ -161,15 +162,42 @@ def test_bench_asks_as_the_model_was_taught(checkpoint, tmp_path):
 
 def test_bench_knows_the_demo():
     demo = load_model("demo", "cpu", "auto")
-    inputs = make_batch(demo.processor, demo.model, 1, "What?", None)
-    assert (inputs["input_ids"] == demo.model.config.image_token_id).sum() == 576
+    inputs = make_batch(demo.processor, demo.model, 1, "Where is the star?", None)
+    assert (inputs["input_ids"] == demo.model.config.image_token_id).sum() == 144
 
 
-def test_words_that_the_model_does_not_know_are_named(checkpoint):
-    loaded = load_model(str(checkpoint), "cpu", "auto")
-    loaded.processor.tokenizer = word_tokenizer(["What", "is", "this?", "<image>", "USER:", "ASSISTANT:"])
+def test_demo_asks_compares_and_draws(tmp_path):
+    """The same answer from both unrouted models, a right box from the routed one, and pictures."""
+    result = run("demo", "--backend", "eager", "--out", str(tmp_path / "demo"))
+    assert result.exit_code == 0
+    lines = re.findall(
+        r"│ (unrouted, eager|unrouted|deleted|routed) +│ (.*?) +│ +(\d\.\d\d) │", result.stdout
+    )
+    answers = {name: (answer, float(shared)) for name, answer, shared in lines}
+    assert len(answers) == 4
+    assert answers["unrouted"] == answers["unrouted, eager"]
+    assert answers["unrouted"][1] > 0.5
+    assert answers["routed"][1] > 0.5
+    for name in ("prompt-0.png", "index.html"):
+        assert (tmp_path / "demo" / name).stat().st_size > 10_000
+
+
+def test_demo_refuses_before_it_loads_anything(tmp_path, monkeypatch):
+    monkeypatch.setattr("reroute_fx.demo.load_model", lambda *a: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("mine")
+    for arguments, message in (
+        (["--scene", "-1"], "ConfigError: scene is -1; expected 0 or more."),
+        (["--out", str(tmp_path / "file")], "a file; expected a folder, or a name that is free."),
+    ):
+        result = run("demo", *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr.replace("\n", "")
+
+
+def test_words_that_the_model_does_not_know_are_named():
+    demo = load_model("demo", "cpu", "auto")
     with pytest.raises(InputError, match=r"prompt has \['tiny', 'unicorn\?'\], for which .* has no token"):
-        make_batch(loaded.processor, loaded.model, 1, "What is this? tiny unicorn?", None)
+        make_batch(demo.processor, demo.model, 1, "Where is the tiny red unicorn?", None)
 
 
 def test_pictures_of_other_modes(tmp_path):

@@ -211,12 +211,3 @@ def byte_tokenizer():
         pad_token="<pad>",
         additional_special_tokens=["<image>"],
     )
-
-
-def word_tokenizer(words):
-    """A tokenizer that knows these words only."""
-    tokenizer = Tokenizer(
-        models.WordLevel({word: number for number, word in enumerate(["<unk>", *words])}, "<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")

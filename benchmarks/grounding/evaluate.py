@@ -1,6 +1,6 @@
 """The grounding study, which asks whether routing keeps what deleting loses.
 
-    python benchmarks/grounding/evaluate.py runs/grounding/model
+    python benchmarks/grounding/evaluate.py
 
 writes the answers of every contender to `benchmarks/results/grounding.json`, two plots beside it, and prints the table
 of the README. `--from-json` draws and prints again without running anything.
@@ -26,7 +26,7 @@ from reroute_fx.errors import UnsupportedModelError
 from reroute_fx.grounding.questions import KINDS, Question, collect
 from reroute_fx.grounding.scenes import SIDE, Scene
 from reroute_fx.grounding.scoring import overlap, read_box
-from reroute_fx.named_models import load_model
+from reroute_fx.named_models import CHECKPOINT, load_model
 
 RESULTS = Path(__file__).parent.parent / "results"
 Asked = tuple[Scene, Question]
@@ -99,7 +99,7 @@ def _check(model: Any) -> None:
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="folder with model and processor")],
+    checkpoint: Annotated[Path, typer.Argument(help="folder with model and processor")] = CHECKPOINT,
     folder: Annotated[Path, typer.Option(help="where results are written")] = RESULTS,
     seeds: Annotated[int, typer.Option(min=1, help="sets of scenes")] = 3,
     count: Annotated[int, typer.Option(min=1, help="prompts of each kind and set")] = 300,

@@ -110,8 +110,8 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
 def _start_well(model: LlavaForConditionalGeneration) -> None:
     """Let words be as large as what layers read, layers add nothing yet, and tokens attend to what is like them.
 
-    The last holds for the dimensions that positions turn slowly (mimetic initialization, Trockman and Kolter 2023, arXiv
-    2305.09828).
+    The last holds for the dimensions that positions turn slowly (mimetic initialization, Trockman and Kolter 2023,
+    arXiv 2305.09828).
     """
     torch.nn.init.normal_(model.get_input_embeddings().weight)
     half = WIDTH // HEADS // 2

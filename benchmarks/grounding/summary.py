@@ -76,6 +76,11 @@ def _answers(records: Records, contender: str, tier: int | None, kind: str) -> l
     return [answer for r in sorted(found, key=lambda r: r["seed"]) for answer in r["answers"]]
 
 
+def first_answers(records: Records, count: int) -> list[dict[str, Any]]:
+    """The records of the first set of scenes, with the answers to the first `count` prompts of each kind."""
+    return [{**record, "answers": record["answers"][:count]} for record in records if record["seed"] == 0]
+
+
 def tiers(records: Records) -> list[int]:
     return sorted({r["tier"] for r in records if r["tier"]}, reverse=True)
 
@@ -109,6 +114,19 @@ def _line(records: Records, name: str, tier: int | None) -> str:
         f"{100 * scores.agreement.mean:.1f}",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def kinds_table(records: Records) -> str:
+    """The unrouted model's right answers by kind of question, in percent."""
+    boxes = _answers(records, "unrouted", None, "refer")
+    right: dict[str, list[bool]] = {}
+    for answer in sorted(boxes, key=lambda answer: answer["hops"]):
+        name = ("where, no relation", "where, one relation", "where, two relations")[answer["hops"]]
+        right.setdefault(name, []).append(answer["iou"] >= THRESHOLD)
+    for answer in sorted(_answers(records, "unrouted", None, "yes/no"), key=lambda answer: answer["kind"]):
+        right.setdefault(f"yes/no, {answer['kind']}", []).append(answer["answer"].lower() == answer["target"])
+    lines = [f"| {name} | {len(found)} | {_percent(share(found))} |" for name, found in right.items()]
+    return "\n".join(["| question | asked | right, % |", "|---|---|---|", *lines])
 
 
 def _percent(interval: Interval) -> str:
