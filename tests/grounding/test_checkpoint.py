@@ -1,0 +1,107 @@
+"""The checkpoint answers as its card and the study say, and all that is said of it is what was measured."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from card import FIRST as COUNT
+from contenders import contenders
+from evaluate import RESULTS, record
+from huggingface_hub import ModelCard
+from summary import first_answers, markdown_table, score
+
+from reroute_fx.grounding.questions import KINDS, collect
+from reroute_fx.grounding.scoring import THRESHOLD, overlap, read_box, yes_no_scores
+from reroute_fx.named_models import CHECKPOINT, load_model
+
+README = Path(__file__).parents[2] / "README.md"
+LMMS_EVAL = json.loads((RESULTS / "lmms_eval.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def study():
+    return json.loads((RESULTS / "grounding.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def card():
+    """Value of each metric by name and part of the test set."""
+    data = ModelCard.load(CHECKPOINT / "README.md").data
+    assert data.license == "apache-2.0"
+    return {(result.metric_name, result.dataset_split): result.metric_value for result in data.eval_results}
+
+
+def percentages(scores):
+    return {"ACC@0.5": 100 * scores.accuracy.mean, "yes/no accuracy": 100 * scores.right.mean}
+
+
+@pytest.fixture(scope="module")
+def answered():
+    """Scores of some contenders on the first prompts, asked now."""
+    loaded = load_model("demo", "cpu", "float32")
+    prompts = {kind: collect("test", 0, COUNT, kind) for kind in KINDS}
+    chosen = [c for c in contenders(loaded.model, 0) if c.name == "unrouted" or c.tier == 128]
+    wanted = [c for c in chosen if c.name in ("unrouted", "pdrop routed", "fastv routed")]
+    records = [record(c, loaded.processor, prompts[kind], 0, kind) for c in wanted for kind in KINDS]
+    return {c.name: percentages(score(records, c.name, c.tier)) for c in wanted}
+
+
+def test_unrouted_answers_score_as_the_card_says(answered, card):
+    for name, value in answered["unrouted"].items():
+        assert value == pytest.approx(card[name, f"first {COUNT}"], abs=2)
+
+
+@pytest.mark.parametrize("contender", ["pdrop routed", "fastv routed"])
+def test_routed_answers_score_as_the_study_says(answered, study, contender):
+    said = score(first_answers(study["records"], COUNT), contender, 128)
+    for name, value in percentages(said).items():
+        assert answered[contender][name] == pytest.approx(value, abs=2)
+
+
+def test_the_card_says_what_the_study_found(card, study):
+    whole = percentages(score(study["records"], "unrouted", None))
+    first = percentages(score(first_answers(study["records"], COUNT), "unrouted", None))
+    assert len(card) == 4
+    for name in whole:
+        assert card[name, "test"] == round(whole[name], 1)
+        assert card[name, f"first {COUNT}"] == round(first[name], 1)
+
+
+def test_the_study_is_of_this_checkpoint_and_of_every_contender(study):
+    weights = CHECKPOINT / "model.safetensors"
+    assert weights.stat().st_size < 25 * 2**20
+    assert study["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    asked = {(r["contender"], r["tier"], r["seed"], r["kind"]) for r in study["records"]}
+    assert len(asked) == len(study["records"]) == 22 * 3 * 2
+    assert all(len(r["answers"]) == 300 for r in study["records"])
+
+
+def test_the_readme_has_the_study_s_table(study):
+    assert markdown_table(study["records"]) in README.read_text()
+
+
+@pytest.mark.parametrize("model", ["unrouted", "deleted", "routed"])
+def test_lmms_eval_scores_as_we_do(model, study):
+    """And the model that it runs answers as in the study."""
+    recorded = LMMS_EVAL["models"][model]
+    assert LMMS_EVAL["listed"] is True
+    said, told = recorded["answers"].values()
+    count = len(said)
+    prompts = [collect("test", 0, count, kind) for kind in KINDS]
+    overlaps = [overlap(read_box(a), q.box) for a, (_, q) in zip(said, prompts[0], strict=True)]
+    truths = yes_no_scores(told, [q.answer for _, q in prompts[1]])
+    ours = {
+        "refcoco_ACC@0.5": sum(value >= THRESHOLD for value in overlaps) / count,
+        "refcoco_IoU": sum(overlaps) / count,
+        "pope_accuracy": truths.accuracy,
+        "pope_precision": truths.precision,
+        "pope_recall": truths.recall,
+        "pope_f1_score": truths.f1,
+    }
+    assert recorded["lmms_eval"] == pytest.approx(ours)
+    name, tier = ("unrouted", None) if model == "unrouted" else (f"pdrop {model}", 128)
+    first = [r for r in first_answers(study["records"], count) if (r["contender"], r["tier"]) == (name, tier)]
+    answers = [a["answer"] for r in first for a in r["answers"]]
+    same = [a.strip() == b for a, b in zip([*said, *told], answers, strict=True)]
+    assert sum(same) > 0.97 * len(same) > 380
