@@ -26,9 +26,7 @@ from lmms_eval.tasks.refcoco import utils_rec as refcoco
 
 from reroute_fx.benchmarking.machine import environment
 from reroute_fx.benchmarking.result import write_json
-from reroute_fx.evals.tasks import SHAPES_REFER, SHAPES_YES_NO, write_tasks
-from reroute_fx.grounding.questions import collect
-from reroute_fx.grounding.scoring import THRESHOLD, overlap, read_box, yes_no_scores
+from reroute_fx.evals.tasks import SHAPES_REFER, SHAPES_YES_NO, shapes_scores, write_tasks
 
 ROOT = Path(__file__).parents[1]
 MODELS = {
@@ -63,20 +61,7 @@ def _evaluate(arguments: str) -> dict[str, Any]:
         (results,) = Path(folder).glob("out/**/*_results.json")
         scores = json.loads(results.read_text())["results"]
         answers = {task: _answers(Path(folder), task) for task in (SHAPES_REFER, SHAPES_YES_NO)}
-    references, checks = (collect("test", 0, COUNT, kind) for kind in ("refer", "yes/no"))
-    overlaps = [
-        overlap(read_box(answer), question.box or ())
-        for answer, (_, question) in zip(answers[SHAPES_REFER], references, strict=True)
-    ]
-    truths = yes_no_scores(answers[SHAPES_YES_NO], [question.answer for _, question in checks])
-    ours = {
-        "refcoco_ACC@0.5": sum(value >= THRESHOLD for value in overlaps) / COUNT,
-        "refcoco_IoU": sum(overlaps) / COUNT,
-        "pope_accuracy": truths.accuracy,
-        "pope_precision": truths.precision,
-        "pope_recall": truths.recall,
-        "pope_f1_score": truths.f1,
-    }
+    ours = shapes_scores(answers[SHAPES_REFER], answers[SHAPES_YES_NO])
     both = {**scores[SHAPES_REFER], **scores[SHAPES_YES_NO]}
     theirs = {name: both[f"{name},none"] for name in ours}
     return {"arguments": arguments, "answers": answers, "lmms_eval": theirs, "ours": ours}

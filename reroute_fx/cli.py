@@ -100,7 +100,7 @@ def _record(entry: PaperConfig) -> dict[str, Any]:
 
 @app.command()
 def demo(
-    backend: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
+    backend: Annotated[str, typer.Option(help=" or ".join(BACKENDS))] = "inductor",
     scene: Annotated[
         int, typer.Option(help="number of a generated scene; 8 is one where deleting loses the thing")
     ] = 8,

@@ -301,7 +301,7 @@ def main(
         Path, typer.Argument(help="Where the state of the run and the trained model are written.")
     ],
     tower_steps: int = 2400,
-    shallow_steps: int = 800,
+    slower_steps: int = 800,
     deep_steps: int = 1300,
     scenes: int = 14000,
     rate: float = 1e-3,
@@ -335,7 +335,7 @@ def main(
             ("one", one, Recipe(200, 16, rate, decay=False)),
             ("few", few, Recipe(400, 16, rate, decay=False)),
             ("full", full, Recipe(1000, 16, rate, decay=False)),
-            ("slower", full, Recipe(shallow_steps, 16, 0.4 * rate, decay=False)),
+            ("slower", full, Recipe(slower_steps, 16, 0.4 * rate, decay=False)),
         )
         for name, lessons, recipe in shallow:
             run.train(decoder_phase(name, model, tokenizer, recipe, lessons, seed))

@@ -12,6 +12,7 @@ from ..errors import BackendUnavailableError, ConfigError
 from ..folders import check_folder
 from ..grounding.questions import KINDS, Question, collect
 from ..grounding.scenes import SIDE, Scene
+from ..grounding.scoring import THRESHOLD, overlap, read_box, yes_no_scores
 
 SHAPES_REFER, SHAPES_YES_NO = "shapes_refer", "shapes_yes_no"
 GENERAL = ("pope", "gqa", "mmbench_en_dev", "mme")
@@ -154,6 +155,31 @@ def write_tasks(folder: str | Path, count: int = 200, seed: int = 0) -> list[str
     _write(target / f"{SHAPES_REFER}.parquet", list(map(_refer_row, range(count), references)))
     _write(target / f"{SHAPES_YES_NO}.parquet", list(map(_yes_no_row, range(count), checks)))
     return list(files)
+
+
+def shapes_scores(boxes: Sequence[str], truths: Sequence[str], seed: int = 0) -> dict[str, float]:
+    """Scores of answers to the two tasks on generated scenes by our own scorer, named as lmms-eval names them.
+
+    Args:
+        boxes: answers to the referring expressions, in the order in which `write_tasks` wrote them.
+        truths: answers to the yes/no questions, likewise.
+        seed: that of `write_tasks`.
+    """
+    references = collect("test", seed, len(boxes), KINDS[0])
+    checks = collect("test", seed, len(truths), KINDS[1])
+    overlaps = [
+        overlap(read_box(answer), question.box or ())
+        for answer, (_, question) in zip(boxes, references, strict=True)
+    ]
+    yes_no = yes_no_scores(truths, [question.answer for _, question in checks])
+    return {
+        "refcoco_ACC@0.5": sum(value >= THRESHOLD for value in overlaps) / len(overlaps),
+        "refcoco_IoU": sum(overlaps) / len(overlaps),
+        "pope_accuracy": yes_no.accuracy,
+        "pope_precision": yes_no.precision,
+        "pope_recall": yes_no.recall,
+        "pope_f1_score": yes_no.f1,
+    }
 
 
 def _name(data: str, split: str, family: str | None) -> str:

@@ -11,8 +11,8 @@ from evaluate import RESULTS, record
 from huggingface_hub import ModelCard
 from summary import first_answers, markdown_table, score
 
+from reroute_fx.evals.tasks import shapes_scores
 from reroute_fx.grounding.questions import KINDS, collect
-from reroute_fx.grounding.scoring import THRESHOLD, overlap, read_box, yes_no_scores
 from reroute_fx.named_models import CHECKPOINT, load_model
 
 README = Path(__file__).parents[2] / "README.md"
@@ -87,21 +87,11 @@ def test_lmms_eval_scores_as_we_do(model, study):
     recorded = LMMS_EVAL["models"][model]
     assert LMMS_EVAL["listed"] is True
     said, told = recorded["answers"].values()
-    count = len(said)
-    prompts = [collect("test", 0, count, kind) for kind in KINDS]
-    overlaps = [overlap(read_box(a), q.box) for a, (_, q) in zip(said, prompts[0], strict=True)]
-    truths = yes_no_scores(told, [q.answer for _, q in prompts[1]])
-    ours = {
-        "refcoco_ACC@0.5": sum(value >= THRESHOLD for value in overlaps) / count,
-        "refcoco_IoU": sum(overlaps) / count,
-        "pope_accuracy": truths.accuracy,
-        "pope_precision": truths.precision,
-        "pope_recall": truths.recall,
-        "pope_f1_score": truths.f1,
-    }
-    assert recorded["lmms_eval"] == pytest.approx(ours)
+    assert recorded["lmms_eval"] == pytest.approx(shapes_scores(said, told))
     name, tier = ("unrouted", None) if model == "unrouted" else (f"pdrop {model}", 128)
-    first = [r for r in first_answers(study["records"], count) if (r["contender"], r["tier"]) == (name, tier)]
+    first = [
+        r for r in first_answers(study["records"], len(said)) if (r["contender"], r["tier"]) == (name, tier)
+    ]
     answers = [a["answer"] for r in first for a in r["answers"]]
     same = [a.strip() == b for a, b in zip([*said, *told], answers, strict=True)]
     assert sum(same) > 0.97 * len(same) > 380
