@@ -31,9 +31,11 @@ class TokenSet(Protocol):
 
     Attributes:
         length: number of rows, a node or an int.
+        fakes: values of nodes that were copied onto these rows, by what they were on all rows.
     """
 
     length: Any
+    fakes: dict[Any, torch.Tensor]
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
         """Rows of a sequence tensor that runs over the stream in dimension `dim`."""
@@ -49,6 +51,7 @@ class LastTokens:
     length = 1
 
     def __init__(self, edit: Editor, lengths: fx.Node) -> None:
+        self.fakes: dict[Any, torch.Tensor] = {}
         self.positions = edit.call(aten.unsqueeze.default, edit.call(aten.sub.Tensor, lengths, 1), 1)
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
@@ -59,6 +62,9 @@ class AllRows:
     """The stream as it is."""
 
     length = None
+
+    def __init__(self) -> None:
+        self.fakes: dict[Any, torch.Tensor] = {}
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
         return tensor
@@ -134,19 +140,22 @@ class Replay:
     def _substituted(self, fake: Any) -> Any:
         """The fake value of a node with the compact length for the full one; None if it must be computed.
 
-        Running every copied node on fake tensors takes most of a routing's time otherwise.
+        Running every copied node on fake tensors takes most of a routing's time otherwise, and making a tensor for
+        each takes a third of what is left: layers are alike.
         """
         new_length = self.tokens.length
         only_length_changes = len(self.given) == 1 and isinstance(new_length, fx.Node)
         if not only_length_changes or not isinstance(fake, torch.Tensor):
             return None
-        with self.edit.graph.fake_mode:
-            return torch.empty_strided(
-                [self._resized(size) for size in fake.shape],
-                [self._resized(stride) for stride in fake.stride()],
-                dtype=fake.dtype,
-                device=fake.device,
-            )
+        sizes = (*fake.shape, *fake.stride())
+        form = fake.dtype, fake.device, *map(expression, sizes)
+        if form not in self.tokens.fakes:
+            resized = [self._resized(size) for size in sizes]
+            with self.edit.graph.fake_mode:
+                self.tokens.fakes[form] = torch.empty_strided(
+                    resized[: fake.ndim], resized[fake.ndim :], dtype=fake.dtype, device=fake.device
+                )
+        return self.tokens.fakes[form]
 
     def _resized(self, size: Any) -> Any:
         if not isinstance(size, torch.SymInt) or not mentions(size, self.symbol):

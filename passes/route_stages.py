@@ -15,6 +15,7 @@ all S rows again, each at its own place. Rotary positions are gathered, never re
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -35,6 +36,7 @@ class ActiveRows:
     Attributes:
         stream: compact residual stream, ``[B, S', d]``.
         length: S'.
+        fakes: see `TokenSet`.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ActiveRows:
         source: "ActiveRows | None" = None,
     ) -> None:
         self.positions, self.source = decision.positions, source
+        self.fakes: dict[Any, torch.Tensor] = {}
         tensors = sequence_inputs(layers)
         _, length = (expression(size) for size in shape(layers[0].start)[:2])
         dims = [sequence_dims(tensor, length)[0] for tensor in tensors]

@@ -4,6 +4,9 @@ import os
 
 # There is no GPU to run Triton's kernels on: they are interpreted, which Triton settles as it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Every core has a test to run: no pools of compilers, and none that optimises what calls the kernels.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 import pytest
 import torch
