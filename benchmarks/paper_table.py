@@ -21,7 +21,6 @@ from rich.table import Table
 
 from reroute_fx.benchmarking.machine import environment
 from reroute_fx.benchmarking.result import check_file, write_json
-from reroute_fx.config import METHODS, TIERS, UNROUTED
 from reroute_fx.errors import InputError, RerouteError
 from reroute_fx.evals.tasks import (
     SHAPES_REFER,
@@ -30,7 +29,10 @@ from reroute_fx.evals.tasks import (
     paper_tasks,
     write_tasks,
 )
+from reroute_fx.methods import UNROUTED
+from reroute_fx.paper import RELEASED
 from reroute_fx.passes import ACTIONS
+from reroute_fx.tiers import TIERS
 
 Configuration = tuple[str, str, int | None]
 """Method, action and tier."""
@@ -38,7 +40,7 @@ Configuration = tuple[str, str, int | None]
 
 def configurations() -> list[Configuration]:
     """In the order of the paper's table, the unrouted model first."""
-    routed = [(method, action, tier) for tier in TIERS for method in METHODS for action in ACTIONS]
+    routed = [(method, action, tier) for tier in TIERS for method in RELEASED for action in ACTIONS]
     return [(UNROUTED, ACTIONS[-1], None), *routed]
 
 

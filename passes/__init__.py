@@ -2,7 +2,8 @@
 
 They know graphs and operators, not models. In the order in which a decoder is routed:
 `RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `InsertSelection`,
-`RouteStages`, `ReuseKeys`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `AttendToCache`.
+`RouteStages`, `ReuseKeys`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages` and
+`AttendToCache`.
 """
 
 from .attend_to_cache import AttendToCache
@@ -11,19 +12,24 @@ from .decoder_graph import Decision, DecoderGraph, Layer, LayerSizes
 from .errors import MatchError, RerouteError
 from .expose_outputs import ExposeOutputs
 from .find_layers import FindLayers
-from .insert_selection import InsertSelection
+from .insert_selection import SCORING, InsertSelection
 from .interface import Pass, PassResult, Rejection
+from .number_stages import NumberStages
 from .pipeline import DUMP_VARIABLE, run_passes, to_program
 from .prove_causal import ProveCausal
+from .ranking import Candidates, Rank, by_attention
 from .remove_no_ops import RemoveNoOps
 from .restore_in_place import RestoreInPlace
 from .reuse_keys import ReuseKeys
-from .route_stages import ACTIONS, RouteStages
+from .route_stages import ACTIONS, POSITIONS, RouteStages
 
 __all__ = [
     "ACTIONS",
     "DUMP_VARIABLE",
+    "POSITIONS",
+    "SCORING",
     "AttendToCache",
+    "Candidates",
     "CanonicalizeAttention",
     "Decision",
     "DecoderGraph",
@@ -33,15 +39,18 @@ __all__ = [
     "Layer",
     "LayerSizes",
     "MatchError",
+    "NumberStages",
     "Pass",
     "PassResult",
     "ProveCausal",
+    "Rank",
     "Rejection",
     "RemoveNoOps",
     "RerouteError",
     "RestoreInPlace",
     "ReuseKeys",
     "RouteStages",
+    "by_attention",
     "run_passes",
     "to_program",
 ]

@@ -8,12 +8,19 @@ After:  ``return (%hidden, key.0, value.0, ..., scores.7, kept.7, ...)``; the na
 
 from .canonicalize_attention import attention_arguments, attentions
 from .decoder_graph import DecoderGraph
+from .errors import MatchError
 from .interface import Pass, PassResult
 
 
 class ExposeOutputs(Pass):
     def apply(self, graph: DecoderGraph) -> PassResult:
-        for index, node in enumerate(attentions(graph)):
+        blocks = list(attentions(graph))
+        if len(blocks) != len(graph.layers):
+            raise MatchError(
+                f"The graph has {len(blocks)} attentions for {len(graph.layers)} layers; expected one for each. What a "
+                f"pass replaced is still read. This is a bug of reroute_fx; please report it."
+            )
+        for index, node in enumerate(blocks):
             given = attention_arguments(node)
             graph.outputs[f"key.{index}"] = given.key
             graph.outputs[f"value.{index}"] = given.value

@@ -7,7 +7,9 @@ After:  ``%query = layer 7's rotated query of each row's last token``, ``%keys =
         The layers themselves are as before; `RouteStages` makes them use the selection.
 
 The query and the keys are partial replays of the layer on its own input: the layer's own norm,
-projections and rotary positions (Reroute, arXiv 2606.12412, section 3).
+projections and rotary positions (Reroute, arXiv 2606.12412, section 3). With ``scoring="previous"`` they are those
+of the layer before, on its input. Another ranking rule than attention is traced, and its nodes take the place of
+``visual_scores``.
 
 Inputs of the graph that are added, all but the first two for each decision layer: ``visual_index [B, N]``,
 ``lengths [B]``, with several pools ``pools [B, N]``, ``keep_7 [B, N]`` and ``slots_7 [S']``, of which only the
@@ -16,6 +18,7 @@ alone, so every shape is known before the program runs.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,20 +26,46 @@ from torch import fx
 from .canonicalize_attention import attention_arguments
 from .decoder_graph import Decision, DecoderGraph, Layer
 from .errors import MatchError
-from .graph_edit import Editor, add_input, ancestors, edit_after, expression, shape, value
+from .graph_edit import (
+    Editor,
+    add_input,
+    ancestors,
+    aten,
+    edit_after,
+    expression,
+    is_op,
+    shape,
+    value,
+)
 from .interface import Pass, PassResult
+from .ranking import Candidates, Rank, by_attention
 from .replay import AllRows, LastTokens, Replay
+from .traced import emit
+
+SCORING = ("own", "previous")
 
 
 class InsertSelection(Pass):
     """Args:
     decision_layers: ascending layer indices.
     several_pools: whether a row's visual tokens compete in several pools, one for each image.
+    rank: the ranking rule.
+    scoring: whose attention it is given, one of `SCORING`.
+    seed: for rules that choose by chance.
     """
 
-    def __init__(self, decision_layers: Sequence[int], several_pools: bool = False) -> None:
+    def __init__(
+        self,
+        decision_layers: Sequence[int],
+        several_pools: bool = False,
+        rank: Rank = by_attention,
+        scoring: str = "own",
+        seed: int = 0,
+    ) -> None:
         self.decision_layers = tuple(decision_layers)
         self.several_pools = several_pools
+        self.rank, self.seed = rank, seed
+        self.distance = SCORING.index(scoring)
 
     def apply(self, graph: DecoderGraph) -> PassResult:
         if not self.decision_layers:
@@ -61,33 +90,61 @@ class InsertSelection(Pass):
             for index in self.decision_layers
         ]
         graph.decisions = tuple(
-            _insert(graph, graph.layers[index], visual_index, lengths, keep, pools, slots)
+            self._insert(graph, graph.layers[index], visual_index, lengths, keep, pools, slots)
             for index, (keep, slots) in zip(self.decision_layers, inputs, strict=True)
         )
         done = len(graph.decisions)
         return PassResult(self.name, matched=done, rewritten=done)
 
+    def _insert(
+        self,
+        graph: DecoderGraph,
+        layer: Layer,
+        visual_index: fx.Node,
+        lengths: fx.Node,
+        keep: fx.Node,
+        pools: fx.Node | None,
+        slots: fx.Node,
+    ) -> Decision:
+        asked = graph.layers[layer.index - self.distance]
+        attention = attention_arguments(asked.attention)
+        with edit_after(graph, layer.attention.prev, region=f"decision.{layer.index}") as edit:
+            candidates = {
+                "hidden": asked.start,
+                "query": _replay(edit, asked, attention.query, LastTokens(edit, lengths)),
+                "keys": _replay(edit, asked, attention.key, AllRows()),
+                "scale": attention.scale,
+                "visual_index": visual_index,
+                "lengths": lengths,
+                "layer": layer.index,
+                "seed": self.seed,
+            }
+            scores = _score(edit, self.rank, candidates)
+            sizes = edit.size(asked.start, 1), edit.size(slots, 0)
+            selection = torch.ops.reroute.select_tokens.default
+            choice = edit.call(selection, scores, visual_index, lengths, keep, pools, *sizes)
+            positions, kept = edit.unpack(choice)
+        # What the ranking rule has no use for is dead code.
+        needed = ancestors([scores, positions, kept])
+        nodes = tuple(node for node in edit.emitted if node in needed)
+        return Decision(layer.index, asked, visual_index, lengths, scores, positions, kept, nodes)
 
-def _insert(
-    graph: DecoderGraph,
-    layer: Layer,
-    visual_index: fx.Node,
-    lengths: fx.Node,
-    keep: fx.Node,
-    pools: fx.Node | None,
-    slots: fx.Node,
-) -> Decision:
-    attention = attention_arguments(layer.attention)
-    with edit_after(graph, layer.attention.prev, region=f"decision.{layer.index}") as edit:
-        query = _replay(edit, layer, attention.query, LastTokens(edit, lengths))
-        keys = _replay(edit, layer, attention.key, AllRows())
-        scoring = torch.ops.reroute.visual_scores.default
-        scores = edit.call(scoring, query, keys, visual_index, lengths, attention.scale)
-        sizes = edit.size(layer.start, 1), edit.size(slots, 0)
-        selection = torch.ops.reroute.select_tokens.default
-        choice = edit.call(selection, scores, visual_index, lengths, keep, pools, *sizes)
-        positions, kept = edit.unpack(choice)
-    return Decision(layer.index, visual_index, lengths, scores, positions, kept, tuple(edit.emitted))
+
+def _score(edit: Editor, rank: Rank, candidates: dict[str, Any]) -> fx.Node:
+    """Scores ``[B, N]`` float32 by a ranking rule, -inf where there is no token."""
+    name = f"The ranking rule {getattr(rank, '__name__', rank)!s}"
+    scores = emit(edit, name, lambda **given: rank(Candidates(**given)), candidates)
+    if is_op(scores, torch.ops.reroute.visual_scores):
+        return scores
+    index, fake = candidates["visual_index"], value(scores)
+    if not fake.is_floating_point() or [*map(expression, fake.shape)] != [*map(expression, shape(index))]:
+        raise MatchError(
+            f"{name} returned {fake.dtype} of shape {list(fake.shape)}; expected a score for each candidate, floating "
+            f"point of shape {list(shape(index))}."
+        )
+    no_token = edit.call(aten.ge.Tensor, index, edit.call(aten.unsqueeze.default, candidates["lengths"], 1))
+    scores = edit.call(aten.to.dtype, scores, torch.float32)
+    return edit.call(aten.masked_fill.Scalar, scores, no_token, -torch.inf)
 
 
 def _replay(edit: Editor, layer: Layer, target: fx.Node, tokens: AllRows | LastTokens) -> fx.Node:

@@ -11,27 +11,46 @@ After, by action:
     as stagewise, but the next decision scores and selects on the compact stream; nothing comes back
 
 Deferred rows keep the residual value that they had when they were deferred. At the end the output has
-all S rows again, each at its own place. Rotary positions are gathered, never renumbered.
+all S rows again, each at its own place. Rotary positions are gathered, gaps and all; contiguous ones are those of
+the first S' tokens instead.
+
+Where the next decision asks a layer inside a stage, the input of that layer is restored as well.
 """
 
+import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from .decoder_graph import Decision, DecoderGraph, Layer
-from .graph_edit import NO_TOKEN, Editor, aten, edit_after, expression, sequence_dims, shape
+from .graph_edit import (
+    NO_TOKEN,
+    Editor,
+    aten,
+    descendants,
+    edit_after,
+    expression,
+    sequence_dims,
+    shape,
+)
 from .interface import Pass, PassResult
+from .number_stages import position_input
 from .replay import Replay, compact, sequence_inputs
 
 ACTIONS = ("physical_delete", "compact_route", "compact_route_stagewise")
+POSITIONS = ("original", "contiguous")
 
 
 class ActiveRows:
     """The active rows of a stage: all text and the kept visual tokens.
 
     Gathers the stream and every sequence tensor that the stage's layers read, in one call.
+
+    Args:
+        renumbered: sequence tensors of which the first S' rows are taken, whichever rows are active.
 
     Attributes:
         stream: compact residual stream, ``[B, S', d]``.
@@ -45,11 +64,12 @@ class ActiveRows:
         decision: Decision,
         layers: Sequence[Layer],
         stream: fx.Node,
+        renumbered: set[fx.Node],
         source: "ActiveRows | None" = None,
     ) -> None:
-        self.positions, self.source = decision.positions, source
+        self.positions, self.source, self.renumbered = decision.positions, source, renumbered
         self.fakes: dict[Any, torch.Tensor] = {}
-        tensors = sequence_inputs(layers)
+        tensors = [tensor for tensor in sequence_inputs(layers) if tensor not in renumbered]
         _, length = (expression(size) for size in shape(layers[0].start)[:2])
         dims = [sequence_dims(tensor, length)[0] for tensor in tensors]
         outer = [source.rows(edit, t, d) if source else t for t, d in zip(tensors, dims, strict=True)]
@@ -61,25 +81,31 @@ class ActiveRows:
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
         if tensor not in self.gathered:
             outer = self.source.rows(edit, tensor, dim) if self.source else tensor
-            (self.gathered[tensor],) = compact(edit, [outer], self.positions, [dim])
+            if tensor in self.renumbered:
+                rows = edit.call(aten.slice.Tensor, outer, dim, 0, self.length)
+            else:
+                (rows,) = compact(edit, [outer], self.positions, [dim])
+            self.gathered[tensor] = rows
         return self.gathered[tensor]
 
 
 class RouteStages(Pass):
     """Args:
     action: one of `ACTIONS`.
+    positions: one of `POSITIONS`.
     """
 
-    def __init__(self, action: str) -> None:
-        self.action = action
+    def __init__(self, action: str, positions: str = "original") -> None:
+        self.action, self.positions = action, positions
 
     def apply(self, graph: DecoderGraph) -> PassResult:
         if not graph.decisions:
             return PassResult(self.name)
+        renumbered = descendants(position_input(graph)) if self.positions == "contiguous" else set()
         if self.action == "physical_delete":
-            _delete(graph)
+            _delete(graph, renumbered)
         else:
-            _route(graph, stagewise=self.action == "compact_route_stagewise")
+            _route(graph, renumbered, stagewise=self.action == "compact_route_stagewise")
         routed = len(graph.layers) - graph.decisions[0].layer
         return PassResult(self.name, matched=len(graph.decisions), rewritten=routed, detail=self.action)
 
@@ -89,51 +115,57 @@ def _stages(graph: DecoderGraph) -> list[tuple[Decision, tuple[Layer, ...]]]:
     return [(d, graph.layers[d.layer : end]) for d, end in zip(graph.decisions, ends, strict=True)]
 
 
-def _route(graph: DecoderGraph, stagewise: bool) -> None:
+def _route(graph: DecoderGraph, renumbered: set[fx.Node], stagewise: bool) -> None:
     restored = {}
+    asked = {decision.asked.start for decision in graph.decisions}
     for decision, layers in _stages(graph):
         tokens: ActiveRows | None = None
         for group in [layers] if stagewise else [(layer,) for layer in layers]:
-            start, end = group[0].start, group[-1].end
-            with edit_after(graph, end, region=f"compact.{group[0].index}") as edit:
+            start, last = group[0].start, group[-1]
+            with edit_after(graph, last.end, region=f"compact.{group[0].index}") as edit:
                 if tokens is None:
-                    tokens = ActiveRows(edit, decision, layers, start)
+                    tokens = ActiveRows(edit, decision, layers, start, renumbered)
                     stream = tokens.stream
                 else:
                     (stream,) = compact(edit, [start], tokens.positions, [1])
-                stream = _run_layers(edit, group, stream, tokens)
-                restored[end] = _restore(edit, start, stream, tokens)
-    for end, stream in restored.items():
-        end.replace_all_uses_with(stream)
+                *_, before_last, stream = _run_layers(edit, group, stream, tokens)
+                if last.start in asked and last.start is not start:
+                    restored[last.start] = _restore(edit, start, before_last, tokens)
+                restored[last.end] = _restore(edit, start, stream, tokens)
+    for original, stream in restored.items():
+        original.replace_all_uses_with(stream, partial(operator.lt, stream))  # only what comes later
 
 
-def _delete(graph: DecoderGraph) -> None:
+def _delete(graph: DecoderGraph, renumbered: set[fx.Node]) -> None:
     last = graph.layers[-1].end
     stream = graph.layers[graph.decisions[0].layer].start
+    before_last = stream
     stages: list[tuple[fx.Node, ActiveRows]] = []
     decisions: list[Decision] = []
     with edit_after(graph, last, region="") as edit:
         for decision, layers in _stages(graph):
             source = stages[-1][1] if stages else None
             if source is not None:
-                decision = _decide_again(edit, decision, layers[0], stream, decisions[-1], source)
+                asked = stream if decision.asked is layers[0] else before_last
+                decision = _decide_again(edit, decision, asked, decisions[-1], source)
             decisions.append(decision)
-            tokens = ActiveRows(edit, decision, layers, stream, source)
+            tokens = ActiveRows(edit, decision, layers, stream, renumbered, source)
             stages.append((stream, tokens))
-            stream = _run_layers(edit, layers, tokens.stream, tokens)
+            *_, before_last, stream = _run_layers(edit, layers, tokens.stream, tokens)
         for outer, tokens in reversed(stages):
             stream = _restore(edit, outer, stream, tokens)
     last.replace_all_uses_with(stream)
     graph.decisions = tuple(decisions)
 
 
-def _run_layers(edit: Editor, layers: Sequence[Layer], stream: fx.Node, tokens: ActiveRows) -> fx.Node:
-    """Replay `layers` on the compact stream and return it."""
+def _run_layers(edit: Editor, layers: Sequence[Layer], stream: fx.Node, tokens: ActiveRows) -> list[fx.Node]:
+    """Replay `layers` on the compact stream and return it before and after each of them."""
+    streams = [stream]
     for layer in layers:
         edit.region = f"layer.{layer.index}"
-        stream = _replay(edit, layer, layer.nodes, {layer.start: stream}, tokens)(layer.end)
+        streams.append(_replay(edit, layer, layer.nodes, {layer.start: streams[-1]}, tokens)(layer.end))
     edit.region = f"restore.{layers[-1].index}"
-    return stream
+    return streams
 
 
 def _replay(
@@ -146,15 +178,20 @@ def _replay(
 
 
 def _decide_again(
-    edit: Editor, decision: Decision, layer: Layer, stream: fx.Node, previous: Decision, tokens: ActiveRows
+    edit: Editor, decision: Decision, stream: fx.Node, previous: Decision, tokens: ActiveRows
 ) -> Decision:
     """Score and select among the survivors of the previous decision, on their compact stream."""
-    edit.region = f"decision.{layer.index}"
+    edit.region = f"decision.{decision.layer}"
     visual_index, lengths = _survivors(edit, previous)
-    mapping = {layer.start: stream, decision.visual_index: visual_index, decision.lengths: lengths}
-    copies = _replay(edit, layer, decision.nodes, mapping, tokens)
+    mapping = {
+        decision.asked.start: stream,
+        decision.visual_index: visual_index,
+        decision.lengths: lengths,
+    }
+    copies = _replay(edit, decision.asked, decision.nodes, mapping, tokens)
     return Decision(
         decision.layer,
+        decision.asked,
         visual_index,
         lengths,
         scores=copies(decision.scores),

@@ -25,6 +25,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .limits import Limits
+from .methods import Method, Schedule, register_method
 from .paper import PaperConfig, paper_configs
 from .plan import RowPlan, plan_rows
 from .report import RoutingReport
@@ -44,6 +45,7 @@ __all__ = [
     "Limits",
     "LoadedModel",
     "MatchError",
+    "Method",
     "PaperConfig",
     "ParityError",
     "RerouteError",
@@ -54,6 +56,7 @@ __all__ = [
     "RoutingReport",
     "RowPlan",
     "Savings",
+    "Schedule",
     "UnsupportedModelError",
     "benchmark",
     "compile",
@@ -64,6 +67,7 @@ __all__ = [
     "paper_configs",
     "passes",
     "plan_rows",
+    "register_method",
     "route",
     "visualize",
 ]

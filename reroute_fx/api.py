@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from ._compat import settle_cpu_math
-from .capture import capture_decoder, find_visual_token_ids, text_decoder
+from .capture import CapturedDecoder, capture_decoder, find_visual_token_ids, text_decoder
 from .config import RoutingConfig
 from .errors import ConfigError, UnsupportedModelError
 from .limits import Limits
@@ -20,6 +20,7 @@ from .lowering import (
     describe_operators,
     lower,
 )
+from .methods import default_tier
 from .report import RoutingReport
 from .routing import Savings, continuation, route
 from .runtime import RoutedModel, make_routed_model
@@ -27,7 +28,7 @@ from .runtime import RoutedModel, make_routed_model
 
 def compile(
     model: torch.nn.Module,
-    tier: float = 128,
+    tier: float | None = None,
     *,
     config: RoutingConfig | None = None,
     method: str = "pdrop",
@@ -46,10 +47,11 @@ def compile(
     Args:
         model: in eval mode, on one device. It is not changed; the result shares its parameters.
         tier: average number of visual tokens (of 576) that enter a decoder layer: 192, 128, 64, or the share
-            kept as a float in (0, 1].
+            kept as a float in (0, 1]; None for 128, or what the authors of an ``-official`` method run.
         config: decision layers and ratios spelled out; `tier`, `method`, `action`, `schedule` and `pool` are
             then not used.
-        method: ``"pdrop"`` or ``"fastv"``; ``"none"`` compiles without routing, the baseline of a comparison.
+        method: how tokens are chosen: ``"pdrop"``, ``"fastv"``, another that `reroute-fx methods` lists, or one that
+            `register_method` was given; ``"none"`` compiles without routing, the baseline of a comparison.
         action: ``"compact_route_stagewise"``, ``"compact_route"`` or ``"physical_delete"``.
         schedule: ``"exact"`` keeps the tier's promise, ``"paper"`` takes the released ratios.
         pool: ``"row"`` lets all visual tokens of a prompt compete, ``"image"`` those of each image or video.
@@ -95,9 +97,12 @@ def compile(
     settle_cpu_math()
     with _status(progress, "capturing the decoder"):
         captured = capture_decoder(model)
+    _check_positions(config, captured)
     with _status(progress, "routing"):
         program, report = route(captured.program, config, num_layers=captured.num_layers, savings=savings)
-        following = continuation(captured.program, config.decision_layers, captured.num_layers)
+        following = continuation(
+            captured.program, config.decision_layers, captured.num_layers, positions=config.positions
+        )
     lowered = {
         name: lower(
             source,
@@ -137,7 +142,7 @@ def _status(show: bool, text: str) -> AbstractContextManager[Any]:
 
 def inspect(
     model: torch.nn.Module,
-    tier: float = 128,
+    tier: float | None = None,
     *,
     config: RoutingConfig | None = None,
     method: str = "pdrop",
@@ -151,13 +156,14 @@ def inspect(
     """
     config = _config(text_decoder(model), tier, config, method, action, schedule, pool)
     captured = capture_decoder(model)
+    _check_positions(config, captured)
     _, report = route(captured.program, config, num_layers=captured.num_layers)
     return _named(report, model, "", captured.seconds)
 
 
 def _config(
     decoder: Any,
-    tier: float,
+    tier: float | None,
     config: RoutingConfig | None,
     method: str,
     action: str,
@@ -166,11 +172,20 @@ def _config(
 ) -> RoutingConfig:
     num_layers = decoder.config.num_hidden_layers
     if config is None:
+        tier = default_tier(method) if tier is None else tier
         return RoutingConfig.from_tier(tier, method, action, schedule, pool, num_layers=num_layers)
     if not isinstance(config, RoutingConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected a RoutingConfig.")
     config.check_depth(num_layers)
     return config
+
+
+def _check_positions(config: RoutingConfig, captured: CapturedDecoder) -> None:
+    if config.positions == "contiguous" and captured.position_rank != 2:
+        raise UnsupportedModelError(
+            f"positions is 'contiguous' (method {config.method!r}), but the decoder takes positions in time, height "
+            f"and width; expected one number for each token. Use positions='original'."
+        )
 
 
 def _named(

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .artifact import FORMATS
-from .config import METHODS, SCHEDULES
+from .config import SCHEDULES
 from .errors import ConfigError, RerouteError
 from .lowering import BACKENDS, check_backend
+from .overview import compare_methods, methods_table
 from .paper import PaperConfig, paper_configs
 from .passes import ACTIONS
 
@@ -23,14 +24,15 @@ app = typer.Typer(
     help="Route the visual tokens of vision-language models.", no_args_is_help=True, add_completion=False
 )
 _console = Console()
+_TIER = "192, 128, 64, or the share of tokens kept; 128 or what the method's authors run if left out"
 _errors = Console(stderr=True)
 
 
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="model id, folder, or config.json; weights are not needed")],
-    tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
-    method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",
+    tier: Annotated[float | None, typer.Option(help=_TIER)] = None,
+    method: Annotated[str, typer.Option(help="a name that `reroute-fx methods` lists")] = "pdrop",
     action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
     schedule: Annotated[str, typer.Option(help=" or ".join(SCHEDULES))] = "exact",
     visual_tokens: Annotated[int, typer.Option(min=1, help="visual tokens of the prompt")] = 576,
@@ -63,6 +65,27 @@ def configs(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] 
         _console.print(_family_table(family, [e for e in entries if e.family == family]))
     _console.print("576 visual and 40 text tokens, 16-bit cache, scoring counted.")
     _console.print("Bold: more than 2 tokens away from the tier in the name.")
+
+
+@app.command()
+def methods(
+    tier: Annotated[
+        float, typer.Option(help="tier of the costs: 192, 128, 64, or the share of tokens kept")
+    ] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """The ways to choose tokens: what they rank by, where they decide, and what they cost at a tier."""
+    try:
+        rows = compare_methods(tier)
+    except RerouteError as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps([row.to_dict() for row in rows]))
+        return
+    _console.print(methods_table(rows))
+    for row in rows:
+        own = f"{row.positions} positions, {row.default_tokens:.0f} of 576 tokens if no tier is named"
+        _console.print(f"{row.name}: {row.source}; {own}.", highlight=False, soft_wrap=True)
 
 
 def _family_table(family: str, entries: Sequence[PaperConfig]) -> Table:
@@ -122,8 +145,8 @@ def visualize(
     out: Annotated[Path, typer.Argument(help="folder for the pictures")],
     prompt: Annotated[str, typer.Option(help="text behind the picture")],
     image: Annotated[Path | None, typer.Option(help="picture; a generated one if left out")] = None,
-    tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
-    method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",
+    tier: Annotated[float | None, typer.Option(help=_TIER)] = None,
+    method: Annotated[str, typer.Option(help="a name that `reroute-fx methods` lists")] = "pdrop",
     action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
     new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of the answer")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
@@ -156,9 +179,9 @@ def visualize(
 @app.command()
 def bench(
     model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a small one")],
-    tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
+    tier: Annotated[float | None, typer.Option(help=_TIER)] = None,
     batch: Annotated[str, typer.Option(help="rows of each batch, such as 1,8")] = "1",
-    method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",
+    method: Annotated[str, typer.Option(help="a name that `reroute-fx methods` lists")] = "pdrop",
     action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
     backend: Annotated[str, typer.Option(help=" or ".join(BACKENDS))] = "inductor",
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 64,
@@ -215,8 +238,8 @@ def bench(
 def export(
     model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a small one")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
-    tier: Annotated[float, typer.Option(help="192, 128, 64, or the share of tokens kept")] = 128,
-    method: Annotated[str, typer.Option(help=" or ".join(METHODS))] = "pdrop",
+    tier: Annotated[float | None, typer.Option(help=_TIER)] = None,
+    method: Annotated[str, typer.Option(help="a name that `reroute-fx methods` lists")] = "pdrop",
     action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
     format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "aot",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",

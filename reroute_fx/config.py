@@ -1,42 +1,26 @@
 """Routing configurations: which layers decide, how much they keep, and what happens to the rest."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import ceil
 
 from .errors import ConfigError
 from .kernels import keep_count
-from .passes import ACTIONS
+from .methods import (
+    REFERENCE_LAYERS,
+    UNROUTED,
+    Schedule,
+    check_name,
+    find_method,
+    method_names,
+)
+from .passes import ACTIONS, POSITIONS, SCORING
+from .tiers import REFERENCE_TOKENS, tier_share
 
-METHODS = ("fastv", "pdrop")
-UNROUTED = "none"
-"""Method that decides nothing: the same compiler without routing, the baseline of every comparison."""
 SCHEDULES = ("exact", "paper")
 POOLS = ("row", "image")
-TIERS = (192, 128, 64)
-REFERENCE_TOKENS = 576
-"""Visual tokens at which a tier is counted: 24 x 24 patches of LLaVA-1.5."""
-
-_REFERENCE_LAYERS = 32
-_FIRST_DELETED = {"fastv": (3,), "pdrop": (2, 7, 15, 23)}
-_ROUTED = {"fastv": (3, 7, 15, 23), "pdrop": (2, 7, 15, 23)}
-
-# Keep ratios of the released configurations, official release at 9d42204 (arXiv 2606.12412).
-_PAPER_RATIOS: dict[tuple[str, bool, int], tuple[float, ...]] = {
-    ("fastv", False, 192): (0.2644,),
-    ("fastv", False, 128): (0.1418,),
-    ("fastv", False, 64): (0.01916,),
-    ("pdrop", False, 192): (0.5965, 0.3558, 0.2123, 0.1266),
-    ("pdrop", False, 128): (0.4570, 0.2088, 0.0954, 0.0436),
-    ("pdrop", False, 64): (0.2789, 0.0937, 0.0315, 0.0106),
-    ("fastv", True, 192): (0.2644,) * 4,
-    ("fastv", True, 128): (0.1418,) * 4,
-    ("fastv", True, 64): (0.01916,) * 4,
-    ("pdrop", True, 192): (0.4502, 0.4502, 0.2251, 0.1126),
-    ("pdrop", True, 128): (0.2655, 0.2655, 0.1328, 0.0664),
-    ("pdrop", True, 64): (0.1392, 0.1392, 0.0696, 0.0348),
-}
 
 
 @dataclass(frozen=True)
@@ -49,23 +33,34 @@ class RoutingConfig:
         keep_ratios: for each decision the share of the prompt's visual tokens that is kept, in (0, 1];
             ``k = max(1, int(N * ratio))`` for each pool of N tokens.
         action: ``"physical_delete"``, ``"compact_route"`` or ``"compact_route_stagewise"``.
-        method: whose ranking rule and stage schedule this is, ``"fastv"`` or ``"pdrop"``; ``"none"`` without
+        method: whose ranking rule this is, a name that `reroute_fx.register_method` knows; ``"none"`` without
             decisions.
         pool: which visual tokens compete with each other: all of a ``"row"`` of the batch, or those of an
             ``"image"``, so that each image or video keeps its share.
+        scoring: whose attention ranks: the decision layer's ``"own"``, on its input, or that of the ``"previous"``
+            layer.
+        positions: ``"original"`` rotary positions, with gaps where tokens are missing, or ``"contiguous"`` ones,
+            counted anew in each stage, also for generated tokens.
+        keep_tokens: instead of `keep_ratios`, for each decision the number of tokens that is kept of each pool. A
+            prompt with a pool of fewer is refused.
+        seed: of methods that choose by chance.
 
     Raises:
         ConfigError: on construction, naming the field.
     """
 
     decision_layers: tuple[int, ...]
-    keep_ratios: tuple[float, ...]
+    keep_ratios: tuple[float, ...] = ()
     action: str = "compact_route_stagewise"
     method: str = "pdrop"
     pool: str = "row"
+    scoring: str = "own"
+    positions: str = "original"
+    keep_tokens: tuple[int, ...] = ()
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("decision_layers", "keep_ratios"):
+        for field in ("decision_layers", "keep_ratios", "keep_tokens"):
             given = getattr(self, field)
             if not isinstance(given, Sequence) or isinstance(given, str):
                 raise ConfigError(
@@ -73,14 +68,18 @@ class RoutingConfig:
                 )
             object.__setattr__(self, field, tuple(given))
         _one_of("action", self.action, ACTIONS)
-        _one_of("method", self.method, (*METHODS, UNROUTED))
+        check_name(self.method)
         _one_of("pool", self.pool, POOLS)
-        layers, ratios = self.decision_layers, self.keep_ratios
+        _one_of("scoring", self.scoring, SCORING)
+        _one_of("positions", self.positions, POSITIONS)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed is {self.seed!r}; expected a Python int in 0..2^31 - 1.")
+        layers = self.decision_layers
         if self.method == UNROUTED:
-            if layers or ratios:
+            if layers or self.keep_ratios or self.keep_tokens:
                 raise ConfigError(
                     f"decision_layers is {layers!r} with method 'none', which decides nothing; expected none. Name the "
-                    f"method that decides, one of {list(METHODS)}."
+                    f"method that decides, one of {method_names()}."
                 )
             return
         if not layers or not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
@@ -88,11 +87,7 @@ class RoutingConfig:
                 f"decision_layers is {layers!r}; expected at least one layer index, a Python int. To compile without "
                 f"routing use method='none'."
             )
-        if len(layers) != len(ratios):
-            raise ConfigError(
-                f"decision_layers has {len(layers)} entries and keep_ratios {len(ratios)}; expected one ratio "
-                f"for each decision layer."
-            )
+        self._check_counts()
         if layers[0] < 0 or any(a >= b for a, b in pairwise(layers)):
             raise ConfigError(f"decision_layers is {list(layers)}; expected ascending indices above 0.")
         if layers[0] == 0:
@@ -100,12 +95,32 @@ class RoutingConfig:
                 "decision_layers starts with 0; expected 1 or more. Layer 0 has to hold every token because the "
                 "positions of generated tokens are counted there. Use 1 for the earliest routing."
             )
-        if not all(isinstance(r, (int, float)) and not isinstance(r, bool) and 0 < r <= 1 for r in ratios):
-            raise ConfigError(f"keep_ratios is {list(ratios)}; expected Python numbers in (0, 1].")
-        if self.action == "physical_delete" and any(a < b for a, b in pairwise(ratios)):
+
+    def _check_counts(self) -> None:
+        """Raise unless there is a share or a number for each decision that it can keep."""
+        field = "keep_tokens" if self.keep_tokens and not self.keep_ratios else "keep_ratios"
+        counts: Sequence[float] = getattr(self, field)
+        if self.keep_tokens and self.keep_ratios:
             raise ConfigError(
-                f"keep_ratios is {list(ratios)} with action 'physical_delete'; expected ratios that don't rise, "
-                f"since deleted tokens can't come back. Use a routing action or lower the later ratios."
+                f"keep_tokens is {list(self.keep_tokens)} and keep_ratios {list(self.keep_ratios)}; expected one of "
+                f"them. Leave the other out."
+            )
+        if len(self.decision_layers) != len(counts):
+            what = "ratio" if field == "keep_ratios" else "number"
+            raise ConfigError(
+                f"decision_layers has {len(self.decision_layers)} entries and {field} {len(counts)}; expected one "
+                f"{what} for each decision layer."
+            )
+        if field == "keep_tokens":
+            if not all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in counts):
+                raise ConfigError(f"keep_tokens is {list(counts)}; expected Python ints above 0.")
+        elif not all(isinstance(r, (int, float)) and not isinstance(r, bool) and 0 < r <= 1 for r in counts):
+            raise ConfigError(f"keep_ratios is {list(counts)}; expected Python numbers in (0, 1].")
+        if self.action == "physical_delete" and any(a < b for a, b in pairwise(counts)):
+            what = "ratios" if field == "keep_ratios" else "numbers"
+            raise ConfigError(
+                f"{field} is {list(counts)} with action 'physical_delete'; expected {what} that don't rise, since "
+                f"deleted tokens can't come back. Use a routing action or lower the later {what}."
             )
 
     @classmethod
@@ -117,46 +132,44 @@ class RoutingConfig:
         schedule: str = "exact",
         pool: str = "row",
         *,
-        num_layers: int = _REFERENCE_LAYERS,
+        num_layers: int = REFERENCE_LAYERS,
+        seed: int = 0,
     ) -> "RoutingConfig":
         """The configuration in which `tier` visual tokens enter a layer on average.
 
         Args:
             tier: 192, 128 or 64 tokens of 576, or the share itself, a float in (0, 1].
-            method: ``"fastv"`` keeps the same number in every stage, ``"pdrop"`` ``[a, a, a/2, a/4]`` when
-                routing and ``[a, a^2, a^3, a^4]`` when deleting; ``"none"`` routes nothing, whatever the
-                tier.
+            method: a name that `reroute_fx.register_method` knows, with its schedule, scoring and positions;
+                ``"none"`` routes nothing, whatever the tier.
             action: see `RoutingConfig`.
             schedule: ``"exact"`` solves the shape for the tier; ``"paper"`` takes the released ratios as they
                 are, of which the pdrop ones for 64 average 80 and more.
             pool: see `RoutingConfig`.
             num_layers: layers of the decoder. Decision layers scale from those for 32 layers, rounded.
+            seed: see `RoutingConfig`.
 
         Raises:
             ConfigError: unknown names, a tier that is neither, or one that the decoder can't reach.
         """
-        _one_of("method", method, (*METHODS, UNROUTED))
         _one_of("action", action, ACTIONS)
         _one_of("schedule", schedule, SCHEDULES)
-        share = _share(tier)
+        share = tier_share(tier)
         if method == UNROUTED:
             return cls((), (), action, method, pool)
-        deletes = action == "physical_delete"
-        layers = (_FIRST_DELETED if deletes else _ROUTED)[method]
+        definition = find_method(method)
+        plan = definition.schedule(action)
+        make = partial(
+            cls,
+            action=action,
+            method=method,
+            pool=pool,
+            scoring=plan.scoring,
+            positions=definition.positions,
+            seed=seed,
+        )
         if schedule == "paper":
-            if tier not in TIERS:
-                raise ConfigError(
-                    f"tier is {tier} with schedule 'paper'; expected one of {list(TIERS)}. Use schedule='exact'."
-                )
-            ratios = _PAPER_RATIOS[method, not deletes, int(tier)]
-            scaled = _scale(layers, num_layers)
-            if len(set(scaled)) != len(scaled) or scaled[-1] >= num_layers:
-                raise ConfigError(
-                    f"num_layers is {num_layers}; expected enough layers for the paper's {len(layers)} decisions. "
-                    f"Use schedule='exact'."
-                )
-            return cls(scaled, ratios, action, method, pool)
-        return replace(_solve(share, layers, num_layers, action, method), pool=pool)
+            return _published(make, method, plan, tier, num_layers)
+        return _solve(make, method, plan, share, num_layers)
 
     def check_depth(self, num_layers: int) -> None:
         """Raise `ConfigError` unless every decision layer exists in a decoder of `num_layers`."""
@@ -175,7 +188,20 @@ class RoutingConfig:
         """
         if visual_tokens < 1:
             raise ConfigError(f"visual_tokens is {visual_tokens}; expected 1 or more.")
-        return tuple(keep_count(visual_tokens, ratio) for ratio in self.keep_ratios)
+        return tuple(self.keep_count(i, visual_tokens) for i in range(len(self.decision_layers)))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """In words, what each decision keeps."""
+        return tuple(f"{k} tokens" for k in self.keep_tokens) or tuple(
+            f"ratio {ratio:.4g}" for ratio in self.keep_ratios
+        )
+
+    def keep_count(self, decision: int, pool: int) -> int:
+        """Tokens that a decision keeps of a pool of `pool` tokens; none of none."""
+        if self.keep_tokens:
+            return self.keep_tokens[decision] if pool else 0
+        return keep_count(pool, self.keep_ratios[decision])
 
     def tokens_per_layer(self, num_layers: int, visual_tokens: int = REFERENCE_TOKENS) -> tuple[int, ...]:
         """Visual tokens that enter each layer."""
@@ -196,45 +222,49 @@ def _one_of(field: str, value: object, allowed: Sequence[str]) -> None:
         raise ConfigError(f"{field} is {value!r}; expected one of {list(allowed)}.")
 
 
-def _share(tier: float) -> float:
-    """Share of the visual tokens that a tier stands for."""
-    if isinstance(tier, bool) or not isinstance(tier, (int, float)):
-        raise ConfigError(f"tier is {tier!r}; expected one of {list(TIERS)} or a float in (0, 1].")
-    if tier in TIERS:
-        return tier / REFERENCE_TOKENS
-    if isinstance(tier, float) and 0 < tier <= 1:
-        return tier
-    raise ConfigError(
-        f"tier is {tier!r}; expected one of {list(TIERS)} or a float in (0, 1], the share of tokens kept: "
-        f"{tier} of {REFERENCE_TOKENS} would be {tier / REFERENCE_TOKENS:.4f}."
-    )
-
-
 def _scale(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Decision layers of a 32-layer decoder, moved to the same relative depth of another.
 
     Rounding gives the release's layers for 28: [2, 7, 15, 23] becomes [2, 6, 13, 20]. Halves go down, to the
     layer that still leaves room for low tiers.
     """
-    return tuple(max(1, ceil(layer * num_layers / _REFERENCE_LAYERS - 0.5)) for layer in layers)
+    return tuple(max(1, ceil(layer * num_layers / REFERENCE_LAYERS - 0.5)) for layer in layers)
 
 
-def _shape(method: str, action: str, a: float) -> tuple[float, ...]:
-    if method == "fastv":
-        return (a,) if action == "physical_delete" else (a,) * 4
-    return (a, a**2, a**3, a**4) if action == "physical_delete" else (a, a, a / 2, a / 4)
+Maker = Callable[[tuple[int, ...], tuple[float, ...]], RoutingConfig]
+"""From decision layers and keep ratios to a configuration."""
 
 
-def _solve(share: float, layers: Sequence[int], num_layers: int, action: str, method: str) -> RoutingConfig:
-    """Bisect the shape's parameter for the share, with the integer keep counts at 576 tokens."""
+def _published(make: Maker, method: str, plan: Schedule, tier: float, num_layers: int) -> RoutingConfig:
+    """The ratios that the authors give for a tier."""
+    if not plan.published:
+        raise ConfigError(
+            f"schedule is 'paper' with method {method!r}, for which no ratios were published by tier. Use "
+            f"schedule='exact'."
+        )
+    if tier not in plan.published:
+        raise ConfigError(
+            f"tier is {tier} with schedule 'paper'; expected one of {list(plan.published)}. Use schedule='exact'."
+        )
+    scaled = _scale(plan.layers, num_layers)
+    if len(set(scaled)) != len(scaled) or scaled[-1] >= num_layers:
+        raise ConfigError(
+            f"num_layers is {num_layers}; expected enough layers for the paper's {len(plan.layers)} decisions. "
+            f"Use schedule='exact'."
+        )
+    return make(scaled, plan.published[tier])
+
+
+def _solve(make: Maker, method: str, plan: Schedule, share: float, num_layers: int) -> RoutingConfig:
+    """Bisect the schedule's number for the share, with the integer keep counts at 576 tokens."""
     if num_layers < 2:
         raise ConfigError(f"num_layers is {num_layers}; expected at least 2.")
 
     def at(a: float) -> RoutingConfig:
         # In a shallow decoder two decisions can fall on one layer: the later one counts.
-        stages = dict(zip(_scale(layers, num_layers), _shape(method, action, a), strict=True))
+        stages = dict(zip(_scale(plan.layers, num_layers), plan.ratios(a), strict=True))
         inside = {layer: ratio for layer, ratio in stages.items() if layer < num_layers}
-        return RoutingConfig(tuple(inside), tuple(inside.values()), action, method)
+        return make(tuple(inside), tuple(inside.values()))
 
     target = share * REFERENCE_TOKENS
     smallest = 1 / REFERENCE_TOKENS / 8
@@ -250,7 +280,7 @@ def _solve(share: float, layers: Sequence[int], num_layers: int, action: str, me
     if highest < target - 1:
         raise ConfigError(
             f"tier asks for {target:.1f} of {REFERENCE_TOKENS} visual tokens on average, but {method!r} in "
-            f"{num_layers} layers can't go above {highest:.1f} with action {action!r}. Use a smaller tier, "
+            f"{num_layers} layers can't go above {highest:.1f} with action {at(high).action!r}. Use a smaller tier, "
             f"method='fastv', or a RoutingConfig of your own."
         )
     if highest <= target:

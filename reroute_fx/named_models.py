@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .config import RoutingConfig
 from .errors import ConfigError, first_line
+from .methods import default_tier
 
 DEMO = "demo"
 CHECKPOINT = Path(__file__).parent / "grounding" / "model"
@@ -36,7 +37,9 @@ def check_device(device: str, dtype: str) -> None:
         )
 
 
-def read_config(name: str, tier: float, method: str, action: str, schedule: str = "exact") -> RoutingConfig:
+def read_config(
+    name: str, tier: float | None, method: str, action: str, schedule: str = "exact"
+) -> RoutingConfig:
     """The routing of a named model, from its config alone.
 
     Raises:
@@ -49,6 +52,7 @@ def read_config(name: str, tier: float, method: str, action: str, schedule: str 
     layers = getattr(config, "num_hidden_layers", None)
     if layers is None:
         raise ConfigError(f"model is {name!r} and has no decoder layers; expected a vision-language model.")
+    tier = default_tier(method) if tier is None else tier
     return RoutingConfig.from_tier(tier, method, action, schedule, num_layers=layers)
 
 

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
-from .config import METHODS, TIERS, RoutingConfig
+from .config import RoutingConfig
 from .passes import ACTIONS
 from .theory import LayerCost, PrefillCost, prefill_cost
+from .tiers import TIERS
 
+RELEASED = ("fastv", "pdrop")
+"""Methods of the release."""
 _VARIANTS = {
     ("fastv", "physical_delete"): "fastv_K3",
     ("pdrop", "physical_delete"): "pdrop_earlyL2",
@@ -17,16 +20,16 @@ _VARIANTS = {
 
 
 @dataclass(frozen=True)
-class _Family:
+class Family:
     """Decoder of the 7B model that the release evaluates."""
 
     num_layers: int
     layer: LayerCost
 
 
-_FAMILIES = {
-    "llava15": _Family(32, LayerCost.dense(4096, 32, 32, 11008)),
-    "qwen25vl": _Family(28, LayerCost.dense(3584, 28, 4, 18944)),
+FAMILIES = {
+    "llava15": Family(32, LayerCost.dense(4096, 32, 32, 11008)),
+    "qwen25vl": Family(28, LayerCost.dense(3584, 28, 4, 18944)),
 }
 
 
@@ -56,11 +59,11 @@ class PaperConfig:
 def paper_configs() -> tuple[PaperConfig, ...]:
     """All 38 configurations: two unrouted baselines, and 2 models x 3 tiers x 6 variants."""
     table = []
-    for family, decoder in _FAMILIES.items():
+    for family, decoder in FAMILIES.items():
         table.append(_entry(family, decoder, "baseline", None, None))
         for tier in TIERS:
             for action in ACTIONS:
-                for method in METHODS:
+                for method in RELEASED:
                     config = RoutingConfig.from_tier(
                         tier, method, action, "paper", num_layers=decoder.num_layers
                     )
@@ -70,7 +73,7 @@ def paper_configs() -> tuple[PaperConfig, ...]:
 
 
 def _entry(
-    family: str, decoder: _Family, name: str, tier: int | None, config: RoutingConfig | None
+    family: str, decoder: Family, name: str, tier: int | None, config: RoutingConfig | None
 ) -> PaperConfig:
     average = config.average_tokens(decoder.num_layers) if config else 576.0
     cost = prefill_cost([decoder.layer] * decoder.num_layers, config)

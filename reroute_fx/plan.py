@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import RoutingConfig
-from .kernels import keep_count
+from .errors import InputError
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def plan_rows(
     if config.pool == "image":
         inputs["pools"] = torch.tensor([_pool_numbers(row, widest) for row in pools])
     stage_lengths = {}
-    for layer, ratio in zip(config.decision_layers, config.keep_ratios, strict=True):
-        kept = [[keep_count(tokens, ratio) for tokens in row] for row in pools]
+    for decision, layer in enumerate(config.decision_layers):
+        _refuse_small_pools(config, decision, pools)
+        kept = [[config.keep_count(decision, tokens) for tokens in row] for row in pools]
         inputs[f"keep_{layer}"] = torch.tensor(
             [_places(p, k, widest) for p, k in zip(pools, kept, strict=True)]
         )
@@ -76,6 +77,16 @@ def plan_rows(
     stage_tokens = {layer: torch.tensor(rows).to(is_visual.device) for layer, rows in stage_lengths.items()}
     stage_tokens = {0: inputs["lengths"], **stage_tokens}
     return RowPlan(tuple(lengths), tuple(map(tuple, images)), stage_lengths, stage_tokens, inputs)
+
+
+def _refuse_small_pools(config: RoutingConfig, decision: int, pools: Sequence[Sequence[int]]) -> None:
+    for row, sizes in enumerate(pools):
+        too_small = [tokens for tokens in sizes if tokens < config.keep_count(decision, tokens)]
+        if too_small:
+            raise InputError(
+                f"Row {row} has a pool of {too_small[0]} visual tokens, but keep_tokens is {list(config.keep_tokens)}; "
+                f"expected at least {config.keep_count(decision, 1)}. Pass a larger image or use keep_ratios."
+            )
 
 
 def _pool_numbers(pools: Sequence[int], width: int) -> list[int]:

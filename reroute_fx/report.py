@@ -1,7 +1,6 @@
 """What the compiler did to a decoder and what that saves on paper."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -9,10 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .config import REFERENCE_TOKENS, RoutingConfig
-from .passes import PassResult
+from .config import RoutingConfig
+from .methods import UNROUTED, find_method
+from .passes import PassResult, by_attention
 from .tables import as_text
 from .theory import REFERENCE_TEXT, LayerCost, PrefillCost, prefill_cost
+from .tiers import REFERENCE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,13 @@ class RoutingReport:
 
     @property
     def uncounted(self) -> tuple[str, ...]:
-        """Matrix products of the layers that the FLOPs leave out, mixtures of experts say."""
-        return tuple(sorted({name for layer in self.layers for name in layer.uncounted}))
+        """What the FLOPs leave out: matrix products of the layers, mixtures of experts say, and other ranking rules
+        than attention.
+        """
+        found = {name for layer in self.layers for name in layer.uncounted}
+        if self.config.method != UNROUTED and find_method(self.config.method).rank is not by_attention:
+            found.add(f"ranking by {find_method(self.config.method).ranks_by}")
+        return tuple(sorted(found))
 
     def _cost(self, config: RoutingConfig | None) -> PrefillCost:
         return prefill_cost(
@@ -113,6 +119,7 @@ class RoutingReport:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [
             Text(self._title(), style="bold"),
+            *([] if self.config.method == UNROUTED else [Text(self._method())]),
             self._cost_table(),
             self._stage_table(),
         ]
@@ -133,6 +140,13 @@ class RoutingReport:
         name = self.model or "decoder"
         backend = f", backend {self.backend}" if self.backend else ""
         return f"{name}: {self.config.method} / {self.config.action}, {self.num_layers} layers{backend}"
+
+    def _method(self) -> str:
+        method, asked = find_method(self.config.method), {"own": "deciding", "previous": "previous"}
+        return (
+            f"Method: {method.source}. Ranks by {method.ranks_by} ({asked[self.config.scoring]} layer), "
+            f"{self.config.positions} positions."
+        )
 
     def _cost_table(self) -> Table:
         routed, unrouted = self.routed, self.unrouted
@@ -170,9 +184,8 @@ class RoutingReport:
         tokens = self.tokens_per_layer
         starts = [0, *self.config.decision_layers]
         ends = [*self.config.decision_layers, self.num_layers]
-        ratios: Sequence[float | None] = [None, *self.config.keep_ratios]
-        for start, end, ratio in zip(starts, ends, ratios, strict=True):
-            decision = "" if ratio is None else f"before layer {start}, ratio {ratio:.4g}"
+        for start, end, kept in zip(starts, ends, ["", *self.config.kept], strict=True):
+            decision = kept and f"before layer {start}, {kept}"
             share = _percent(tokens[start], self.visual_tokens)
             layers = str(start) if end == start + 1 else f"{start}-{end - 1}"
             table.add_row(layers, str(tokens[start]), share, decision)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch.export import ExportedProgram
 
 from .config import RoutingConfig
+from .methods import UNROUTED, find_method
 from .passes import (
     AttendToCache,
     CanonicalizeAttention,
@@ -13,6 +14,7 @@ from .passes import (
     ExposeOutputs,
     FindLayers,
     InsertSelection,
+    NumberStages,
     Pass,
     PassResult,
     ProveCausal,
@@ -81,14 +83,28 @@ def route(
         config.check_depth(num_layers)
     passes = [
         *find_passes(num_layers),
-        InsertSelection(config.decision_layers, several_pools=config.pool == "image"),
-        RouteStages(config.action),
+        *_stage_passes(config),
         *(savings or Savings()).passes(),
         ExposeOutputs(),
     ]
     graph, results = run_passes(exported_program, passes)
     report = make_report(graph, results, config)
     return to_program(graph, exported_program), report
+
+
+def _stage_passes(config: RoutingConfig) -> list[Pass]:
+    if config.method == UNROUTED:
+        return []
+    return [
+        InsertSelection(
+            config.decision_layers,
+            several_pools=config.pool == "image",
+            rank=find_method(config.method).rank,
+            scoring=config.scoring,
+            seed=config.seed,
+        ),
+        RouteStages(config.action, config.positions),
+    ]
 
 
 def find_passes(num_layers: int | None) -> list[Pass]:
@@ -103,7 +119,11 @@ def make_report(graph: DecoderGraph, results: tuple[PassResult, ...], config: Ro
 
 
 def continuation(
-    exported_program: ExportedProgram, stage_starts: Sequence[int] = (), num_layers: int | None = None
+    exported_program: ExportedProgram,
+    stage_starts: Sequence[int] = (),
+    num_layers: int | None = None,
+    *,
+    positions: str = "original",
 ) -> ExportedProgram:
     """The program for tokens that follow a prompt: each layer attends to its own key-value cache.
 
@@ -111,15 +131,18 @@ def continuation(
         exported_program: as for `route`.
         stage_starts: decision layers; the layers from one to the next cached the same tokens.
         num_layers: layers that the decoder has, if known.
+        positions: see `RoutingConfig`.
 
     Returns:
         A program that takes the inputs of `exported_program` for Q new tokens, less a padding mask, and those
-        that `AttendToCache` adds. It writes into the caches.
+        that `AttendToCache` adds, and `NumberStages` for contiguous positions. It writes into the caches.
 
     Raises:
         MatchError: the graph is no decoder that can be routed.
     """
-    graph, _ = run_passes(exported_program, [*find_passes(num_layers), AttendToCache(stage_starts)])
+    numbering: list[Pass] = [NumberStages(stage_starts)] if positions == "contiguous" else []
+    passes = [*find_passes(num_layers), *numbering, AttendToCache(stage_starts)]
+    graph, _ = run_passes(exported_program, passes)
     return to_program(graph, exported_program)
 
 

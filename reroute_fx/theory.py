@@ -7,8 +7,10 @@ and its release do. Norms, activations and rotary embeddings are left out.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .config import REFERENCE_TOKENS, RoutingConfig
-from .passes import LayerSizes
+from .config import RoutingConfig
+from .methods import UNROUTED, find_method
+from .passes import LayerSizes, by_attention
+from .tiers import REFERENCE_TOKENS
 
 REFERENCE_TEXT = 40
 """Text tokens of the prompt at which costs are quoted."""
@@ -62,6 +64,13 @@ class PrefillCost:
         return self.layer_flops + self.scoring_flops
 
 
+def _attended(config: RoutingConfig | None) -> tuple[int, ...]:
+    """Decision layers before which attention is computed to rank tokens."""
+    if config is None or config.method == UNROUTED or find_method(config.method).rank is not by_attention:
+        return ()
+    return config.decision_layers
+
+
 def prefill_cost(
     layers: Sequence[LayerCost],
     config: RoutingConfig | None,
@@ -75,7 +84,7 @@ def prefill_cost(
     tokens = config.tokens_per_layer(count, visual_tokens) if config else (visual_tokens,) * count
     rows = [t + text_tokens for t in tokens]
     scoring = 0
-    for index in config.decision_layers if config else ():
+    for index in _attended(config):
         deletes = config is not None and config.action == "physical_delete"
         pool = rows[index - 1] if deletes else visual_tokens + text_tokens
         scoring += layers[index].scoring_flops(pool)

@@ -24,7 +24,7 @@ INVALID = {
     "no action": ({"action": None}, ("action is None", "expected one of ['physical_delete'")),
     "unknown method": (
         {"method": "FastV"},
-        ("method is 'FastV'", "expected one of ['fastv', 'pdrop', 'none']"),
+        ("method is 'FastV'", "expected one of ['fastv', 'pdrop', 'fastv-official-k2'"),
     ),
     "no layers": (
         {"decision_layers": (), "keep_ratios": ()},
@@ -93,7 +93,7 @@ TIER_ERRORS = {
     "method": (
         (128, "sparsevlm"),
         {},
-        ("method is 'sparsevlm'", "expected one of ['fastv', 'pdrop', 'none']"),
+        ("method is 'sparsevlm'", "expected one of ['fastv', 'pdrop', 'fastv-official-k2'"),
     ),
     "action": ((128, "pdrop", "skip"), {}, ("action is 'skip'", "expected one of ['physical_delete'")),
     "schedule": (

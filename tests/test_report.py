@@ -75,6 +75,10 @@ def test_dictionary_survives_json():
         "action": "compact_route_stagewise",
         "method": "pdrop",
         "pool": "row",
+        "scoring": "own",
+        "positions": "original",
+        "keep_tokens": [],
+        "seed": 0,
     }
     assert (loaded["visual_tokens"], loaded["text_tokens"]) == (576, 40)
     assert loaded["tokens_per_layer"] == [576] * 2 + [152] * 13 + [76] * 8 + [38] * 9
@@ -181,7 +185,9 @@ def test_printed_form_fits_100_columns(report):
 
 def test_printed_form_leaves_out_what_is_unknown():
     printed = words(str(bare()))
-    assert printed.startswith("decoder: pdrop / compact_route_stagewise, 2 layers Decoder prefill")
+    source = "PyramidDrop (arXiv 2410.17247) as released with Reroute (arXiv 2606.12412)"
+    method = f"Method: {source}. Ranks by attention (deciding layer), original positions."
+    assert printed.startswith(f"decoder: pdrop / compact_route_stagewise, 2 layers {method} Decoder prefill")
     assert " 0 576 100.0 % 1 288 50.0 % before layer 1, ratio 0.5 " in printed
     assert "backend" not in printed
     assert "Passes" not in printed

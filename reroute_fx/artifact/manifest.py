@@ -14,6 +14,7 @@ from ..config import RoutingConfig
 from ..errors import ArtifactError
 from ..limits import Limits
 from ..lowering.weights import WEIGHTS
+from ..methods import remember
 from .files import FileEntry, check_name
 from .requirements import Requirements
 
@@ -133,6 +134,10 @@ class Manifest:
 
     @classmethod
     def _checked(cls, content: dict[str, Any], path: Path) -> "Manifest":
+        routing = content.get("routing")
+        if isinstance(routing, dict) and isinstance(routing.get("method"), str):
+            # Its ranking rule is in the programs.
+            remember(routing["method"])
         try:
             manifest = _ADAPTER.validate_json(json.dumps(content), strict=True)
         except ValidationError as error:

@@ -53,14 +53,12 @@ class ArtifactReport:
     def _facts(self) -> Table:
         manifest, routing = self.manifest, self.manifest.routing
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        ratios = ", ".join(
-            f"{ratio:.4g} before {layer}"
-            for layer, ratio in zip(routing.decision_layers, routing.keep_ratios, strict=True)
-        )
+        kept = zip(routing.decision_layers, routing.kept, strict=True)
+        decisions = ", ".join(f"{what} before {layer}" for layer, what in kept)
         limits = manifest.limits
         table.add_row("folder", str(self.path))
         table.add_row("model", f"{manifest.model}, {manifest.name or 'without a name'}")
-        table.add_row("routing", f"keeps {ratios}" if ratios else "none")
+        table.add_row("routing", f"keeps {decisions}" if decisions else "none")
         table.add_row(
             "limits",
             f"{limits.batch} rows, {limits.length} tokens in a row, {limits.image_tokens} tokens in a picture",

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..api import compile
-from ..config import UNROUTED
+from ..methods import UNROUTED
 from .contender import MEASUREMENTS, Contender, TowerFeatures, alternate, timed
 from .machine import environment, peak_bytes
 from .parity import Computed, Parity, check_parity

@@ -159,7 +159,10 @@ class RoutedDecoder(torch.nn.Module):
             positions = positions.expand(3, batch, new)
         cache.reserve(new)
         result = self.continuation(
-            inputs_embeds=embeds.contiguous(), position_ids=positions.contiguous(), **cache.inputs()
+            inputs_embeds=embeds.contiguous(),
+            position_ids=positions.contiguous(),
+            **self._stage_positions(rows, new),
+            **cache.inputs(),
         )
         tokens = (
             torch.full_like(rows.next_position, new) if call.is_token is None else call.is_token.sum(dim=1)
@@ -169,6 +172,14 @@ class RoutedDecoder(torch.nn.Module):
         if places:
             hidden = places.to_columns(hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _stage_positions(self, rows: CachedRows, new: int) -> dict[str, torch.Tensor]:
+        """Inputs that `NumberStages` adds: the next tokens of a stage come right behind its own."""
+        if self.routing_config.positions == "original":
+            return {}
+        later = self.routing_config.decision_layers
+        ahead = torch.arange(new, device=rows.next_position.device)
+        return {f"position_ids_{start}": rows.tokens[start][:, None] + ahead for start in later}
 
 
 def _refuse_what_the_programs_lack(attention_mask: Any = None, **given: Any) -> None:

@@ -125,5 +125,6 @@ def _questions(model: Any, inputs: Mapping[str, Any], processor: Any) -> list[st
 
 def _heading(model: Any) -> str:
     config = model.routing_config
-    kept = ", ".join(f"{100 * ratio:.1f} %" for ratio in config.keep_ratios)
-    return f"{config.method}, {config.action}: {kept} kept before layers {', '.join(map(str, config.decision_layers))}"
+    shares = [f"{100 * ratio:.1f} %" for ratio in config.keep_ratios] or config.kept
+    layers = ", ".join(map(str, config.decision_layers))
+    return f"{config.method}, {config.action}: {', '.join(shares)} kept before layers {layers}"

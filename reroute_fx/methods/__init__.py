@@ -1,0 +1,96 @@
+"""The methods: one file each, and the registry.
+
+A method says how visual tokens are ranked, where decisions are and how much they keep. To add one, write its file and
+name it in `_BUILT_IN`; outside the package, call `register_method`.
+"""
+
+from ..errors import ConfigError
+from .fastv import FASTV
+from .fastv_official import FASTV_OFFICIAL_K2, FASTV_OFFICIAL_K3
+from .method import REFERENCE_LAYERS, Method, Schedule
+from .pdrop import PDROP
+from .pdrop_official import PDROP_OFFICIAL
+from .random import RANDOM
+
+__all__ = [
+    "REFERENCE_LAYERS",
+    "UNROUTED",
+    "Method",
+    "Schedule",
+    "all_methods",
+    "check_name",
+    "default_tier",
+    "find_method",
+    "method_names",
+    "register_method",
+    "remember",
+]
+
+UNROUTED = "none"
+"""Method that decides nothing: the same compiler without routing, the baseline of every comparison."""
+_BUILT_IN = (FASTV, PDROP, FASTV_OFFICIAL_K2, FASTV_OFFICIAL_K3, PDROP_OFFICIAL, RANDOM)
+_methods = {method.name: method for method in _BUILT_IN}
+_remembered: set[str] = set()
+
+
+def register_method(method: Method) -> Method:
+    """Make a method known by its name to `compile`, `inspect` and `RoutingConfig`.
+
+    Returns:
+        The method.
+
+    Raises:
+        ConfigError: it is no `Method`, or the name is taken.
+    """
+    if not isinstance(method, Method):
+        raise ConfigError(f"method is a {type(method).__name__}; expected a reroute_fx.Method.")
+    if method.name in (*_methods, UNROUTED):
+        raise ConfigError(
+            f"name of the method is {method.name!r}, which is taken; expected another than {method_names()}."
+        )
+    _methods[method.name] = method
+    return method
+
+
+def method_names() -> list[str]:
+    """Names of all methods, in the order in which they were registered."""
+    return list(_methods)
+
+
+def all_methods() -> tuple[Method, ...]:
+    return tuple(_methods.values())
+
+
+def find_method(name: str) -> Method:
+    """The method with a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _methods:
+        missing = " It is known from an artifact only: register it here too." if name in _remembered else ""
+        raise ConfigError(
+            f"method is {name!r}; expected one of {[*_methods, UNROUTED]}, or one that reroute_fx.register_method "
+            f"was given.{missing}"
+        )
+    return _methods[name]
+
+
+def default_tier(name: str) -> float:
+    """Tier of a method for those who name none.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    return 128 if name == UNROUTED else find_method(name).default_tier
+
+
+def remember(name: str) -> None:
+    """Let configurations name a method that isn't registered here: that of an artifact, which holds its programs."""
+    _remembered.add(name)
+
+
+def check_name(name: str) -> None:
+    """Raise `ConfigError` unless a configuration may name the method."""
+    if name != UNROUTED and name not in _remembered:
+        find_method(name)

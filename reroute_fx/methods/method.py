@@ -1,0 +1,114 @@
+"""What a method is: a ranking rule, when it decides, how much it keeps, and how positions count afterwards."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from ..errors import ConfigError
+from ..passes import POSITIONS, SCORING, Rank, by_attention
+from ..tiers import tier_share
+
+REFERENCE_LAYERS = 32
+"""Layers of the decoder in which methods count their decision layers."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a method decides and how much each decision keeps.
+
+    Attributes:
+        layers: ascending decision layers in a decoder of 32 layers; scaled to the same depth of another.
+        ratios: from a number in (0, 1] to the share of the visual tokens that each decision keeps, in (0, 1]. Shares
+            rise with the number, which is solved for a tier.
+        scoring: ``"own"`` asks the attention of the decision layer on its input, ``"previous"`` that of the layer
+            before it.
+        published: shares that the authors give, by tier.
+    """
+
+    layers: tuple[int, ...]
+    ratios: Callable[[float], tuple[float, ...]]
+    scoring: str = "own"
+    published: Mapping[float, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose visual tokens.
+
+    Attributes:
+        name: for `reroute_fx.compile` and the command line.
+        source: where it comes from: paper, code, and what differs from them.
+        ranks_by: the ranking rule in a few words.
+        deleted: schedule of ``action="physical_delete"``.
+        routed: schedule of the routing actions.
+        rank: the ranking rule.
+        positions: ``"original"`` rotary positions, with gaps where tokens are missing, or ``"contiguous"`` ones,
+            counted anew in each stage, also for generated tokens.
+        default_tier: tier of a `compile` that names none.
+
+    Raises:
+        ConfigError: on construction, naming the field.
+    """
+
+    name: str
+    source: str
+    ranks_by: str
+    deleted: Schedule
+    routed: Schedule
+    rank: Rank = by_attention
+    positions: str = "original"
+    default_tier: float = 128
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ConfigError(f"name of the method is {self.name!r}; expected a word.")
+        _check_rank(self)
+        if self.positions not in POSITIONS:
+            raise ConfigError(
+                f"positions of method {self.name!r} is {self.positions!r}; expected one of {list(POSITIONS)}."
+            )
+        _check_schedule(self.name, "deleted", self.deleted)
+        _check_schedule(self.name, "routed", self.routed)
+        lowest = max(self.deleted.layers[0], self.routed.layers[0]) / REFERENCE_LAYERS
+        if tier_share(self.default_tier) <= lowest:
+            raise ConfigError(
+                f"default_tier of method {self.name!r} is {self.default_tier}; expected a share above {lowest:.4f}: "
+                f"the layers before the first decision run on all tokens. Name a higher one or decide earlier."
+            )
+
+    def schedule(self, action: str) -> Schedule:
+        return self.deleted if action == "physical_delete" else self.routed
+
+
+def _check_rank(method: Method) -> None:
+    try:
+        inspect.signature(method.rank).bind(None)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"rank of method {method.name!r} is {method.rank!r}; expected a function of one argument, the Candidates, "
+            f"that returns scores [B, N]: {error}."
+        ) from error
+
+
+def _check_schedule(name: str, which: str, schedule: Schedule) -> None:
+    place = f"{which} schedule of method {name!r}"
+    layers = schedule.layers
+    if (
+        not layers
+        or layers[0] < 1
+        or layers[-1] >= REFERENCE_LAYERS
+        or any(a >= b for a, b in pairwise(layers))
+    ):
+        raise ConfigError(f"layers in the {place} is {layers}; expected ascending layers in 1..31.")
+    if schedule.scoring not in SCORING:
+        raise ConfigError(f"scoring in the {place} is {schedule.scoring!r}; expected one of {list(SCORING)}.")
+    samples = {"ratios(0.001)": 0.001, "ratios(0.5)": 0.5, "ratios(1.0)": 1.0}
+    shares = {call: schedule.ratios(a) for call, a in samples.items()}
+    shares |= {f"published[{tier}]": given for tier, given in schedule.published.items()}
+    for call, given in shares.items():
+        if len(given) != len(layers) or not all(0 < share <= 1 for share in given):
+            raise ConfigError(
+                f"{call} in the {place} is {given}; expected {len(layers)} shares in (0, 1], one for each decision: "
+                f"more tokens than there are can't be kept."
+            )

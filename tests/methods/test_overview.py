@@ -1,0 +1,67 @@
+"""The comparison of methods: on the command line, in JSON, and in the README."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from reroute_fx import RoutingConfig
+from reroute_fx.cli import app
+from reroute_fx.methods import all_methods
+from reroute_fx.overview import compare_methods
+from reroute_fx.paper import FAMILIES
+from reroute_fx.theory import prefill_cost
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def layers(action):
+    return ", ".join(map(str, action.decision_layers))
+
+
+def share(action):
+    return "-" if action.flops_share is None else f"{100 * action.flops_share:.1f} %"
+
+
+def test_the_readme_has_them_all():
+    built_in = [row for row in compare_methods(128) if row.source != "a test"]
+    for row in built_in:
+        cells = [f"`{row.name}`", row.ranks_by, f"{row.deleted.scoring} layer"]
+        cells += [layers(row.deleted), layers(row.routed), row.positions, f"{row.default_tokens:.0f}"]
+        assert f"| {' | '.join([*cells, share(row.deleted), share(row.routed)])} |" in README
+    assert README.count("| own layer |") + README.count("| previous layer |") == len(built_in)
+
+
+def test_costs_are_those_of_the_theory():
+    decoder = FAMILIES["llava15"]
+    rows = {row.name: row for row in compare_methods(192)}
+    assert list(rows) == [method.name for method in all_methods()]
+    for action, row in (("physical_delete", rows["pdrop"].deleted), ("compact_route", rows["pdrop"].routed)):
+        config = RoutingConfig.from_tier(192, "pdrop", action)
+        costs = [prefill_cost([decoder.layer] * 32, each).flops for each in (config, None)]
+        assert row.flops_share == pytest.approx(costs[0] / costs[1])
+        assert row.average_tokens == config.average_tokens(32)
+    # Half the tokens stay from layer 2 on: FastV's own figure.
+    assert rows["fastv-official-k2"].default_tokens == pytest.approx((2 * 576 + 30 * 288) / 32, abs=1)
+    assert rows["pdrop-official"].default_tokens == pytest.approx(270, abs=1)
+
+
+def test_on_the_command_line():
+    printed = CliRunner().invoke(app, ["methods"])
+    assert printed.exit_code == 0
+    assert "fastv-official-k2 attention previous" in printed.stdout
+    assert (
+        "pdrop-official: PyramidDrop (arXiv 2410.17247) as its authors run it; contiguous" in printed.stdout
+    )
+    assert max(map(len, printed.stdout.split("fastv: ")[0].splitlines())) <= 80
+    (pdrop,) = (
+        row
+        for row in json.loads(CliRunner().invoke(app, ["methods", "--tier", "64", "--json"]).stdout)
+        if row["name"] == "pdrop"
+    )
+    assert pdrop["routed"]["decision_layers"] == [2, 7, 15, 23]
+    assert abs(pdrop["routed"]["average_tokens"] - 64) < 1
+    wrong = CliRunner().invoke(app, ["methods", "--tier", "100"])
+    assert wrong.exit_code == 2
+    assert "tier is 100" in wrong.output
