@@ -3,7 +3,8 @@
 They know graphs and operators, not models. In the order in which a decoder is routed:
 `RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `InsertSelection`,
 `RouteStages`, `ReuseKeys`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages` and
-`AttendToCache`.
+`AttendToCache`. On the vision tower
+`FindStates`, `CanonicalizeAttention` and `ReduceFeatures`.
 """
 
 from .attend_to_cache import AttendToCache
@@ -12,12 +13,14 @@ from .decoder_graph import Decision, DecoderGraph, Layer, LayerSizes
 from .errors import MatchError, RerouteError
 from .expose_outputs import ExposeOutputs
 from .find_layers import FindLayers
+from .find_states import FindStates
 from .insert_selection import SCORING, InsertSelection
 from .interface import Pass, PassResult, Rejection
 from .number_stages import NumberStages
 from .pipeline import DUMP_VARIABLE, run_passes, to_program
 from .prove_causal import ProveCausal
 from .ranking import Candidates, Rank, by_attention
+from .reduce_features import GONE, Reduce, ReduceFeatures, TowerStates
 from .remove_no_ops import RemoveNoOps
 from .restore_in_place import RestoreInPlace
 from .reuse_keys import ReuseKeys
@@ -26,6 +29,7 @@ from .route_stages import ACTIONS, POSITIONS, RouteStages
 __all__ = [
     "ACTIONS",
     "DUMP_VARIABLE",
+    "GONE",
     "POSITIONS",
     "SCORING",
     "AttendToCache",
@@ -35,6 +39,7 @@ __all__ = [
     "DecoderGraph",
     "ExposeOutputs",
     "FindLayers",
+    "FindStates",
     "InsertSelection",
     "Layer",
     "LayerSizes",
@@ -44,12 +49,15 @@ __all__ = [
     "PassResult",
     "ProveCausal",
     "Rank",
+    "Reduce",
+    "ReduceFeatures",
     "Rejection",
     "RemoveNoOps",
     "RerouteError",
     "RestoreInPlace",
     "ReuseKeys",
     "RouteStages",
+    "TowerStates",
     "by_attention",
     "run_passes",
     "to_program",

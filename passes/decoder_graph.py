@@ -91,6 +91,7 @@ class DecoderGraph:
         fake_mode: owner of the fake tensors in ``node.meta["val"]``.
         layers: set by `FindLayers`.
         decisions: set by `InsertSelection`, updated by `RouteStages`.
+        states: set by `FindStates`, of a vision tower.
         added_inputs: placeholders added by the passes, in order.
         new_sizes: symbolic sizes that the added inputs brought in, by name.
         outputs: named outputs added by the passes, in order; they follow the original ones.
@@ -102,6 +103,7 @@ class DecoderGraph:
     fake_mode: FakeTensorMode
     layers: tuple[Layer, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    states: tuple[fx.Node, ...] = ()
     added_inputs: tuple[fx.Node, ...] = ()
     new_sizes: dict[str, torch.SymInt] = field(default_factory=dict)
     outputs: dict[str, fx.Node] = field(default_factory=dict)
@@ -138,8 +140,8 @@ class DecoderGraph:
         return [n for n in self.fx_graph.find_nodes(op="placeholder") if n.name not in self.parameters]
 
     def clean_up(self) -> None:
-        """Remove nodes that nothing reads and check the graph. Decisions stay until a pass uses them."""
-        live = {n for d in self.decisions for n in (d.scores, d.positions, d.kept)}
+        """Remove nodes that nothing reads and check the graph. Decisions and states stay until a pass uses them."""
+        live = {n for d in self.decisions for n in (d.scores, d.positions, d.kept)} | set(self.states)
         self.fx_graph.eliminate_dead_code(
             lambda n: n.op in ("placeholder", "output") or n in live or _writes(n)
         )

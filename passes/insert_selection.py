@@ -133,7 +133,11 @@ class InsertSelection(Pass):
 def _score(edit: Editor, rank: Rank, candidates: dict[str, Any]) -> fx.Node:
     """Scores ``[B, N]`` float32 by a ranking rule, -inf where there is no token."""
     name = f"The ranking rule {getattr(rank, '__name__', rank)!s}"
-    scores = emit(edit, name, lambda **given: rank(Candidates(**given)), candidates)
+    scores, *more = emit(edit, name, lambda **given: rank(Candidates(**given)), candidates)
+    if more:
+        raise MatchError(
+            f"{name} returned {1 + len(more)} tensors; expected one tensor, a score for each candidate."
+        )
     if is_op(scores, torch.ops.reroute.visual_scores):
         return scores
     index, fake = candidates["visual_index"], value(scores)

@@ -55,16 +55,21 @@ def _dump_prefix(step: Pass) -> Path | None:
     return Path(folder) / f"{max(numbers, default=-1) + 1:03d}_{step.name}"
 
 
-def to_program(graph: DecoderGraph, original: ExportedProgram) -> ExportedProgram:
+def to_program(
+    graph: DecoderGraph, original: ExportedProgram, *, as_original: bool = False
+) -> ExportedProgram:
     """The edited graph as an `ExportedProgram` that shares the parameters of `original`.
 
     Its inputs are those of `original` less `graph.unused_inputs`, then the added ones as keywords. It
-    returns ``{"output": what the original returned, "routing": {name: tensor}}``.
+    returns ``{"output": what the original returned, "routing": {name: tensor}}``, or with `as_original` just what the
+    original returned.
     """
     _drop_unused_inputs(graph)
     graph.module.recompile()
     signature = _signature(graph, original.graph_signature)
-    in_spec, out_spec = _in_spec(graph, original), _out_spec(graph, original.call_spec.out_spec)
+    in_spec, out_spec = _in_spec(graph, original), original.call_spec.out_spec
+    if not as_original:
+        out_spec = _out_spec(graph, out_spec)
     entry = original.module_call_graph[0]
     assert entry.signature is not None
     names = _argument_names(graph, entry.signature.forward_arg_names)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ._compat import settle_cpu_math
 from .capture import CapturedDecoder, capture_decoder, find_visual_token_ids, text_decoder
+from .capture.vision_tower import capture_vision_tower, tower_facts
 from .config import RoutingConfig
 from .errors import ConfigError, UnsupportedModelError
 from .limits import Limits
@@ -20,9 +21,9 @@ from .lowering import (
     describe_operators,
     lower,
 )
-from .methods import default_tier
+from .methods import default_tier, find_method
 from .report import RoutingReport
-from .routing import Savings, continuation, route
+from .routing import Savings, continuation, reduce_tower, route
 from .runtime import RoutedModel, make_routed_model
 
 
@@ -94,6 +95,7 @@ def compile(
             f"cuda_graphs is True, but the model is on {decoder.device}; expected a model on cuda. Leave it out."
         )
     config = _config(decoder, tier, config, method, action, schedule, pool)
+    _check_tower(model, config)
     settle_cpu_math()
     with _status(progress, "capturing the decoder"):
         captured = capture_decoder(model)
@@ -115,6 +117,14 @@ def compile(
         )
         for name, source in (("prefill", program), ("continuation", following))
     }
+    tower, images = None, None
+    if config.entry_ratio < 1:
+        with _status(progress, "reducing pictures"):
+            layers = tower_facts(model.config).layers
+            tower = reduce_tower(capture_vision_tower(model), layers, config)  # type: ignore[arg-type]
+        # TensorRT has the decoder; the tower is compiled as everything around it.
+        around = "inductor" if backend == "tensorrt" else backend
+        images = lower(tower.program, around, dynamic, "images", show_progress=progress)
     report = replace(report, operators=describe_operators(decoder.device))
     return make_routed_model(
         model,  # type: ignore[arg-type]
@@ -123,6 +133,8 @@ def compile(
         position_rank=captured.position_rank,
         visual_ids=find_visual_token_ids(model.config),
         limits=limits,
+        tower=tower,
+        images=images,
         **lowered,
     )
 
@@ -155,6 +167,7 @@ def inspect(
     Args and errors are those of `compile`.
     """
     config = _config(text_decoder(model), tier, config, method, action, schedule, pool)
+    _check_tower(model, config)
     captured = capture_decoder(model)
     _check_positions(config, captured)
     _, report = route(captured.program, config, num_layers=captured.num_layers)
@@ -178,6 +191,21 @@ def _config(
         raise ConfigError(f"config is a {type(config).__name__}; expected a RoutingConfig.")
     config.check_depth(num_layers)
     return config
+
+
+def _check_tower(model: Any, config: RoutingConfig) -> None:
+    """Raise `UnsupportedModelError` unless the method's reduction fits the vision tower."""
+    if config.entry_ratio == 1:
+        return
+    reduction, facts = find_method(config.method).reduction, tower_facts(model.config)
+    assert reduction is not None
+    reason = "the tokens of its pictures depend on their sizes"
+    if facts.tokens is not None:
+        reason = reduction.check(facts.tokens, facts.layers, facts.has_cls) or ""
+    if reason:
+        raise UnsupportedModelError(
+            f"method {config.method!r} doesn't fit {type(model).__name__}: {reason}. Use another method."
+        )
 
 
 def _check_positions(config: RoutingConfig, captured: CapturedDecoder) -> None:

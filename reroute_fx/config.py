@@ -15,6 +15,7 @@ from .methods import (
     check_name,
     find_method,
     method_names,
+    reduces,
 )
 from .passes import ACTIONS, POSITIONS, SCORING
 from .tiers import REFERENCE_TOKENS, tier_share
@@ -44,6 +45,8 @@ class RoutingConfig:
         keep_tokens: instead of `keep_ratios`, for each decision the number of tokens that is kept of each pool. A
             prompt with a pool of fewer is refused.
         seed: of methods that choose by chance.
+        entry_ratio: share of each picture's visual tokens that a reduction in the vision tower lets into the decoder,
+            in (0, 1]; 1 without a reduction. What decisions keep counts in these.
 
     Raises:
         ConfigError: on construction, naming the field.
@@ -58,6 +61,7 @@ class RoutingConfig:
     positions: str = "original"
     keep_tokens: tuple[int, ...] = ()
     seed: int = 0
+    entry_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         for field in ("decision_layers", "keep_ratios", "keep_tokens"):
@@ -74,6 +78,7 @@ class RoutingConfig:
         _one_of("positions", self.positions, POSITIONS)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed is {self.seed!r}; expected a Python int in 0..2^31 - 1.")
+        self._check_entry()
         layers = self.decision_layers
         if self.method == UNROUTED:
             if layers or self.keep_ratios or self.keep_tokens:
@@ -94,6 +99,16 @@ class RoutingConfig:
             raise ConfigError(
                 "decision_layers starts with 0; expected 1 or more. Layer 0 has to hold every token because the "
                 "positions of generated tokens are counted there. Use 1 for the earliest routing."
+            )
+
+    def _check_entry(self) -> None:
+        ratio = self.entry_ratio
+        if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+            raise ConfigError(f"entry_ratio is {ratio!r}; expected a Python number in (0, 1].")
+        if ratio < 1 and not reduces(self.method):
+            raise ConfigError(
+                f"entry_ratio is {ratio} with method {self.method!r}, which reduces nothing before the decoder; "
+                f"expected 1. Leave it out."
             )
 
     def _check_counts(self) -> None:
@@ -180,15 +195,20 @@ class RoutingConfig:
                 f"1..{num_layers - 1}."
             )
 
+    def entering(self, visual_tokens: int) -> int:
+        """Tokens of a picture that enter the decoder."""
+        return keep_count(visual_tokens, self.entry_ratio)
+
     def keep_counts(self, visual_tokens: int = REFERENCE_TOKENS) -> tuple[int, ...]:
-        """Visual tokens kept by each decision for a prompt with `visual_tokens` of them, at least 1.
+        """Visual tokens kept by each decision for a prompt with one picture of `visual_tokens`, at least 1.
 
         Raises:
             ConfigError: no visual tokens, so nothing to route.
         """
         if visual_tokens < 1:
             raise ConfigError(f"visual_tokens is {visual_tokens}; expected 1 or more.")
-        return tuple(self.keep_count(i, visual_tokens) for i in range(len(self.decision_layers)))
+        entering = self.entering(visual_tokens)
+        return tuple(self.keep_count(i, entering) for i in range(len(self.decision_layers)))
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -205,7 +225,7 @@ class RoutingConfig:
 
     def tokens_per_layer(self, num_layers: int, visual_tokens: int = REFERENCE_TOKENS) -> tuple[int, ...]:
         """Visual tokens that enter each layer."""
-        tokens, current = [], visual_tokens
+        tokens, current = [], self.entering(visual_tokens)
         kept = dict(zip(self.decision_layers, self.keep_counts(visual_tokens), strict=True))
         for layer in range(num_layers):
             current = kept.get(layer, current)
@@ -231,7 +251,7 @@ def _scale(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(max(1, ceil(layer * num_layers / REFERENCE_LAYERS - 0.5)) for layer in layers)
 
 
-Maker = Callable[[tuple[int, ...], tuple[float, ...]], RoutingConfig]
+Maker = Callable[..., RoutingConfig]
 """From decision layers and keep ratios to a configuration."""
 
 
@@ -264,7 +284,8 @@ def _solve(make: Maker, method: str, plan: Schedule, share: float, num_layers: i
         # In a shallow decoder two decisions can fall on one layer: the later one counts.
         stages = dict(zip(_scale(plan.layers, num_layers), plan.ratios(a), strict=True))
         inside = {layer: ratio for layer, ratio in stages.items() if layer < num_layers}
-        return make(tuple(inside), tuple(inside.values()))
+        entry = plan.entry(a) if plan.entry else 1.0
+        return make(tuple(inside), tuple(inside.values()), entry_ratio=entry)
 
     target = share * REFERENCE_TOKENS
     smallest = 1 / REFERENCE_TOKENS / 8

@@ -1,10 +1,12 @@
 """Route an exported decoder: the pipeline of passes on its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.export import ExportedProgram
 
+from .capture.images import FixedImages
+from .capture.vision_tower import CapturedTower
 from .config import RoutingConfig
 from .methods import UNROUTED, find_method
 from .passes import (
@@ -13,11 +15,13 @@ from .passes import (
     DecoderGraph,
     ExposeOutputs,
     FindLayers,
+    FindStates,
     InsertSelection,
     NumberStages,
     Pass,
     PassResult,
     ProveCausal,
+    ReduceFeatures,
     RemoveNoOps,
     RestoreInPlace,
     ReuseKeys,
@@ -105,6 +109,24 @@ def _stage_passes(config: RoutingConfig) -> list[Pass]:
         ),
         RouteStages(config.action, config.positions),
     ]
+
+
+def reduce_tower(tower: CapturedTower, layers: int, config: RoutingConfig) -> CapturedTower:
+    """A vision tower of so many layers, of which the features are reduced as the method of `config` says.
+
+    Its program returns features of all patches still, rows of -inf for those that are gone.
+    """
+    reduction = find_method(config.method).reduction
+    assert reduction is not None
+    assert isinstance(tower.images, FixedImages)
+    tokens = tower.images.tokens
+    passes = [
+        FindStates(layers),
+        CanonicalizeAttention(),
+        ReduceFeatures(reduction.reduce, tokens, config.entering(tokens)),
+    ]
+    graph, _ = run_passes(tower.program, passes)
+    return replace(tower, program=to_program(graph, tower.program, as_original=True))
 
 
 def find_passes(num_layers: int | None) -> list[Pass]:

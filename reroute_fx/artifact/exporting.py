@@ -127,7 +127,7 @@ class Traced:
 
 def trace(routed: RoutedModel) -> Traced:
     """All programs of a model, by the names in `PROGRAMS`."""
-    tower = capture_vision_tower(routed)
+    tower = routed.tower or capture_vision_tower(routed)
     programs = {
         "embeddings": capture_embeddings(routed),
         "images": tower.program,

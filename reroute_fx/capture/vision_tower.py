@@ -30,6 +30,31 @@ class CapturedTower:
     images: FixedImages | GridImages
 
 
+@dataclass(frozen=True)
+class TowerFacts:
+    """What is known of a tower from its config.
+
+    Attributes:
+        tokens: features of a picture; None if that depends on its size.
+        layers: of the tower.
+        has_cls: whether its first token is no patch.
+    """
+
+    tokens: int | None
+    layers: int
+    has_cls: bool
+
+
+def tower_facts(config: Any) -> TowerFacts:
+    """The tower of a vision-language model, from the model's config."""
+    vision = config.vision_config
+    layers = getattr(vision, "num_hidden_layers", None) or vision.depth
+    if config.model_type != "llava" or vision.model_type != "clip_vision_model":
+        return TowerFacts(None, layers, False)
+    has_cls = config.vision_feature_select_strategy == "default"
+    return TowerFacts((vision.image_size // vision.patch_size) ** 2, layers, has_cls)
+
+
 def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
     """Export the vision tower and projector of a model; the model is not changed.
 

@@ -7,7 +7,8 @@ name it in `_BUILT_IN`; outside the package, call `register_method`.
 from ..errors import ConfigError
 from .fastv import FASTV
 from .fastv_official import FASTV_OFFICIAL_K2, FASTV_OFFICIAL_K3
-from .method import REFERENCE_LAYERS, Method, Schedule
+from .method import REFERENCE_LAYERS, Method, Reduction, Schedule
+from .nuwa import NUWA
 from .pdrop import PDROP
 from .pdrop_official import PDROP_OFFICIAL
 from .random import RANDOM
@@ -16,19 +17,21 @@ __all__ = [
     "REFERENCE_LAYERS",
     "UNROUTED",
     "Method",
+    "Reduction",
     "Schedule",
     "all_methods",
     "check_name",
     "default_tier",
     "find_method",
     "method_names",
+    "reduces",
     "register_method",
     "remember",
 ]
 
 UNROUTED = "none"
 """Method that decides nothing: the same compiler without routing, the baseline of every comparison."""
-_BUILT_IN = (FASTV, PDROP, FASTV_OFFICIAL_K2, FASTV_OFFICIAL_K3, PDROP_OFFICIAL, RANDOM)
+_BUILT_IN = (FASTV, PDROP, FASTV_OFFICIAL_K2, FASTV_OFFICIAL_K3, PDROP_OFFICIAL, NUWA, RANDOM)
 _methods = {method.name: method for method in _BUILT_IN}
 _remembered: set[str] = set()
 
@@ -88,6 +91,11 @@ def default_tier(name: str) -> float:
 def remember(name: str) -> None:
     """Let configurations name a method that isn't registered here: that of an artifact, which holds its programs."""
     _remembered.add(name)
+
+
+def reduces(name: str) -> bool:
+    """Whether a method reduces pictures before the decoder; true for one that is known from an artifact only."""
+    return name in _remembered or (name != UNROUTED and find_method(name).reduction is not None)
 
 
 def check_name(name: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ..errors import ConfigError
-from ..passes import POSITIONS, SCORING, Rank, by_attention
+from ..passes import POSITIONS, SCORING, Rank, Reduce, by_attention
 from ..tiers import tier_share
 
 REFERENCE_LAYERS = 32
@@ -23,13 +23,30 @@ class Schedule:
             rise with the number, which is solved for a tier.
         scoring: ``"own"`` asks the attention of the decision layer on its input, ``"previous"`` that of the layer
             before it.
+        entry: from the same number to the share of the visual tokens that a reduction lets into the decoder; the ratios
+            are shares of those. None without a reduction.
         published: shares that the authors give, by tier.
     """
 
     layers: tuple[int, ...]
     ratios: Callable[[float], tuple[float, ...]]
     scoring: str = "own"
+    entry: Callable[[float], float] | None = None
     published: Mapping[float, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a method does to the features of a picture before the decoder.
+
+    Attributes:
+        reduce: the rule.
+        check: from the patches of a picture, the layers of the tower and whether it has a CLS token to why the method
+            doesn't fit such a tower, or None.
+    """
+
+    reduce: Reduce
+    check: Callable[[int, int, bool], str | None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,7 @@ class Method:
         rank: the ranking rule.
         positions: ``"original"`` rotary positions, with gaps where tokens are missing, or ``"contiguous"`` ones,
             counted anew in each stage, also for generated tokens.
+        reduction: what happens before the decoder, if anything.
         default_tier: tier of a `compile` that names none.
 
     Raises:
@@ -58,6 +76,7 @@ class Method:
     routed: Schedule
     rank: Rank = by_attention
     positions: str = "original"
+    reduction: Reduction | None = None
     default_tier: float = 128
 
     def __post_init__(self) -> None:
@@ -70,8 +89,13 @@ class Method:
             )
         _check_schedule(self.name, "deleted", self.deleted)
         _check_schedule(self.name, "routed", self.routed)
+        if any((s.entry is None) != (self.reduction is None) for s in (self.deleted, self.routed)):
+            raise ConfigError(
+                f"reduction of method {self.name!r} is {self.reduction!r}; expected a Reduction exactly if the "
+                f"schedules have an entry, the share of the tokens that it leaves."
+            )
         lowest = max(self.deleted.layers[0], self.routed.layers[0]) / REFERENCE_LAYERS
-        if tier_share(self.default_tier) <= lowest:
+        if self.reduction is None and tier_share(self.default_tier) <= lowest:
             raise ConfigError(
                 f"default_tier of method {self.name!r} is {self.default_tier}; expected a share above {lowest:.4f}: "
                 f"the layers before the first decision run on all tokens. Name a higher one or decide earlier."

@@ -23,6 +23,7 @@ class CachedRows:
         filled: for each first layer of a stage, places in use in the longest row.
         tokens: for each first layer of a stage, tokens of each row, ``[B]`` int64. They lie at the front.
         next_position: rotary position of each row's next token, ``[B]`` int64.
+        gone: visual tokens of each row's prompt that did not enter the decoder, ``[B]`` int64.
     """
 
     config: RoutingConfig
@@ -31,10 +32,11 @@ class CachedRows:
     filled: Mapping[int, int]
     tokens: Mapping[int, torch.Tensor]
     next_position: torch.Tensor
+    gone: torch.Tensor
 
     def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "CachedRows":
         tokens = {start: change(rows) for start, rows in self.tokens.items()}
-        return replace(self, tokens=tokens, next_position=change(self.next_position))
+        return replace(self, tokens=tokens, next_position=change(self.next_position), gone=change(self.gone))
 
 
 class RoutedCache(DynamicCache):
@@ -122,6 +124,7 @@ class RoutedCache(DynamicCache):
         rows = self._routed()
         self.rows = replace(
             rows.map_rows(lambda counts: counts + tokens),
+            gone=rows.gone,
             columns=rows.columns + columns,
             filled={start: filled + columns for start, filled in rows.filled.items()},
         )

@@ -64,8 +64,14 @@ class RoutedDecoder(torch.nn.Module):
         **_: Any,
     ) -> BaseModelOutputWithPast:
         cache = self._cache(past_key_values, use_cache)
-        positions = self._positions(position_ids, inputs_embeds, prompt.places)
-        embeds = prompt.places.to_front(inputs_embeds) if prompt.places else inputs_embeds
+        places, entered = prompt.places, None
+        if prompt.reduction is not None:
+            rows = prompt.reduction.enter(inputs_embeds)
+            places, embeds, entered = rows.places, rows.embeds, rows.entered
+            positions = prompt.reduction.positions(position_ids, places)
+        else:
+            positions = self._positions(position_ids, inputs_embeds, places)
+            embeds = places.to_front(inputs_embeds) if places else inputs_embeds
         hidden, values = self._prefill(embeds, positions, prompt.plan)
         layers = range(self.config.num_hidden_layers)
         prompt.routing = Routing(
@@ -74,13 +80,14 @@ class RoutedDecoder(torch.nn.Module):
             len(layers),
             all_scores={i: values[f"scores.{i}"] for i in self.routing_config.decision_layers},
             all_kept={i: values[f"kept.{i}"] for i in self.routing_config.decision_layers},
+            all_entered=entered,
         )
         if cache is not None:
-            rows = self._cached_rows(prompt, positions)
+            held = self._cached_rows(prompt, positions, inputs_embeds.shape[1], entered)
             cached = [[values[f"{name}.{i}"] for i in layers] for name in ("key", "value")]
-            prompt.commit = lambda: cache.fill(rows, *cached)
-        if prompt.places:
-            hidden = prompt.places.to_columns(hidden)
+            prompt.commit = lambda: cache.fill(held, *cached)
+        if places:
+            hidden = places.to_columns(hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
     def _prefill(
@@ -131,20 +138,26 @@ class RoutedDecoder(torch.nn.Module):
         # A copy: a program that was compiled for a tensor of its own is compiled again for a view.
         return given.clone(memory_format=torch.contiguous_format)
 
-    def _cached_rows(self, prompt: Prompt, positions: torch.Tensor) -> CachedRows:
-        """What the cache holds after the prompt."""
+    def _cached_rows(
+        self, prompt: Prompt, positions: torch.Tensor, columns: int, entered: torch.Tensor | None
+    ) -> CachedRows:
+        """What the cache holds after a prompt of so many columns."""
         plan, device = prompt.plan, positions.device
         lengths = plan.inputs["lengths"]
         is_padding = torch.arange(positions.shape[-1], device=device) >= lengths[:, None]
         highest = positions.masked_fill(is_padding, -1).amax(dim=-1)
-        columns = positions.shape[-1]
+        gone = torch.zeros_like(lengths)
+        if entered is not None and prompt.reduction is not None:
+            gone = (prompt.reduction.visual_columns < columns).sum(dim=1) - entered.sum(dim=1)
         return CachedRows(
             self.routing_config,
             self.owner,
             columns,
-            filled={0: columns} | {start: max(rows) for start, rows in plan.stage_lengths.items()},
+            filled={0: positions.shape[-1]}
+            | {start: max(rows) for start, rows in plan.stage_lengths.items()},
             tokens=plan.stage_tokens,
             next_position=(highest.amax(dim=0) if positions.ndim == 3 else highest) + 1,
+            gone=gone,
         )
 
     def _continue(self, call: Continuation, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..capture.vision_tower import CapturedTower
 from ..config import RoutingConfig
 from ..errors import InputError
 from ..limits import Limits
@@ -37,11 +39,14 @@ class RoutedModel(torch.nn.Module):
 
     Attributes:
         routing_config: what is routed.
-        programs: the routed programs, ``"prefill"`` and ``"continuation"``.
+        programs: the routed programs, ``"prefill"`` and ``"continuation"``, and ``"images"`` if the method reduces
+            pictures.
+        tower: the vision tower with the reduction; None without one.
     """
 
     routing_config: RoutingConfig
     programs: dict[str, Executable | TensorRTProgram]
+    tower: CapturedTower | None
     config: Any
     device: torch.device
     _signature: inspect.Signature
@@ -142,6 +147,28 @@ class RoutedModel(torch.nn.Module):
             RoutedCache.adopt(cache).expected_length = generation_config.max_length - 1
 
 
+class _ImageFeatures:
+    """Stands in for `get_image_features` of a model whose pictures are reduced.
+
+    Features that are gone are rows of -inf, so that there is one for each placeholder still.
+    """
+
+    def __init__(self, tower: CapturedTower, program: Executable | TensorRTProgram, config: Any) -> None:
+        self.tower, self.program, self.config = tower, program, config
+
+    def __call__(self, pixel_values: torch.Tensor, **given: Any) -> BaseModelOutputWithPooling:
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            expected = getattr(self.config, name)
+            if given.get(name) not in (None, expected):
+                raise InputError(
+                    f"{name} is {given[name]!r}; expected {expected!r}, with which the vision tower was compiled. "
+                    f"Leave it out."
+                )
+        self.tower.images.check(pixel_values, None)
+        features = self.program(pixel_values=pixel_values.contiguous())["features"]
+        return BaseModelOutputWithPooling(pooler_output=list(features.unflatten(0, (len(pixel_values), -1))))
+
+
 def make_routed_model(
     model: PreTrainedModel,
     decoder: PreTrainedModel,
@@ -152,6 +179,8 @@ def make_routed_model(
     position_rank: int,
     visual_ids: tuple[int, ...],
     limits: Limits | None = None,
+    tower: CapturedTower | None = None,
+    images: Executable | TensorRTProgram | None = None,
 ) -> Any:
     """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed."""
     owner = uuid.uuid4().hex
@@ -167,5 +196,9 @@ def make_routed_model(
     routed._reader = PromptReader(model.config, report.config, visual_ids, owner, limits=limits)
     routed._report = report
     routed.programs = {"prefill": prefill, "continuation": continuation}
+    routed.tower = tower
+    if tower is not None and images is not None:
+        routed.programs["images"] = images
+        routed.base_model.get_image_features = _ImageFeatures(tower, images, model.config)
     routed._first_call_seconds = {}
     return routed

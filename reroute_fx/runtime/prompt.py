@@ -14,6 +14,7 @@ from ..limits import Limits
 from ..plan import RowPlan, plan_rows
 from .cache import RoutedCache
 from .images import split_images
+from .reduction import Reduction, plan_entry
 from .routing import Routing
 from .rows import Places
 
@@ -27,13 +28,16 @@ class Prompt:
 
     Attributes:
         plan: how many tokens of each row run where.
-        places: where the tokens lie in the columns of the batch; None if no row is padded.
+        places: where the tokens lie in the columns of the batch; None if no row is padded, or not known before the
+            pictures are encoded.
+        reduction: how pictures enter the decoder; None if with all tokens.
         routing: set by the decoder.
         commit: set by the decoder; puts keys and values into the cache when the whole call has succeeded.
     """
 
     plan: RowPlan
     places: Places | None
+    reduction: Reduction | None = None
     routing: Routing | None = None
     commit: Callable[[], None] | None = None
 
@@ -184,11 +188,24 @@ class PromptReader:
         images = split_images(ids, is_visual, tokens_per_image(self.model_config, given))
         if self.limits is not None:
             self.limits.check_images(images)
-        plan = plan_rows(self.routing_config, is_visual.to(input_ids.device), lengths.tolist(), images)
-        return Prompt(plan, places.to(input_ids.device) if places else None)
+        device = input_ids.device
+        if self.routing_config.entry_ratio < 1:
+            left, counts, entering = plan_entry(self.routing_config, is_visual, lengths.tolist(), images)
+            plan = plan_rows(self.routing_config, left.to(device), counts, entering)
+            columns = _visual_columns(self._is_visual(input_ids.cpu()) & is_token)
+            return Prompt(plan, None, Reduction(is_token.to(device), columns.to(device), left.shape[1]))
+        plan = plan_rows(self.routing_config, is_visual.to(device), lengths.tolist(), images)
+        return Prompt(plan, places.to(device) if places else None)
 
     def _is_visual(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+
+
+def _visual_columns(is_visual: torch.Tensor) -> torch.Tensor:
+    """Columns of the visual tokens of each row, ``[B, N]``; S where a row has no more."""
+    columns = torch.arange(is_visual.shape[1]).expand(is_visual.shape)
+    widest = int(is_visual.sum(dim=1).max())
+    return columns.masked_fill(~is_visual, is_visual.shape[1]).sort(dim=1).values[:, :widest].contiguous()
 
 
 def _cache_of(given: Mapping[str, Any]) -> tuple[Any, int]:
@@ -295,12 +312,12 @@ def _new_tokens(mask: Any, cache: RoutedCache, new: int) -> torch.Tensor | None:
     # Reading it on the device would make every generated token wait; for a turn of a conversation it is cheap.
     if new > 1 or mask.device.type == "cpu":
         _refuse_other_values(mask)
-        seen = (mask[:, :-new] != 0).sum(dim=1)
-        differ = (seen != rows.tokens[0]).nonzero().flatten().tolist()
+        seen, held = (mask[:, :-new] != 0).sum(dim=1), rows.tokens[0] + rows.gone
+        differ = (seen != held).nonzero().flatten().tolist()
         if differ:
             raise InputError(
                 f"attention_mask marks {seen[differ].tolist()} earlier tokens in rows {differ}, but the cache holds "
-                f"{rows.tokens[0][differ].tolist()}; expected the masks of the earlier calls, followed by the new one."
+                f"{held[differ].tolist()}; expected the masks of the earlier calls, followed by the new one."
             )
     is_token: torch.Tensor = mask[:, -new:] != 0
     return is_token

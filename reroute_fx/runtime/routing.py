@@ -20,6 +20,8 @@ class Routing:
         num_layers: layers of the decoder.
         all_scores: for each decision layer ``[B, N]`` float32, -inf for tokens that were no candidates.
         all_kept: for each decision layer which visual tokens were kept, ``[B, N]`` bool.
+        all_entered: which visual tokens of the prompt entered the decoder, ``[B, prompt's]`` bool; None if all did.
+            What decisions chose from counts in those.
     """
 
     config: RoutingConfig
@@ -27,6 +29,14 @@ class Routing:
     num_layers: int
     all_scores: Mapping[int, torch.Tensor]
     all_kept: Mapping[int, torch.Tensor]
+    all_entered: torch.Tensor | None = None
+
+    @cached_property
+    def entered(self) -> tuple[torch.Tensor, ...]:
+        """The visual tokens of each row that entered the decoder, ``[n]`` int64, ascending, of all in the prompt."""
+        if self.all_entered is None:
+            return tuple(torch.arange(sum(row)) for row in self.plan.images)
+        return tuple(row.nonzero().flatten() for row in self.all_entered)
 
     @cached_property
     def selected(self) -> dict[int, tuple[torch.Tensor, ...]]:

@@ -68,6 +68,11 @@ def visualize(
         raise ConfigError(
             "method is 'none', which routes nothing; expected a routed model. Compile it with a tier."
         )
+    if model.routing_config.entry_ratio < 1:
+        raise ConfigError(
+            f"method is {model.routing_config.method!r}, which drops patches in the vision tower; expected one that "
+            f"lets all of them into the decoder. Pictures of such methods can't be drawn yet."
+        )
     with torch.no_grad():
         routing = model(**inputs, logits_to_keep=1).routing
     rows = view_rows(model.config, inputs, routing, processor)
