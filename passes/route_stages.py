@@ -77,12 +77,15 @@ class ActiveRows:
         self.stream, *rows = compact(edit, [stream, *outer], self.positions, [1, *dims])
         self.length = edit.size(self.stream, 1)
         self.gathered = dict(zip(tensors, rows, strict=True))
+        for tensor in (tensor for tensor in sequence_inputs(layers) if tensor in renumbered):
+            self.rows(edit, tensor, sequence_dims(tensor, length)[0])
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
         if tensor not in self.gathered:
             outer = self.source.rows(edit, tensor, dim) if self.source else tensor
             if tensor in self.renumbered:
                 rows = edit.call(aten.slice.Tensor, outer, dim, 0, self.length)
+                rows = edit.call(aten.clone.default, rows, memory_format=torch.contiguous_format)
             else:
                 (rows,) = compact(edit, [outer], self.positions, [dim])
             self.gathered[tensor] = rows

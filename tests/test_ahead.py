@@ -105,3 +105,20 @@ def test_a_missing_compiler_is_named(region):
         pytest.raises(BackendUnavailableError, match=r"No C\+\+ compiler.*apt install g\+\+"),
     ):
         package_region(region, CPU)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (3, 0, 2, 1)])
+def test_examples_lie_in_memory_as_what_they_stand_for(order):
+    """A program reads memory as it was laid out when it was compiled."""
+    given = torch.empty(2, 3, 5, 7).permute(order)
+    (example,) = ahead._examples([given], [given.shape], CPU)
+    assert (example.shape, example.stride()) == (given.shape, given.stride())
+
+
+@pytest.mark.parametrize(
+    "view", [lambda t: t[:, :3], lambda t: t[:, :1].expand(-1, 5, -1)], ids=["gaps", "overlap"]
+)
+def test_tensors_that_would_be_misread_are_refused(view):
+    given = view(torch.empty(2, 5, 7))
+    with pytest.raises(CaptureError, match="expected one without gaps"):
+        ahead._examples([given], [given.shape], CPU)

@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 from ..errors import BackendUnavailableError, CaptureError
 from .example_sizes import ExampleSizes
 from .implementations import use_implementations
-from .regions import is_size, region_key, share_regions
+from .regions import hint, is_size, memory_order, region_key, share_regions
 from .schedule import Schedule
 
 
@@ -119,13 +119,36 @@ def _take_lengths(region: fx.GraphModule) -> None:
 
 
 def _examples(fakes: Sequence[Any], shapes: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Tensors of which sizes are equal where their symbols are."""
+    """Tensors of which sizes are equal where their symbols are, laid out as what they stand for."""
     size = ExampleSizes()
-    dtypes = [fake.dtype if isinstance(fake, torch.Tensor) else torch.bool for fake in fakes]
-    return tuple(
-        torch.zeros([size(s) for s in shape], dtype=dtype, device=device)
-        for shape, dtype in zip(shapes, dtypes, strict=True)
-    )
+    examples = []
+    for fake, shape in zip(fakes, shapes, strict=True):
+        sizes = [size(s) for s in shape]
+        if isinstance(fake, torch.Tensor):
+            example = torch.empty_permuted(sizes, _dense_order(fake), dtype=fake.dtype, device=device)
+        else:
+            example = torch.empty(sizes, dtype=torch.bool, device=device)
+        examples.append(example.zero_())
+    return tuple(examples)
+
+
+def _dense_order(fake: torch.Tensor) -> list[int]:
+    """`memory_order` of a tensor.
+
+    Raises:
+        CaptureError: it has gaps or overlaps, which would be misread: the program takes memory as it was compiled for.
+    """
+    order = memory_order(fake)
+    sizes, strides = [hint(size) for size in fake.shape], [hint(stride) for stride in fake.stride()]
+    dense = 1
+    for dim in reversed(order):
+        if sizes[dim] != 1 and strides[dim] != dense:
+            raise CaptureError(
+                f"A region takes a tensor of sizes {sizes} with strides {strides}; expected one without gaps. This is "
+                f"a bug of reroute_fx; please report it."
+            )
+        dense *= sizes[dim]
+    return order
 
 
 def _check_sizes(exported: ExportedProgram, shapes: Sequence[Any]) -> None:

@@ -157,6 +157,17 @@ def region_key(graph: fx.Graph) -> str:
     return "\n".join(lines)
 
 
+def memory_order(fake: torch.Tensor) -> list[int]:
+    """Dimensions of a tensor from the slowest to the fastest in memory."""
+    strides = [hint(stride) for stride in fake.stride()]
+    return sorted(range(fake.ndim), key=lambda dim: (-strides[dim], dim))
+
+
+def hint(size: Any) -> int:
+    """What a size was when the program was captured."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
 def _find(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:
     """A tensor with that size, and in which dimension."""
     value = size.meta["val"]
@@ -180,12 +191,14 @@ def _missing(size: fx.Node, tensors: list[fx.Node]) -> list[fx.Node]:
 
 
 def _kind(node: fx.Node, sizes: dict[Any, str]) -> str:
-    """Dtype, shape and device; `sizes` numbers the symbols in the order in which they are met."""
+    """Dtype, device, shape and order in memory; `sizes` numbers the symbols in the order in which they are met."""
     fake = node.meta.get("val")
     shape = fake.shape if isinstance(fake, torch.Tensor) else (fake,)
     names = [
         sizes.setdefault(size.node.expr, f"s{len(sizes)}") if isinstance(size, torch.SymInt) else str(size)
         for size in shape
     ]
-    kind = f"{fake.dtype} {fake.device}" if isinstance(fake, torch.Tensor) else type(fake).__name__
+    kind = type(fake).__name__
+    if isinstance(fake, torch.Tensor):
+        kind = f"{fake.dtype} {fake.device} {memory_order(fake)}"
     return f"{kind} [{', '.join(names)}]"
