@@ -63,7 +63,9 @@ def run(backend: str, console: Console, number: int, folder: Path) -> None:
     contenders = {"unrouted, eager": model, "unrouted": compiled, "deleted": deleted, "routed": routed}
     console.rule("A small LLaVA on a scene that it never saw")
     console.print(f"[bold]{question.text}[/bold]  expected: {question.answer}")
-    console.print(routed.report)
+    visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    text = inputs["input_ids"].numel() - visual
+    console.print(routed.report.at(visual_tokens=visual, text_tokens=text))
     console.print(_answers(contenders, dict(inputs), processor, question, console))
     page = visualize(routed, inputs, folder, processor, max_new_tokens=_NEW_TOKENS)
     console.print(f"Pictures of scene {number}: {page.with_name('prompt-0.png')} and {page}")
