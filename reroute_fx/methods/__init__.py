@@ -95,7 +95,9 @@ def remember(name: str) -> None:
 
 def reduces(name: str) -> bool:
     """Whether a method reduces pictures before the decoder; true for one that is known from an artifact only."""
-    return name in _remembered or (name != UNROUTED and find_method(name).reduction is not None)
+    if name in _methods:
+        return _methods[name].reduction is not None
+    return name in _remembered
 
 
 def check_name(name: str) -> None:
