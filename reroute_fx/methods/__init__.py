@@ -97,7 +97,7 @@ def reduces(name: str) -> bool:
     """Whether a method reduces pictures before the decoder; true for one that is known from an artifact only."""
     if name in _methods:
         return _methods[name].reduction is not None
-    return name in _remembered
+    return name != UNROUTED and name in _remembered
 
 
 def check_name(name: str) -> None:
