@@ -3,8 +3,8 @@
 They know graphs and operators, not models. In the order in which a decoder is routed:
 `RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `InsertSelection`,
 `RouteStages`, `ReuseKeys`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages` and
-`AttendToCache`. On the vision tower
-`FindStates`, `CanonicalizeAttention` and `ReduceFeatures`.
+`AttendToCache`. On the vision tower `FindStates`, `CanonicalizeAttention`, and `ReduceFeatures` for pictures of one
+size, `ReduceGrids` for those of any.
 """
 
 from .attend_to_cache import AttendToCache
@@ -21,6 +21,7 @@ from .pipeline import DUMP_VARIABLE, run_passes, to_program
 from .prove_causal import ProveCausal
 from .ranking import Candidates, Rank, by_attention
 from .reduce_features import GONE, Reduce, ReduceFeatures, TowerStates
+from .reduce_grids import GridInputs, GridStates, ReduceGrid, ReduceGrids
 from .remove_no_ops import RemoveNoOps
 from .restore_in_place import RestoreInPlace
 from .reuse_keys import ReuseKeys
@@ -40,6 +41,8 @@ __all__ = [
     "ExposeOutputs",
     "FindLayers",
     "FindStates",
+    "GridInputs",
+    "GridStates",
     "InsertSelection",
     "Layer",
     "LayerSizes",
@@ -51,6 +54,8 @@ __all__ = [
     "Rank",
     "Reduce",
     "ReduceFeatures",
+    "ReduceGrid",
+    "ReduceGrids",
     "Rejection",
     "RemoveNoOps",
     "RerouteError",

@@ -119,10 +119,11 @@ def add_input(graph: DecoderGraph, name: str, size: Sequence[Any], dtype: torch.
     `size` holds fixed sizes, symbolic ones that other inputs have, and strings: a string is the name of a new
     symbolic size, or of one that an earlier new input brought in.
     """
-    stream = value(graph.layers[0].start)
+    stream = value(graph.layers[0].start if graph.layers else graph.states[0])
+    length = stream.shape[-2]
     with graph.fx_graph.inserting_before(graph.inputs[-1].next):
         node = graph.fx_graph.placeholder(name)
-    sizes = [_new_size(graph, s, stream.shape[1]) if isinstance(s, str) else s for s in size]
+    sizes = [_new_size(graph, s, length) if isinstance(s, str) else s for s in size]
     with graph.fake_mode:
         node.meta["val"] = torch.empty(sizes, dtype=dtype, device=stream.device)
     graph.added_inputs += (node,)

@@ -92,7 +92,7 @@ class ReduceFeatures(Pass):
                     f"[B, {self.count}] and features [B, {self.count}, D]."
                 )
             indices, reduced = results
-            rows = _copy(edit, picked, reduced, projected)
+            rows = copy_between(edit, picked, reduced, projected)
             spread = {"indices": indices, "rows": rows, "tokens": self.tokens}
             (features,) = emit(edit, "The scatter of features", _spread, spread)
         projected.replace_all_uses_with(features, partial(operator.lt, features))
@@ -118,13 +118,13 @@ class ReduceFeatures(Pass):
         return of_patches[0], of_patches[-1]
 
 
-def _copy(edit: Editor, picked: fx.Node, reduced: fx.Node, projected: fx.Node) -> fx.Node:
-    """The nodes from `picked` to `projected`, on reduced features."""
-    copies: dict[fx.Node, Any] = {picked: reduced}
-    between = descendants(picked) & ancestors([projected])
-    for node in [n for n in edit.graph.fx_graph.nodes if n in between and n is not picked]:
+def copy_between(edit: Editor, first: fx.Node, instead: fx.Node, last: fx.Node) -> fx.Node:
+    """What `last` would be, were `instead` in the place of `first`."""
+    copies: dict[fx.Node, Any] = {first: instead}
+    between = descendants(first) & ancestors([last])
+    for node in [n for n in edit.graph.fx_graph.nodes if n in between and n is not first]:
         copies[node] = edit.copy(node, lambda source: copies.get(source, source))
-    return copies[projected]  # type: ignore[no-any-return]
+    return copies[last]  # type: ignore[no-any-return]
 
 
 def _spread(indices: torch.Tensor, rows: torch.Tensor, tokens: int) -> torch.Tensor:

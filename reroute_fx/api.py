@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ._compat import settle_cpu_math
 from .capture import CapturedDecoder, capture_decoder, find_visual_token_ids, text_decoder
-from .capture.vision_tower import capture_vision_tower, tower_facts
+from .capture.vision_tower import capture_vision_tower, has_grids, tower_facts
 from .config import RoutingConfig
 from .errors import ConfigError, UnsupportedModelError
 from .limits import Limits
@@ -21,7 +21,7 @@ from .lowering import (
     describe_operators,
     lower,
 )
-from .methods import default_tier, find_method
+from .methods import find_method
 from .report import RoutingReport
 from .routing import Savings, continuation, reduce_tower, route
 from .runtime import RoutedModel, make_routed_model
@@ -94,7 +94,7 @@ def compile(
         raise ConfigError(
             f"cuda_graphs is True, but the model is on {decoder.device}; expected a model on cuda. Leave it out."
         )
-    config = _config(decoder, tier, config, method, action, schedule, pool)
+    config = _config(model, decoder, tier, config, method, action, schedule, pool)
     _check_tower(model, config)
     settle_cpu_math()
     with _status(progress, "capturing the decoder"):
@@ -166,7 +166,7 @@ def inspect(
 
     Args and errors are those of `compile`.
     """
-    config = _config(text_decoder(model), tier, config, method, action, schedule, pool)
+    config = _config(model, text_decoder(model), tier, config, method, action, schedule, pool)
     _check_tower(model, config)
     captured = capture_decoder(model)
     _check_positions(config, captured)
@@ -175,6 +175,7 @@ def inspect(
 
 
 def _config(
+    model: Any,
     decoder: Any,
     tier: float | None,
     config: RoutingConfig | None,
@@ -185,8 +186,9 @@ def _config(
 ) -> RoutingConfig:
     num_layers = decoder.config.num_hidden_layers
     if config is None:
-        tier = default_tier(method) if tier is None else tier
-        return RoutingConfig.from_tier(tier, method, action, schedule, pool, num_layers=num_layers)
+        return RoutingConfig.from_tier(
+            tier, method, action, schedule, pool, num_layers=num_layers, grids=has_grids(model.config)
+        )
     if not isinstance(config, RoutingConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected a RoutingConfig.")
     config.check_depth(num_layers)
@@ -197,11 +199,12 @@ def _check_tower(model: Any, config: RoutingConfig) -> None:
     """Raise `UnsupportedModelError` unless the method's reduction fits the vision tower."""
     if config.entry_ratio == 1:
         return
-    reduction, facts = find_method(config.method).reduction, tower_facts(model.config)
-    assert reduction is not None
-    reason = "the tokens of its pictures depend on their sizes"
-    if facts.tokens is not None:
-        reason = reduction.check(facts.tokens, facts.layers, facts.has_cls) or ""
+    method, facts = find_method(config.method), tower_facts(model.config)
+    reason: str | None = "the tokens of its pictures depend on their sizes"
+    if facts.tokens is not None and method.reduction:
+        reason = method.reduction.check(facts.tokens, facts.layers, facts.has_cls)
+    elif facts.grids and method.grids:
+        reason = method.grids.check(facts.layers)
     if reason:
         raise UnsupportedModelError(
             f"method {config.method!r} doesn't fit {type(model).__name__}: {reason}. Use another method."

@@ -13,6 +13,7 @@ from .methods import (
     UNROUTED,
     Schedule,
     check_name,
+    default_tier,
     find_method,
     method_names,
     reduces,
@@ -46,7 +47,8 @@ class RoutingConfig:
             prompt with a pool of fewer is refused.
         seed: of methods that choose by chance.
         entry_ratio: share of each picture's visual tokens that a reduction in the vision tower lets into the decoder,
-            in (0, 1]; 1 without a reduction. What decisions keep counts in these.
+            in (0, 1]; 1 without a reduction. ``ceil(N * ratio)`` of N tokens enter, and what decisions keep counts in
+            these. A method with a reduction needs no decisions.
 
     Raises:
         ConfigError: on construction, naming the field.
@@ -80,6 +82,8 @@ class RoutingConfig:
             raise ConfigError(f"seed is {self.seed!r}; expected a Python int in 0..2^31 - 1.")
         self._check_entry()
         layers = self.decision_layers
+        if reduces(self.method) and not (layers or self.keep_ratios or self.keep_tokens):
+            return
         if self.method == UNROUTED:
             if layers or self.keep_ratios or self.keep_tokens:
                 raise ConfigError(
@@ -141,7 +145,7 @@ class RoutingConfig:
     @classmethod
     def from_tier(
         cls,
-        tier: float,
+        tier: float | None = None,
         method: str = "pdrop",
         action: str = "compact_route_stagewise",
         schedule: str = "exact",
@@ -149,11 +153,12 @@ class RoutingConfig:
         *,
         num_layers: int = REFERENCE_LAYERS,
         seed: int = 0,
+        grids: bool = False,
     ) -> "RoutingConfig":
         """The configuration in which `tier` visual tokens enter a layer on average.
 
         Args:
-            tier: 192, 128 or 64 tokens of 576, or the share itself, a float in (0, 1].
+            tier: 192, 128 or 64 tokens of 576, or the share itself, a float in (0, 1]; None for the method's own.
             method: a name that `reroute_fx.register_method` knows, with its schedule, scoring and positions;
                 ``"none"`` routes nothing, whatever the tier.
             action: see `RoutingConfig`.
@@ -162,17 +167,19 @@ class RoutingConfig:
             pool: see `RoutingConfig`.
             num_layers: layers of the decoder. Decision layers scale from those for 32 layers, rounded.
             seed: see `RoutingConfig`.
+            grids: whether pictures have any size, as those of Qwen2.5-VL; some methods reduce them otherwise.
 
         Raises:
             ConfigError: unknown names, a tier that is neither, or one that the decoder can't reach.
         """
         _one_of("action", action, ACTIONS)
         _one_of("schedule", schedule, SCHEDULES)
+        tier = default_tier(method) if tier is None else tier
         share = tier_share(tier)
         if method == UNROUTED:
             return cls((), (), action, method, pool)
         definition = find_method(method)
-        plan = definition.schedule(action)
+        plan = definition.schedule(action, grids)
         make = partial(
             cls,
             action=action,
@@ -197,7 +204,7 @@ class RoutingConfig:
 
     def entering(self, visual_tokens: int) -> int:
         """Tokens of a picture that enter the decoder."""
-        return keep_count(visual_tokens, self.entry_ratio)
+        return ceil(visual_tokens * self.entry_ratio)
 
     def keep_counts(self, visual_tokens: int = REFERENCE_TOKENS) -> tuple[int, ...]:
         """Visual tokens kept by each decision for a prompt with one picture of `visual_tokens`, at least 1.
@@ -272,7 +279,10 @@ def _published(make: Maker, method: str, plan: Schedule, tier: float, num_layers
             f"num_layers is {num_layers}; expected enough layers for the paper's {len(plan.layers)} decisions. "
             f"Use schedule='exact'."
         )
-    return make(scaled, plan.published[tier])
+    shares = plan.published[tier]
+    if plan.entry is None:
+        return make(scaled, shares)
+    return make(scaled, shares[1:], entry_ratio=shares[0])
 
 
 def _solve(make: Maker, method: str, plan: Schedule, share: float, num_layers: int) -> RoutingConfig:

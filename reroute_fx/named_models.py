@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from .capture.vision_tower import has_grids
 from .config import RoutingConfig
 from .errors import ConfigError, first_line
-from .methods import default_tier
 
 DEMO = "demo"
 CHECKPOINT = Path(__file__).parent / "grounding" / "model"
@@ -46,14 +46,13 @@ def read_config(
         ConfigError: no such model, or a routing that it can't have.
     """
     try:
-        config = AutoConfig.from_pretrained(_place(name)).get_text_config(decoder=True)
+        config = AutoConfig.from_pretrained(_place(name))
     except (OSError, ValueError) as error:
         raise _no_model(name, error) from error
-    layers = getattr(config, "num_hidden_layers", None)
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if layers is None:
         raise ConfigError(f"model is {name!r} and has no decoder layers; expected a vision-language model.")
-    tier = default_tier(method) if tier is None else tier
-    return RoutingConfig.from_tier(tier, method, action, schedule, num_layers=layers)
+    return RoutingConfig.from_tier(tier, method, action, schedule, num_layers=layers, grids=has_grids(config))
 
 
 def load_model(name: str, device: str, dtype: str) -> NamedModel:

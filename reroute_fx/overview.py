@@ -106,8 +106,8 @@ def methods_table(rows: list[MethodRow]) -> Table:
         table.add_row(
             row.name,
             row.ranks_by,
-            row.deleted.scoring,
-            *(" ".join(map(str, action.decision_layers)) for action in actions),
+            row.deleted.scoring if row.deleted.decision_layers else "-",
+            *(" ".join(map(str, action.decision_layers)) or "-" for action in actions),
             *(
                 "-" if action.flops_share is None else f"{100 * action.flops_share:.1f} %"
                 for action in actions
@@ -115,6 +115,6 @@ def methods_table(rows: list[MethodRow]) -> Table:
         )
     table.caption = (
         f"Layers of 32. FLOPs: prefill of LLaVA-1.5 7B with {REFERENCE_TOKENS} visual and 40 text tokens, of the "
-        "unrouted ones; - where a method can't get so low."
+        "unrouted ones; - where a method decides nothing or can't get so low."
     )
     return table

@@ -143,10 +143,12 @@ class RoutingReport:
 
     def _method(self) -> str:
         method, asked = find_method(self.config.method), {"own": "deciding", "previous": "previous"}
-        return (
-            f"Method: {method.source}. Ranks by {method.ranks_by} ({asked[self.config.scoring]} layer), "
-            f"{self.config.positions} positions."
-        )
+        said = [f"Method: {method.source}."]
+        if self.config.entry_ratio < 1:
+            said.append(f"{self.config.entering(self.visual_tokens)} visual tokens enter.")
+        if self.config.decision_layers:
+            said.append(f"Ranks by {method.ranks_by} ({asked[self.config.scoring]} layer).")
+        return " ".join([*said, f"{self.config.positions.capitalize()} positions."])
 
     def _cost_table(self) -> Table:
         routed, unrouted = self.routed, self.unrouted

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 from torch.export import ExportedProgram
 
-from .capture.images import FixedImages
+from .capture.images import FixedImages, GridImages
 from .capture.vision_tower import CapturedTower
 from .config import RoutingConfig
-from .methods import UNROUTED, find_method
+from .methods import find_method
 from .passes import (
     AttendToCache,
     CanonicalizeAttention,
@@ -16,12 +16,14 @@ from .passes import (
     ExposeOutputs,
     FindLayers,
     FindStates,
+    GridInputs,
     InsertSelection,
     NumberStages,
     Pass,
     PassResult,
     ProveCausal,
     ReduceFeatures,
+    ReduceGrids,
     RemoveNoOps,
     RestoreInPlace,
     ReuseKeys,
@@ -97,7 +99,7 @@ def route(
 
 
 def _stage_passes(config: RoutingConfig) -> list[Pass]:
-    if config.method == UNROUTED:
+    if not config.decision_layers:
         return []
     return [
         InsertSelection(
@@ -116,17 +118,21 @@ def reduce_tower(tower: CapturedTower, layers: int, config: RoutingConfig) -> Ca
 
     Its program returns features of all patches still, rows of -inf for those that are gone.
     """
-    reduction = find_method(config.method).reduction
-    assert reduction is not None
-    assert isinstance(tower.images, FixedImages)
-    tokens = tower.images.tokens
-    passes = [
-        FindStates(layers),
-        CanonicalizeAttention(),
-        ReduceFeatures(reduction.reduce, tokens, config.entering(tokens)),
-    ]
+    passes = [FindStates(layers), CanonicalizeAttention(), _reduction_pass(tower.images, config)]
     graph, _ = run_passes(tower.program, passes)
-    return replace(tower, program=to_program(graph, tower.program, as_original=True))
+    images = replace(tower.images, reduced=True) if isinstance(tower.images, GridImages) else tower.images
+    return CapturedTower(to_program(graph, tower.program, as_original=True), images)
+
+
+def _reduction_pass(images: FixedImages | GridImages, config: RoutingConfig) -> Pass:
+    method = find_method(config.method)
+    if isinstance(images, FixedImages):
+        assert method.reduction is not None
+        return ReduceFeatures(method.reduction.reduce, images.tokens, config.entering(images.tokens))
+    assert method.grids is not None
+    order = "window_order" if images.window is not None else None
+    inputs = GridInputs("frames", "position_ids", order, feature_frames="feature_frames")
+    return ReduceGrids(method.grids.reduce, config.entry_ratio, method.grids.compared, images.merge, inputs)
 
 
 def find_passes(num_layers: int | None) -> list[Pass]:

@@ -371,8 +371,11 @@ def test_weights_that_can_not_be_written_are_told(good, copied, monkeypatch, ans
     expect_works(copied, answers)
 
 
-@pytest.mark.parametrize("program", ["head", "embeddings", "continuation"])
-def test_an_artifact_that_answers_otherwise_is_not_handed_out(good, tmp_path, monkeypatch, program):
+@pytest.mark.parametrize(
+    ("program", "what"),
+    [("head", "logits"), ("embeddings", "logits"), ("continuation", "logits"), ("images", "features")],
+)
+def test_an_artifact_that_answers_otherwise_is_not_handed_out(good, tmp_path, monkeypatch, program, what):
     """Programs that compute something else than the model's own code, such as scaled logits."""
     read = exporting.read_model
 
@@ -385,6 +388,6 @@ def test_an_artifact_that_answers_otherwise_is_not_handed_out(good, tmp_path, mo
         return model
 
     monkeypatch.setattr(exporting, "read_model", scaled)
-    with pytest.raises(CaptureError, match="gives other logits than the model"):
+    with pytest.raises(CaptureError, match=f"gives other {what}"):
         reroute_fx.export(routed_at(FAMILY, TIERS[0]), tmp_path / "new")
     assert os.listdir(tmp_path) == []

@@ -77,14 +77,14 @@ def _spread(config: Any, spread: float | None) -> Any:
 
 
 def tiny_llava() -> Any:
-    return _sharp(LlavaForConditionalGeneration, llava_config(LAYERS, pad_token_id=PAD))
+    return sharp(LlavaForConditionalGeneration, llava_config(LAYERS, pad_token_id=PAD))
 
 
 def tiny_qwen() -> Any:
-    return _sharp(Qwen2_5_VLForConditionalGeneration, qwen_config(LAYERS, tokens_per_second=4))
+    return sharp(Qwen2_5_VLForConditionalGeneration, qwen_config(LAYERS, tokens_per_second=4))
 
 
-def _sharp(model_class: type, config: Any) -> Any:
+def sharp(model_class: type, config: Any) -> Any:
     """With initial weights attention is nearly uniform, and the ranking of the visual tokens is rounding."""
     torch.manual_seed(0)
     model = model_class(config).eval()

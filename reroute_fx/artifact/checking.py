@@ -1,6 +1,7 @@
 """Ask an artifact before it is handed out."""
 
 import torch
+from torch.export import ExportedProgram
 
 from ..errors import CaptureError
 from ..runtime import LoadedModel, RoutedModel
@@ -9,11 +10,30 @@ _ROWS, _LENGTH = 2, 12
 
 
 @torch.no_grad()
+def check_pictures(program: ExportedProgram, loaded: LoadedModel) -> None:
+    """Raise CaptureError unless two pictures have the features that `program`, which was compiled, gives.
+
+    Of features that a reduction drops only the number counts: rounding may break ties.
+    """
+    images = loaded._parts.images
+    pixels, grid = images.sample()
+    inputs = images.inputs(pixels.to(loaded.device, loaded.dtype), grid)
+    found = loaded._parts.programs["images"](**inputs)["features"]
+    expected = program.module()(**inputs)["features"]
+    stays, wanted = (features.isfinite().all(dim=1) for features in (found, expected))
+    if stays.sum() != wanted.sum():
+        raise CaptureError(
+            f"The artifact keeps {int(stays.sum())} features of two pictures, the model {int(wanted.sum())}. It can't "
+            f"be exported; use reroute_fx.compile."
+        )
+    _compare(found[stays & wanted], expected[stays & wanted], "features of pictures")
+
+
+@torch.no_grad()
 def check_answers(routed: RoutedModel, loaded: LoadedModel) -> None:
     """Raise CaptureError unless a text prompt and a token behind it have the logits that the model's own code gives.
 
-    That is all of an artifact but selection, whose ties rounding may break, and the vision tower, which was compared
-    when it was captured.
+    That is all of an artifact but selection, whose ties rounding may break, and pictures.
     """
     rows, length = min(_ROWS, loaded.limits.batch), min(_LENGTH, loaded.limits.length - 1)
     prompt = _text(routed, rows, length)
@@ -29,13 +49,18 @@ def check_answers(routed: RoutedModel, loaded: LoadedModel) -> None:
         for model, output in ((loaded, found), (routed, expected))
     ]
     for ours, theirs in ((found.logits[is_token], expected.logits[is_token]), following):
-        # A hundred roundings of the largest value.
-        noise = 100 * torch.finfo(theirs.dtype).eps * theirs.abs().max()
-        if not (ours - theirs).abs().max() <= noise:
-            raise CaptureError(
-                f"The artifact gives other logits than the model: off by {(ours - theirs).abs().max():.1e} where "
-                f"rounding explains {noise:.1e}. {type(routed).__name__} can't be exported; use reroute_fx.compile."
-            )
+        _compare(ours, theirs, "logits")
+
+
+def _compare(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    # A hundred roundings of the largest value.
+    noise = 100 * torch.finfo(expected.dtype).eps * expected.abs().max()
+    error = (found - expected).abs().max()
+    if not error <= noise:
+        raise CaptureError(
+            f"The artifact gives other {what} than the model: off by {error:.1e} where rounding explains {noise:.1e}. "
+            f"It can't be exported; use reroute_fx.compile."
+        )
 
 
 def _text(routed: RoutedModel, rows: int, length: int) -> dict[str, torch.Tensor]:

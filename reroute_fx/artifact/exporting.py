@@ -23,7 +23,7 @@ from ..lowering.ahead import check_compiler
 from ..lowering.onnx import check_libraries
 from ..runtime import LoadedModel, RoutedModel
 from .aot import write_aot
-from .checking import check_answers
+from .checking import check_answers, check_pictures
 from .files import list_files
 from .folders import whole_folder
 from .inputs import input_contract
@@ -180,7 +180,9 @@ def _write(
     )
     manifest.write(folder)
     phase("checking")
-    check_answers(routed, read_model(folder, manifest, routed.device, weights))
+    loaded = read_model(folder, manifest, routed.device, weights)
+    check_answers(routed, loaded)
+    check_pictures(traced.programs["images"], loaded)
 
 
 def _write_descriptions(routed: Any, folder: Path, processor: Any) -> None:

@@ -1,5 +1,6 @@
 """How a model takes pictures: what its vision tower needs to know of them, and whether it can take them."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,14 @@ class Images(Protocol):
     def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Inputs of the program that `capture_vision_tower` returns; `grid` is on the host."""
 
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Two pictures, of different sizes if they may have any: `pixel_values` in float32, and their grid."""
+
     def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
         """Raise InputError unless the model can take such pictures."""
+
+    def sizes(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> list[int]:
+        """Features of each picture."""
 
     def repeat(
         self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
@@ -63,6 +70,9 @@ class FixedImages:
     def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
         return {"pixel_values": pixel_values}
 
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _pixels(2, self.channels, self.height, self.width), None
+
     def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
         expected = self.channels, self.height, self.width
         if tuple(pixel_values.shape[1:]) != expected:
@@ -70,6 +80,9 @@ class FixedImages:
                 f"pixel_values has shape {list(pixel_values.shape)}; expected pictures of size {list(expected)}. Pass "
                 f"what the model's processor returns."
             )
+
+    def sizes(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> list[int]:
+        return [self.tokens] * len(pixel_values)
 
     def repeat(
         self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
@@ -88,12 +101,14 @@ class GridImages:
         merge: patches along an edge that become one feature.
         patch: pixels along the edge of a patch.
         window: pixels along the edge of an attention window; None if every layer sees whole frames.
+        reduced: whether `ReduceGrids` changed the program, which then takes the features of each frame too.
     """
 
     values: int
     merge: int
     patch: int
     window: int | None
+    reduced: bool = False
     kind: Literal["grid"] = "grid"
 
     @property
@@ -111,15 +126,19 @@ class GridImages:
 
     def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
         assert grid is not None
-        given = {
-            "position_ids": get_vision_position_ids(grid, self.merge),
-            "frames": segments(get_vision_cu_seqlens(grid)),
-        }
+        bounds = get_vision_cu_seqlens(grid)
+        given = {"position_ids": get_vision_position_ids(grid, self.merge), "frames": segments(bounds)}
         if self.window is not None:
-            order, bounds = get_vision_window_index(grid, self.merge, self.window, self.patch)
-            given |= {"window_order": order, "windows": segments(bounds)}
+            order, edges = get_vision_window_index(grid, self.merge, self.window, self.patch)
+            given |= {"window_order": order, "windows": segments(edges)}
+        if self.reduced:
+            given["feature_frames"] = segments(bounds // self.merge**2)
         placed = {name: tensor.to(pixel_values.device) for name, tensor in given.items()}
         return {"pixel_values": pixel_values, **placed}
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        grid = torch.tensor([[1, 4 * self.merge, 5 * self.merge], [2, 2 * self.merge, 3 * self.merge]])
+        return _pixels(int(grid.prod(dim=-1).sum()), self.values), grid
 
     def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
         if grid is None or grid.ndim != 2 or grid.shape[1] != 3:
@@ -143,6 +162,10 @@ class GridImages:
                 "The only picture is a single visual token; expected two or more. Pass it larger."
             )
 
+    def sizes(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> list[int]:
+        assert grid is not None
+        return [int(patches) // self.merge**2 for patches in grid.prod(dim=-1)]
+
     def repeat(
         self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
     ) -> dict[str, torch.Tensor]:
@@ -151,6 +174,10 @@ class GridImages:
         pixels = given[names[0]].split(patches)
         rest = {name: given[name][order] for name in names[1:] if name in given}
         return {names[0]: torch.cat([pixels[i] for i in order]), **rest}
+
+
+def _pixels(*shape: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
 
 
 def _per_row(tokens: Sequence[int], sizes: Sequence[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,14 +35,23 @@ class TowerFacts:
     """What is known of a tower from its config.
 
     Attributes:
+        grids: whether pictures have any size, a feature for each cell of patches.
         tokens: features of a picture; None if that depends on its size.
         layers: of the tower.
         has_cls: whether its first token is no patch.
     """
 
+    grids: bool
     tokens: int | None
     layers: int
     has_cls: bool
+
+
+def has_grids(config: Any) -> bool:
+    """Whether pictures have any size, a feature for each cell of patches; from a model's config."""
+    vision = getattr(config, "vision_config", None)
+    # Features of inner layers enter the decoder too.
+    return hasattr(vision, "spatial_merge_size") and not hasattr(vision, "deepstack_visual_indexes")
 
 
 def tower_facts(config: Any) -> TowerFacts:
@@ -50,9 +59,9 @@ def tower_facts(config: Any) -> TowerFacts:
     vision = config.vision_config
     layers = getattr(vision, "num_hidden_layers", None) or vision.depth
     if config.model_type != "llava" or vision.model_type != "clip_vision_model":
-        return TowerFacts(None, layers, False)
+        return TowerFacts(has_grids(config), None, layers, False)
     has_cls = config.vision_feature_select_strategy == "default"
-    return TowerFacts((vision.image_size // vision.patch_size) ** 2, layers, has_cls)
+    return TowerFacts(False, (vision.image_size // vision.patch_size) ** 2, layers, has_cls)
 
 
 def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
@@ -62,7 +71,8 @@ def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
         UnsupportedModelError: a tower of a kind that is not known.
         CaptureError: torch.export failed, or the program differs from the model.
     """
-    tower, images, sample = _tower(model)
+    tower, images = _tower(model)
+    sample = _sample(images, model)
     inputs = images.inputs(**sample)
     shapes = {name: images.shapes[name] for name in inputs}
     try:
@@ -80,37 +90,30 @@ def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
     return CapturedTower(program, images)
 
 
-def _tower(model: PreTrainedModel) -> tuple[Any, FixedImages | GridImages, dict[str, Any]]:
-    """What is traced, how it takes pictures, and two pictures to trace it with."""
+def _tower(model: PreTrainedModel) -> tuple[Any, FixedImages | GridImages]:
+    """What is traced, and how it takes pictures."""
     inner = model.base_model
     vision: Any = getattr(model.config, "vision_config", None)
     if model.config.model_type == "llava" and isinstance(vision.image_size, int):
-        size = vision.num_channels, vision.image_size, vision.image_size
-        pixels = torch.linspace(-1, 1, 2 * size[0] * size[1] * size[2]).reshape(2, *size)
-        sample: dict[str, Any] = {"pixel_values": pixels.to(model.device, model.dtype), "grid": None}
         tower = _FixedTower(model)
+        fixed = FixedImages(vision.num_channels, vision.image_size, vision.image_size, tokens=0)
         with torch.no_grad():
-            features = tower.expected(**sample)
-        return tower, FixedImages(*size, tokens=features.shape[0] // 2), sample
+            features = tower.expected(**_sample(fixed, model))
+        return tower, replace(fixed, tokens=features.shape[0] // 2)
     if hasattr(inner, "visual") and hasattr(inner.visual, "spatial_merge_size"):
         visual = inner.visual
         values = vision.in_channels * vision.temporal_patch_size * visual.patch_size**2
-        images = GridImages(
-            values, visual.spatial_merge_size, visual.patch_size, getattr(visual, "window_size", None)
-        )
-        edge = images.merge
-        grid = torch.tensor([[1, 4 * edge, 5 * edge], [2, 2 * edge, 3 * edge]])
-        patches = int(grid.prod(dim=-1).sum())
-        pixels = torch.linspace(-1, 1, patches * values).reshape(patches, values)
-        return (
-            _GridTower(visual),
-            images,
-            {"pixel_values": pixels.to(model.device, model.dtype), "grid": grid},
-        )
+        window = getattr(visual, "window_size", None)
+        return _GridTower(visual), GridImages(values, visual.spatial_merge_size, visual.patch_size, window)
     raise UnsupportedModelError(
         f"{type(model).__name__} has a vision tower ({type(vision).__name__}) that can't be exported yet; expected "
         f"LLaVA-1.5 or a Qwen2-VL of any version. reroute_fx.compile works without an export."
     )
+
+
+def _sample(images: FixedImages | GridImages, model: PreTrainedModel) -> dict[str, Any]:
+    pixels, grid = images.sample()
+    return {"pixel_values": pixels.to(model.device, model.dtype), "grid": grid}
 
 
 class _FixedTower(nn.Module):

@@ -5,9 +5,10 @@ name it in `_BUILT_IN`; outside the package, call `register_method`.
 """
 
 from ..errors import ConfigError
+from .avgpool import AVGPOOL
 from .fastv import FASTV
 from .fastv_official import FASTV_OFFICIAL_K2, FASTV_OFFICIAL_K3
-from .method import REFERENCE_LAYERS, Method, Reduction, Schedule
+from .method import REFERENCE_LAYERS, GridReduction, Method, Reduction, Schedule
 from .nuwa import NUWA
 from .pdrop import PDROP
 from .pdrop_official import PDROP_OFFICIAL
@@ -16,6 +17,7 @@ from .random import RANDOM
 __all__ = [
     "REFERENCE_LAYERS",
     "UNROUTED",
+    "GridReduction",
     "Method",
     "Reduction",
     "Schedule",
@@ -31,7 +33,7 @@ __all__ = [
 
 UNROUTED = "none"
 """Method that decides nothing: the same compiler without routing, the baseline of every comparison."""
-_BUILT_IN = (FASTV, PDROP, FASTV_OFFICIAL_K2, FASTV_OFFICIAL_K3, PDROP_OFFICIAL, NUWA, RANDOM)
+_BUILT_IN = (FASTV, PDROP, FASTV_OFFICIAL_K2, FASTV_OFFICIAL_K3, PDROP_OFFICIAL, NUWA, RANDOM, AVGPOOL)
 _methods = {method.name: method for method in _BUILT_IN}
 _remembered: set[str] = set()
 

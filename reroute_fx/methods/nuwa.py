@@ -1,9 +1,16 @@
-"""Nüwa (arXiv 2602.02951): patches go in the vision tower, six sevenths of the rest halfway down the decoder.
+"""Nüwa (arXiv 2602.02951): patches go in the vision tower, and most of the rest halfway down the decoder.
 
 After the official code (github.com/Man-PaperRejected/Nuwa), which differs from the paper: patches are ranked by the
 attention of CLS alone, not times the norm of their keys; pillars are above the 55th percentile of it, not the top
 quarter by norm; the distance at which similarity stops to count is sqrt(280) of at most sqrt(1058) cells, not a
 quarter; the second stage ranks by attention of the layer before, as FastV; positions are those of the grid, with gaps.
+
+On Qwen2.5-VL, whose pictures have any size and whose tower has no CLS token, the same code ranks features of merged
+patches by the attention that they receive from their whole frame in the last layer, keeps up to three of each region,
+lets only the tenth that is attended to least take in others, and normalises all weights. It pads odd grids; regions at
+their edges are cut off here, which is the same. It compares features in the order of attention windows with places in
+the order of rows, a slip; here both are in the order of rows. Its shares are 0.1 more than the tier at the entry and
+0.1 less behind the second stage, rounded. It takes one image; videos are refused here.
 
 Routing has no official code: the same budget, decided before layers 16 and 23 of 32 by the layer's own attention.
 """
@@ -13,8 +20,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..passes import TowerStates
-from .method import Method, Reduction, Schedule
+from ..passes import GridStates, TowerStates
+from .method import GridReduction, Method, Reduction, Schedule
 
 REGION = 2
 """Cells along the edge of a region."""
@@ -23,6 +30,11 @@ REACH = math.sqrt(280 / 1058)
 """Distance at which patches are no neighbours any more, as a share of the grid's diagonal."""
 STATES = slice(16, 25)
 """Hidden states of which the mean is compared; the first is what enters the tower's first layer."""
+GRID_PILLAR_PERCENTILE = 0.1
+GRID_REACH = 0.8
+GRID_STATES = slice(8, 25)
+GRID_OF_REGION = 3
+"""Features of a region that compete at least."""
 _SHARE = 1 / 7  # of the tokens that entered stay in the second stage: 16 of 112, 32 of 224, 48 of 336
 
 
@@ -83,6 +95,52 @@ def _above_percentile(scores: torch.Tensor) -> torch.Tensor:
     return scores >= low + (high - low) * (place - below)
 
 
+def reduce_grid(tower: GridStates) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep the features that their frame attends to, spread over it, and let those of the least attention take in
+    their like.
+    """
+    is_feature = tower.frames >= 0  # [F, L]
+    metric, cells = tower.by_frame(tower.received), tower.by_frame(tower.cells)
+    most = max(GRID_OF_REGION, math.ceil(REGION**2 * tower.share))
+    competes = is_feature & (_rank_in_region(metric, cells, is_feature) < most)
+    order = metric.masked_fill(~competes, -1.0).argsort(dim=1, descending=True, stable=True)
+    stays = competes & (order.argsort(dim=1) < tower.counts[:, None])
+    is_pillar = metric >= _percentile_of_best(metric.gather(1, order), tower.counts)
+    alike = F.normalize(tower.by_frame(tower.compared).float(), dim=-1)
+    weights = F.relu(alike @ alike.transpose(1, 2)) * _nearness_in_frames(cells)  # [F, L, L]
+    is_self = torch.eye(metric.shape[1], dtype=torch.bool, device=metric.device)
+    weights = weights.masked_fill(is_pillar[..., None] & ~is_self, 0.0)
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-8)
+    features = tower.by_frame(tower.features)
+    return tower.in_order(stays), tower.in_order(weights.to(features.dtype) @ features)
+
+
+def _rank_in_region(metric: torch.Tensor, cells: torch.Tensor, is_feature: torch.Tensor) -> torch.Tensor:
+    """How many features of the same region come before each, ``[F, L]``."""
+    region = cells // REGION
+    alike = (region[:, :, None] == region[:, None]).all(dim=-1) & is_feature[:, None]  # [F, L, L]
+    place = torch.arange(metric.shape[1], device=metric.device)
+    mine, other = metric[:, :, None], metric[:, None]
+    before = (other > mine) | ((other == mine) & (place < place[:, None]))
+    return (alike & before).sum(dim=-1)
+
+
+def _percentile_of_best(ordered: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Percentile of the first scores of each row, which fall, interpolated between neighbours, ``[F, 1]``."""
+    place = GRID_PILLAR_PERCENTILE * (counts[:, None] - 1).double()
+    last = counts[:, None] - 1
+    low, high = (ordered.gather(1, last - end.long()) for end in (place.floor(), place.ceil()))
+    return low + (high - low) * (place - place.floor()).to(low.dtype)
+
+
+def _nearness_in_frames(cells: torch.Tensor) -> torch.Tensor:
+    """1 for a feature itself, falling to 0 at the reach, a share of the diagonal of the frame, ``[F, L, L]``."""
+    apart = (cells[:, :, None] - cells[:, None]).float().square().sum(dim=-1).sqrt()
+    edges = (cells.amax(dim=1) + REGION) // REGION * REGION - 1  # of the frame, up to whole regions
+    reach = GRID_REACH * edges.float().square().sum(dim=-1).sqrt()  # [F]
+    return 1 - (apart / reach[:, None, None]).clamp(max=1)
+
+
 def check(tokens: int, layers: int, has_cls: bool) -> str | None:
     """Why a tower does not fit, or None."""
     side = math.isqrt(tokens)
@@ -95,11 +153,39 @@ def check(tokens: int, layers: int, has_cls: bool) -> str | None:
     return None
 
 
+def check_grid(layers: int) -> str | None:
+    """Why a tower does not fit, or None."""
+    if layers + 1 < GRID_STATES.stop:
+        return f"its tower has {layers} layers, but hidden states up to layer {GRID_STATES.stop - 1} are compared"
+    return None
+
+
+def _grid_entry(a: float) -> float:
+    return 0.8 * a + 0.2
+
+
+def _grid_ratio(a: float) -> float:
+    return 0.8 * a / _grid_entry(a)
+
+
 NUWA = Method(
     name="nuwa",
-    source="Nüwa (arXiv 2602.02951) as its authors' code runs it on LLaVA",
+    source="Nüwa (arXiv 2602.02951) as its authors' code runs it on LLaVA and Qwen2.5-VL",
     ranks_by="attention",
     deleted=Schedule(layers=(16,), ratios=lambda a: (_SHARE,), entry=lambda a: a, scoring="previous"),
     routed=Schedule(layers=(16, 23), ratios=lambda a: (_SHARE,) * 2, entry=lambda a: a),
     reduction=Reduction(reduce, check),
+    grids=GridReduction(
+        reduce_grid,
+        check_grid,
+        GRID_STATES,
+        deleted=Schedule(
+            layers=(16,),
+            ratios=lambda a: (_grid_ratio(a),),
+            entry=_grid_entry,
+            scoring="previous",
+            published={0.25: (0.35, 0.42), 0.5: (0.6, 0.66), 0.75: (0.85, 0.7)},
+        ),
+        routed=Schedule(layers=(16, 23), ratios=lambda a: (_grid_ratio(a),) * 2, entry=_grid_entry),
+    ),
 )

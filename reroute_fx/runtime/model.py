@@ -156,17 +156,22 @@ class _ImageFeatures:
     def __init__(self, tower: CapturedTower, program: Executable | TensorRTProgram, config: Any) -> None:
         self.tower, self.program, self.config = tower, program, config
 
-    def __call__(self, pixel_values: torch.Tensor, **given: Any) -> BaseModelOutputWithPooling:
+    def __call__(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **given: Any
+    ) -> BaseModelOutputWithPooling:
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            expected = getattr(self.config, name)
+            expected = getattr(self.config, name, None)
             if given.get(name) not in (None, expected):
                 raise InputError(
                     f"{name} is {given[name]!r}; expected {expected!r}, with which the vision tower was compiled. "
                     f"Leave it out."
                 )
-        self.tower.images.check(pixel_values, None)
-        features = self.program(pixel_values=pixel_values.contiguous())["features"]
-        return BaseModelOutputWithPooling(pooler_output=list(features.unflatten(0, (len(pixel_values), -1))))
+        images, grid = self.tower.images, None if image_grid_thw is None else image_grid_thw.cpu()
+        images.check(pixel_values, grid)
+        features = self.program(**images.inputs(pixel_values.contiguous(), grid))["features"]
+        return BaseModelOutputWithPooling(
+            pooler_output=list(features.split(images.sizes(pixel_values, grid)))
+        )
 
 
 def make_routed_model(

@@ -153,6 +153,11 @@ class PromptReader:
         """A call that starts a sequence."""
         input_ids = given.get("input_ids")
         has_features = any(given.get(name) is not None for name in _VISUAL_INPUTS)
+        if self.routing_config.entry_ratio < 1 and given.get("pixel_values_videos") is not None:
+            raise InputError(
+                f"pixel_values_videos were given, but method {self.routing_config.method!r} reduces images; expected "
+                f"images only. Use a method without a reduction for videos, such as 'pdrop'."
+            )
         if input_ids is None:
             came = "came as inputs_embeds" if given.get("inputs_embeds") is not None else "is missing"
             raise InputError(
