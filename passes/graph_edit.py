@@ -98,6 +98,12 @@ class Editor:
         node.meta = original.meta | node.meta
         return node
 
+    def copy_all(self, nodes: Iterable[fx.Node], copies: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+        """`copies`, and copies of `nodes`, which are in graph order, that read them."""
+        for node in nodes:
+            copies[node] = self.copy(node, lambda source: copies.get(source, source))
+        return copies
+
     def size(self, node: fx.Node, dim: int) -> fx.Node:
         return self.call(aten.sym_size.int, node, dim)
 

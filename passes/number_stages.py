@@ -45,7 +45,8 @@ class NumberStages(Pass):
             stage = graph.layers[start:end]
             read = [tensor for tensor in sequence_inputs(stage) if tensor in from_positions]
             computed = sorted(ancestors(read) & from_positions - {given}, key=order.__getitem__)
-            copies = _copy(graph, computed, {given: own}, f"positions.{start}")
+            with edit_after(graph, computed[-1] if computed else own, f"positions.{start}") as edit:
+                copies = edit.copy_all(computed, {given: own})
             for layer in stage:
                 _read_instead(layer, copies)
         return PassResult(self.name, matched=len(self.stage_starts), rewritten=len(self.stage_starts))
@@ -60,17 +61,6 @@ def position_input(graph: DecoderGraph) -> fx.Node:
         f"The graph has no input {POSITION_INPUT!r}, only {[node.name for node in graph.inputs]}; expected one, whose "
         f"positions can be counted anew."
     )
-
-
-def _copy(
-    graph: DecoderGraph, computed: Sequence[fx.Node], copies: dict[fx.Node, fx.Node], region: str
-) -> dict[fx.Node, fx.Node]:
-    """`copies`, and copies of the nodes in `computed` that read them."""
-    if computed:
-        with edit_after(graph, computed[-1], region) as edit:
-            for node in computed:
-                copies[node] = edit.copy(node, lambda source: copies.get(source, source))
-    return copies
 
 
 def _read_instead(layer: Layer, copies: dict[fx.Node, fx.Node]) -> None:

@@ -12,7 +12,6 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import fx
@@ -120,11 +119,9 @@ class ReduceFeatures(Pass):
 
 def copy_between(edit: Editor, first: fx.Node, instead: fx.Node, last: fx.Node) -> fx.Node:
     """What `last` would be, were `instead` in the place of `first`."""
-    copies: dict[fx.Node, Any] = {first: instead}
-    between = descendants(first) & ancestors([last])
-    for node in [n for n in edit.graph.fx_graph.nodes if n in between and n is not first]:
-        copies[node] = edit.copy(node, lambda source: copies.get(source, source))
-    return copies[last]  # type: ignore[no-any-return]
+    between = descendants(first) & ancestors([last]) - {first}
+    in_order = [node for node in edit.graph.fx_graph.nodes if node in between]
+    return edit.copy_all(in_order, {first: instead})[last]
 
 
 def _spread(indices: torch.Tensor, rows: torch.Tensor, tokens: int) -> torch.Tensor:

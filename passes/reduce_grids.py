@@ -1,9 +1,9 @@
 """Reduce the features of pictures of any size, after they are projected.
 
 Before: ``%state = last layer ... -> projector -> %features`` of all T features, one for each ``cell`` of patches
-After:  an input ``[F, L]`` for the features of each frame, -1 behind the last; ``%compared = projector(mean of
-        states)``, ``%stays, %reduced = reduce(%features, %compared, attention, places)`` and ``where(%stays, %reduced,
-        -inf)``: rows of -inf stand for features that are gone
+After:  inputs ``[F, L]`` for the features of each frame, -1 behind the last, and ``[F]`` for how many of them stay;
+        ``%compared = projector(mean of states)``, ``%stays, %reduced = reduce(%features, %compared, attention, ...)``
+        and ``where(%stays, %reduced, -inf)``: rows of -inf stand for features that are gone
 
 The rule is traced. The attention that features receive is that of the last layer, whose segments have to be the frames
 of the pictures. It is computed head by head: ``4 * P**2`` bytes at a time for frames of P patches.
@@ -36,7 +36,8 @@ class GridStates:
             those and averaged over heads and patches of the feature, ``[T]`` float32.
         cells: row and column of each feature in its frame, ``[T, 2]`` int64.
         frames: features of each frame, ``[F, L]`` int64; -1 behind the last.
-        share: of each frame's features that stay.
+        counts: features of each frame that stay, ``[F]`` int64.
+        share: of each frame's features that stay, rounded up to `counts`.
     """
 
     features: torch.Tensor
@@ -44,13 +45,8 @@ class GridStates:
     received: torch.Tensor
     cells: torch.Tensor
     frames: torch.Tensor
+    counts: torch.Tensor
     share: float
-
-    @property
-    def counts(self) -> torch.Tensor:
-        """Features of each frame that stay, ``[F]`` int64: the share of them, rounded up."""
-        # In double precision, in which the caller counts them.
-        return ((self.frames >= 0).sum(dim=1).double() * self.share).ceil().long()
 
     def by_frame(self, values: torch.Tensor) -> torch.Tensor:
         """Values of features ``[T, ...]`` by frame, ``[F, L, ...]``; 0 where a frame has no more."""
@@ -59,6 +55,9 @@ class GridStates:
 
     def in_order(self, values: torch.Tensor) -> torch.Tensor:
         """The inverse of `by_frame`."""
+        if values.dtype == torch.bool:
+            # TensorRT scatters numbers only.
+            return self.in_order(values.long()) > 0
         tokens = self.features.shape[0]
         place = torch.where(self.frames >= 0, self.frames, tokens).flatten()
         return values.new_zeros(tokens + 1, *values.shape[2:]).index_copy(0, place, values.flatten(0, 1))[
@@ -78,13 +77,15 @@ class GridInputs:
         frames: patches of each frame, ``[F, P]`` int64, -1 behind the last.
         places: row and column of each patch, ``[patches, 2]``, those of a feature next to each other.
         order: the feature in each place of the order in which the layers run, ``[T]``; None if that is their own.
-        feature_frames: the input that the pass adds.
+        feature_frames: an input that the pass adds, see `GridStates.frames`.
+        feature_counts: another, see `GridStates.counts`.
     """
 
     frames: str
     places: str
     order: str | None
     feature_frames: str
+    feature_counts: str
 
 
 class ReduceGrids(Pass):
@@ -114,9 +115,9 @@ class ReduceGrids(Pass):
                 f"The last layer of the tower attends in segments {list(shape(attention.query))}; expected the frames "
                 f"of the pictures, {list(shape(frames))}, so that each patch is seen by all of its frame."
             )
-        feature_frames = add_input(
-            graph, self.inputs.feature_frames, (shape(frames)[0], "features"), torch.int64
-        )
+        segments = shape(frames)[0]
+        feature_frames = add_input(graph, self.inputs.feature_frames, (segments, "features"), torch.int64)
+        counts = add_input(graph, self.inputs.feature_counts, (segments,), torch.int64)
         name = f"The reduction {getattr(self.reduce, '__name__', self.reduce)!s}"
         with edit_after(graph, features, region="reduction") as edit:
             compared = _mean(edit, states[self.compared])
@@ -128,6 +129,7 @@ class ReduceGrids(Pass):
                 "scale": attention.scale,
                 "frames": frames,
                 "feature_frames": feature_frames,
+                "counts": counts,
                 "places": places,
                 "order": order,
             }
@@ -146,6 +148,7 @@ class ReduceGrids(Pass):
         scale: float,
         frames: torch.Tensor,
         feature_frames: torch.Tensor,
+        counts: torch.Tensor,
         places: torch.Tensor,
         order: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -160,6 +163,7 @@ class ReduceGrids(Pass):
             received=received,
             cells=places.view(features.shape[0], patches, 2)[:, 0] // self.edge,
             frames=feature_frames,
+            counts=counts,
             share=self.share,
         )
         stays, reduced = self.reduce(known)

@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 _console = Console()
 _TIER = "192, 128, 64, or the share of tokens kept; 128 or what the method's authors run if left out"
+_METHOD = "a name that `reroute-fx methods` lists"
 _errors = Console(stderr=True)
 
 
@@ -32,7 +33,7 @@ _errors = Console(stderr=True)
 def inspect(
     model: Annotated[str, typer.Argument(help="model id, folder, or config.json; weights are not needed")],
     tier: Annotated[float | None, typer.Option(help=_TIER)] = None,
-    method: Annotated[str, typer.Option(help="a name that `reroute-fx methods` lists")] = "pdrop",
+    method: Annotated[str, typer.Option(help=_METHOD)] = "pdrop",
     action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
     schedule: Annotated[str, typer.Option(help=" or ".join(SCHEDULES))] = "exact",
     visual_tokens: Annotated[int, typer.Option(min=1, help="visual tokens of the prompt")] = 576,
@@ -146,7 +147,7 @@ def visualize(
     prompt: Annotated[str, typer.Option(help="text behind the picture")],
     image: Annotated[Path | None, typer.Option(help="picture; a generated one if left out")] = None,
     tier: Annotated[float | None, typer.Option(help=_TIER)] = None,
-    method: Annotated[str, typer.Option(help="a name that `reroute-fx methods` lists")] = "pdrop",
+    method: Annotated[str, typer.Option(help=_METHOD)] = "pdrop",
     action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
     new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of the answer")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
@@ -181,7 +182,7 @@ def bench(
     model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a small one")],
     tier: Annotated[float | None, typer.Option(help=_TIER)] = None,
     batch: Annotated[str, typer.Option(help="rows of each batch, such as 1,8")] = "1",
-    method: Annotated[str, typer.Option(help="a name that `reroute-fx methods` lists")] = "pdrop",
+    method: Annotated[str, typer.Option(help=_METHOD)] = "pdrop",
     action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
     backend: Annotated[str, typer.Option(help=" or ".join(BACKENDS))] = "inductor",
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 64,
@@ -239,7 +240,7 @@ def export(
     model: Annotated[str, typer.Argument(help="model id or folder with weights, or 'demo' for a small one")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
     tier: Annotated[float | None, typer.Option(help=_TIER)] = None,
-    method: Annotated[str, typer.Option(help="a name that `reroute-fx methods` lists")] = "pdrop",
+    method: Annotated[str, typer.Option(help=_METHOD)] = "pdrop",
     action: Annotated[str, typer.Option(help=", ".join(ACTIONS))] = "compact_route_stagewise",
     format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "aot",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",

@@ -19,7 +19,7 @@ from .methods import (
     reduces,
 )
 from .passes import ACTIONS, POSITIONS, SCORING
-from .tiers import REFERENCE_TOKENS, tier_share
+from .tiers import REFERENCE_TOKENS, entering, tier_share
 
 SCHEDULES = ("exact", "paper")
 POOLS = ("row", "image")
@@ -204,7 +204,7 @@ class RoutingConfig:
 
     def entering(self, visual_tokens: int) -> int:
         """Tokens of a picture that enter the decoder."""
-        return ceil(visual_tokens * self.entry_ratio)
+        return entering(visual_tokens, self.entry_ratio)
 
     def keep_counts(self, visual_tokens: int = REFERENCE_TOKENS) -> tuple[int, ...]:
         """Visual tokens kept by each decision for a prompt with one picture of `visual_tokens`, at least 1.
@@ -214,8 +214,8 @@ class RoutingConfig:
         """
         if visual_tokens < 1:
             raise ConfigError(f"visual_tokens is {visual_tokens}; expected 1 or more.")
-        entering = self.entering(visual_tokens)
-        return tuple(self.keep_count(i, entering) for i in range(len(self.decision_layers)))
+        left = self.entering(visual_tokens)
+        return tuple(self.keep_count(i, left) for i in range(len(self.decision_layers)))
 
     @property
     def kept(self) -> tuple[str, ...]:

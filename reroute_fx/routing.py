@@ -120,7 +120,11 @@ def reduce_tower(tower: CapturedTower, layers: int, config: RoutingConfig) -> Ca
     """
     passes = [FindStates(layers), CanonicalizeAttention(), _reduction_pass(tower.images, config)]
     graph, _ = run_passes(tower.program, passes)
-    images = replace(tower.images, reduced=True) if isinstance(tower.images, GridImages) else tower.images
+    images = (
+        replace(tower.images, share=config.entry_ratio)
+        if isinstance(tower.images, GridImages)
+        else tower.images
+    )
     return CapturedTower(to_program(graph, tower.program, as_original=True), images)
 
 
@@ -131,7 +135,7 @@ def _reduction_pass(images: FixedImages | GridImages, config: RoutingConfig) -> 
         return ReduceFeatures(method.reduction.reduce, images.tokens, config.entering(images.tokens))
     assert method.grids is not None
     order = "window_order" if images.window is not None else None
-    inputs = GridInputs("frames", "position_ids", order, feature_frames="feature_frames")
+    inputs = GridInputs("frames", "position_ids", order, "feature_frames", "feature_counts")
     return ReduceGrids(method.grids.reduce, config.entry_ratio, method.grids.compared, images.merge, inputs)
 
 

@@ -1,5 +1,7 @@
 """Tiers: how many visual tokens enter a decoder layer on average."""
 
+import math
+
 from .errors import ConfigError
 
 TIERS = (192, 128, 64)
@@ -23,3 +25,8 @@ def tier_share(tier: float) -> float:
         f"tier is {tier!r}; expected one of {list(TIERS)} or a float in (0, 1], the share of tokens kept: "
         f"{tier} of {REFERENCE_TOKENS} would be {tier / REFERENCE_TOKENS:.4f}."
     )
+
+
+def entering(tokens: int, share: float) -> int:
+    """Visual tokens of a picture that a reduction lets into the decoder."""
+    return math.ceil(tokens * share)

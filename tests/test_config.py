@@ -102,7 +102,6 @@ TIER_ERRORS = {
         ("schedule is 'released'", "expected one of ['exact', 'paper']"),
     ),
     "tier in words": (("128",), {}, ("tier is '128'", "[192, 128, 64] or a float in (0, 1]")),
-    "no tier": ((None,), {}, ("tier is None", "[192, 128, 64] or a float in (0, 1]")),
     "boolean tier": ((True,), {}, ("tier is True", "[192, 128, 64] or a float in (0, 1]")),
     "token count": ((288,), {}, ("tier is 288", "[192, 128, 64]", "288 of 576 would be 0.5000")),
     "whole number 1": ((1,), {}, ("tier is 1;", "float in (0, 1]", "1 of 576 would be 0.0017")),
@@ -385,3 +384,10 @@ def test_without_routing_nothing_is_decided():
 def test_without_routing_no_decision_is_accepted():
     with pytest.raises(ConfigError, match=r"decision_layers is \(2,\) with method 'none'.*expected none"):
         RoutingConfig((2,), (0.5,), method="none")
+
+
+@pytest.mark.parametrize(
+    ("method", "share"), [("pdrop", 128 / 576), ("pdrop-official", 0.46875), ("none", 1.0)]
+)
+def test_no_tier_is_the_tier_of_the_method(method, share):
+    assert RoutingConfig.from_tier(method=method).average_tokens(32) == pytest.approx(576 * share, abs=1)

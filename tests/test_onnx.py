@@ -34,6 +34,11 @@ from reroute_fx.lowering.onnx import OPSET, WEIGHTS, OnnxProgram, operators, wri
 from reroute_fx.lowering.onnx_operators import select_tokens_by_counting, supported_operators
 from reroute_fx.runtime.loaded import PROGRAMS
 
+DIVIDENDS = {
+    "whole": torch.tensor([-7, -6, -1, 0, 1, 6, 7]),
+    "real": torch.tensor([-7.5, -6.0, -0.5, 0.0, 0.5, 6.0, 7.5]),
+}
+
 SIZES = {
     **BATCHES,
     "long": [prompt(5, *range(3, 43)), prompt(6, 31, 8, images=3), prompt(8, 9), prompt(7, 9, 11, images=2)],
@@ -355,3 +360,16 @@ def test_counting_selects_what_sorting_selects(rows, padding):
         inputs = selection_inputs(SELECTIONS[rows], padding=padding, more_slots=padding, **values)
         expected, found = select_tokens_reference(*inputs), select_tokens_by_counting(*inputs)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", DIVIDENDS)
+def test_division_rounds_down(kind, tmp_path):
+    class Divide(torch.nn.Module):
+        def forward(self, given, by):
+            return {"by three": given // 3, "by minus two": given // -2, "by tensor": given // by}
+
+    given, by = DIVIDENDS[kind], torch.tensor([2, -2, 3, 5, -3, -4, 4]).to(DIVIDENDS[kind].dtype)
+    write_onnx({"divide": torch.export.export(Divide(), (), {"given": given, "by": by})}, tmp_path)
+    found = OnnxProgram(tmp_path / "divide.onnx").run(given=given, by=by)
+    for name, expected in Divide()(given, by).items():
+        assert torch.equal(found[name], expected)

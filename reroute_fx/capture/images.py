@@ -12,6 +12,7 @@ from torch.export import Dim
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from ..errors import InputError
+from ..tiers import entering
 from .segments import segments
 
 
@@ -101,14 +102,15 @@ class GridImages:
         merge: patches along an edge that become one feature.
         patch: pixels along the edge of a patch.
         window: pixels along the edge of an attention window; None if every layer sees whole frames.
-        reduced: whether `ReduceGrids` changed the program, which then takes the features of each frame too.
+        share: of each picture's features that stay; then the program is told the features of each frame, and how many
+            of them stay. None if all do.
     """
 
     values: int
     merge: int
     patch: int
     window: int | None
-    reduced: bool = False
+    share: float | None = None
     kind: Literal["grid"] = "grid"
 
     @property
@@ -131,8 +133,10 @@ class GridImages:
         if self.window is not None:
             order, edges = get_vision_window_index(grid, self.merge, self.window, self.patch)
             given |= {"window_order": order, "windows": segments(edges)}
-        if self.reduced:
-            given["feature_frames"] = segments(bounds // self.merge**2)
+        if self.share is not None:
+            ends = bounds // self.merge**2
+            given["feature_frames"] = segments(ends)
+            given["feature_counts"] = torch.tensor([entering(n, self.share) for n in ends.diff().tolist()])
         placed = {name: tensor.to(pixel_values.device) for name, tensor in given.items()}
         return {"pixel_values": pixel_values, **placed}
 

@@ -166,9 +166,23 @@ def _convolution_3d(
     return op.Conv(*given, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
+def _floor_divide(value: Any, other: Any) -> Any:
+    """``aten.floor_divide``; onnxscript 0.7 compares booleans, which TensorRT's Equal does not take."""
+    op = library("onnxscript").opset18
+    other = op.CastLike(other, value)
+    quotient = op.Div(value, other)
+    if value.dtype.is_floating_point():
+        return op.Floor(quotient)
+    zero = op.CastLike(op.Constant(value_int=0), value)
+    rest = op.Sub(value, op.Mul(quotient, other))
+    is_above = op.And(op.Not(op.Equal(rest, zero)), op.Xor(op.Less(rest, zero), op.Less(other, zero)))
+    return op.Sub(quotient, op.CastLike(is_above, value))
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.clamp.default: _clamp,
     torch.ops.aten.conv3d.default: _convolution_3d,
     torch.ops.aten.cumsum.default: _cumulative_sum,
+    torch.ops.aten.floor_divide.default: _floor_divide,
 }
 """Functions of onnxscript for ATen operators."""

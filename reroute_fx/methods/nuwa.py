@@ -101,11 +101,13 @@ def reduce_grid(tower: GridStates) -> tuple[torch.Tensor, torch.Tensor]:
     """
     is_feature = tower.frames >= 0  # [F, L]
     metric, cells = tower.by_frame(tower.received), tower.by_frame(tower.cells)
+    region = cells // REGION
+    neighbours = (region[:, :, None] == region[:, None]).all(dim=-1)  # [F, L, L]
     most = max(GRID_OF_REGION, math.ceil(REGION**2 * tower.share))
-    competes = is_feature & (_rank_in_region(metric, cells, is_feature) < most)
-    order = metric.masked_fill(~competes, -1.0).argsort(dim=1, descending=True, stable=True)
-    stays = competes & (order.argsort(dim=1) < tower.counts[:, None])
-    is_pillar = metric >= _percentile_of_best(metric.gather(1, order), tower.counts)
+    competes = is_feature & (_rank(metric, neighbours & is_feature[:, None]) < most)
+    rank = _rank(metric, competes[:, None])
+    stays = competes & (rank < tower.counts[:, None])
+    is_pillar = metric >= _percentile(metric, rank, stays)[:, None]
     alike = F.normalize(tower.by_frame(tower.compared).float(), dim=-1)
     weights = F.relu(alike @ alike.transpose(1, 2)) * _nearness_in_frames(cells)  # [F, L, L]
     is_self = torch.eye(metric.shape[1], dtype=torch.bool, device=metric.device)
@@ -115,22 +117,23 @@ def reduce_grid(tower: GridStates) -> tuple[torch.Tensor, torch.Tensor]:
     return tower.in_order(stays), tower.in_order(weights.to(features.dtype) @ features)
 
 
-def _rank_in_region(metric: torch.Tensor, cells: torch.Tensor, is_feature: torch.Tensor) -> torch.Tensor:
-    """How many features of the same region come before each, ``[F, L]``."""
-    region = cells // REGION
-    alike = (region[:, :, None] == region[:, None]).all(dim=-1) & is_feature[:, None]  # [F, L, L]
+def _rank(metric: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
+    """How many of its rivals come before each feature, ``[F, L]``; counted, for TensorRT sorts few values only."""
     place = torch.arange(metric.shape[1], device=metric.device)
     mine, other = metric[:, :, None], metric[:, None]
-    before = (other > mine) | ((other == mine) & (place < place[:, None]))
-    return (alike & before).sum(dim=-1)
+    before = (other > mine) | ((other == mine) & (place < place[:, None]))  # [F, L, L]
+    return (rivals & before).sum(dim=-1)
 
 
-def _percentile_of_best(ordered: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Percentile of the first scores of each row, which fall, interpolated between neighbours, ``[F, 1]``."""
-    place = GRID_PILLAR_PERCENTILE * (counts[:, None] - 1).double()
-    last = counts[:, None] - 1
-    low, high = (ordered.gather(1, last - end.long()) for end in (place.floor(), place.ceil()))
-    return low + (high - low) * (place - place.floor()).to(low.dtype)
+def _percentile(metric: torch.Tensor, rank: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+    """Percentile of the scores that stay, interpolated between neighbours, ``[F]``; `rank` counts from the best."""
+    last = stays.sum(dim=1) - 1
+    place = GRID_PILLAR_PERCENTILE * last.float()
+    low, high = (
+        (metric * (stays & (rank == (last - end.long())[:, None]))).sum(dim=1)
+        for end in (place.floor(), place.ceil())
+    )
+    return low + (high - low) * (place - place.floor())
 
 
 def _nearness_in_frames(cells: torch.Tensor) -> torch.Tensor:

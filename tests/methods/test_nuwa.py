@@ -14,6 +14,7 @@ from reroute_fx import InputError, MatchError, RoutingConfig, UnsupportedModelEr
 from reroute_fx.artifact.exporting import trace
 from reroute_fx.capture.vision_tower import capture_vision_tower
 from reroute_fx.lowering import lower
+from reroute_fx.lowering.onnx import OnnxProgram, write_onnx
 from reroute_fx.passes import CanonicalizeAttention, FindStates, ReduceFeatures, run_passes
 from reroute_fx.routing import reduce_tower
 
@@ -168,6 +169,18 @@ def test_a_second_turn_goes_on_behind_the_first(routed, inputs):
     mask[0, :4] = 0
     with pytest.raises(InputError, match="attention_mask marks"):
         model(input_ids=turn, attention_mask=mask, past_key_values=again)
+
+
+@torch.no_grad()
+def test_the_tower_as_onnx(routed, inputs, tmp_path):
+    program = routed("64/route").programs["images"].program
+    write_onnx({"images": program}, tmp_path)
+    pixels = torch.cat([inputs["pixel_values"], inputs["pixel_values"].flip(3)])
+    found = OnnxProgram(tmp_path / "images.onnx").run(pixel_values=pixels)["features"]
+    expected = program.module()(pixel_values=pixels)["features"]
+    stays = expected.isfinite()
+    assert torch.equal(found.isfinite(), stays)
+    torch.testing.assert_close(found[stays], expected[stays], rtol=0, atol=NOISE)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import reroute_fx
 from reroute_fx import InputError, MatchError, RoutingConfig, UnsupportedModelError
 from reroute_fx.capture.vision_tower import capture_vision_tower
 from reroute_fx.lowering import lower
+from reroute_fx.lowering.onnx import OnnxProgram, write_onnx
 from reroute_fx.methods.nuwa import reduce_grid
 from reroute_fx.passes import (
     CanonicalizeAttention,
@@ -28,7 +29,7 @@ from reroute_fx.routing import reduce_tower
 GRIDS = torch.tensor([[1, 8, 10], [1, 6, 14], [1, 12, 12]])
 """Of patches: even and odd grids of 4 x 5, 3 x 7 and 6 x 6 features."""
 DEPTH = 26
-NAMES = GridInputs("frames", "position_ids", "window_order", "feature_frames")
+NAMES = GridInputs("frames", "position_ids", "window_order", "feature_frames", "feature_counts")
 
 
 def tower_config(**vision):
@@ -166,7 +167,7 @@ def reduce_small(small, rule=reduce_grid, names=NAMES):
 
 
 def test_the_tower_compiles_and_exports_again(small, pictures):
-    reduced, images = reduce_small(small), replace(small.images, reduced=True)
+    reduced, images = reduce_small(small), replace(small.images, share=0.6)
     compiled, program = lower(reduced, name="images"), reduced.module()
     again = torch.export.export(program, (), images.inputs(torch.cat(pictures), GRIDS)).module()
     for chosen in ([0, 1, 2], [2], [1, 0]):
@@ -180,6 +181,19 @@ def test_the_tower_compiles_and_exports_again(small, pictures):
         assert torch.equal(found.isfinite(), expected.isfinite())
         stays = expected.isfinite()
         torch.testing.assert_close(found[stays], expected[stays], rtol=1e-4, atol=1e-4)
+
+
+def test_the_tower_as_onnx(small, pictures, tmp_path):
+    reduced = reduce_small(small)
+    write_onnx({"images": reduced}, tmp_path)
+    inputs = replace(small.images, share=0.6).inputs(torch.cat(pictures[:2]), GRIDS[:2])
+    found, expected = (
+        OnnxProgram(tmp_path / "images.onnx").run(**inputs)["features"],
+        reduced.module()(**inputs)["features"],
+    )
+    stays = expected.isfinite()
+    assert torch.equal(found.isfinite(), stays)
+    torch.testing.assert_close(found[stays], expected[stays], rtol=1e-4, atol=1e-4)
 
 
 def prompt(*pictures):
