@@ -6,7 +6,7 @@ After:  inputs ``[F, L]`` for the features of each frame, -1 behind the last, an
         and ``where(%stays, %reduced, -inf)``: rows of -inf stand for features that are gone
 
 The rule is traced. The attention that features receive is that of the last layer, whose segments have to be the frames
-of the pictures. It is computed head by head: ``4 * P**2`` bytes at a time for frames of P patches.
+of the pictures. It is computed head by head: ``4 * F * P**2`` bytes at a time for F frames of P patches.
 """
 
 from collections.abc import Callable
@@ -60,9 +60,8 @@ class GridStates:
             return self.in_order(values.long()) > 0
         tokens = self.features.shape[0]
         place = torch.where(self.frames >= 0, self.frames, tokens).flatten()
-        return values.new_zeros(tokens + 1, *values.shape[2:]).index_copy(0, place, values.flatten(0, 1))[
-            :tokens
-        ]
+        ordered = values.new_zeros(tokens + 1, *values.shape[2:])
+        return ordered.index_copy(0, place, values.flatten(0, 1))[:tokens]
 
 
 ReduceGrid = Callable[[GridStates], tuple[torch.Tensor, torch.Tensor]]

@@ -5,7 +5,7 @@ import torch
 from conversations import MODELS, batch, prompt, unrouted_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_models import llava_config
+from tiny_models import llava_config, qwen2_vl
 from transformers import LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from reroute_fx.capture.images import FixedImages, GridImages
@@ -64,6 +64,15 @@ def test_feature_layers_of_the_config(strategy, layer):
     assert captured.images.tokens == 16 + (strategy == "full")
     pixels = torch.randn(3, 3, 16, 16)
     expect(features(captured, pixels, None), model.get_image_features(pixels).pooler_output)
+
+
+def test_a_tower_without_windows():
+    model = qwen2_vl()
+    captured = capture_vision_tower(model)
+    assert captured.images == GridImages(values=96, merge=2, patch=4, window=None)
+    grid = torch.tensor([[1, 6, 4], [2, 2, 8]])
+    pixels = torch.randn(int(grid.prod(dim=-1).sum()), 96)
+    expect(features(captured, pixels, grid), model.get_image_features(pixels, grid).pooler_output)
 
 
 def test_how_models_take_pictures(captured):

@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 
 PAD, END, START, VIDEO, IMAGE = 0, 47, 48, 49, 50
@@ -68,6 +70,27 @@ def qwen_config(layers: int, spread: float | None = None, **vision: Any) -> Qwen
         vision_end_token_id=END,
     )
     return _spread(config, spread)
+
+
+def qwen2_vl() -> Any:
+    """The tower before there were windows: every layer sees whole frames."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    config = Qwen2VLConfig(
+        text_config={**TEXT, "num_hidden_layers": 2, "rope_parameters": rope},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "mlp_ratio": 2,
+            "num_heads": 2,
+            "patch_size": 4,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    return sharp(Qwen2VLForConditionalGeneration, config)
 
 
 def _spread(config: Any, spread: float | None) -> Any:

@@ -50,14 +50,14 @@ class TowerFacts:
 def has_grids(config: Any) -> bool:
     """Whether pictures have any size, a feature for each cell of patches; from a model's config."""
     vision = getattr(config, "vision_config", None)
-    # Features of inner layers enter the decoder too.
+    # With deepstack, features of inner layers enter the decoder too.
     return hasattr(vision, "spatial_merge_size") and not hasattr(vision, "deepstack_visual_indexes")
 
 
 def tower_facts(config: Any) -> TowerFacts:
     """The tower of a vision-language model, from the model's config."""
     vision = config.vision_config
-    layers = getattr(vision, "num_hidden_layers", None) or vision.depth
+    layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
     if config.model_type != "llava" or vision.model_type != "clip_vision_model":
         return TowerFacts(has_grids(config), None, layers, False)
     has_cls = config.vision_feature_select_strategy == "default"
@@ -102,9 +102,9 @@ def _tower(model: PreTrainedModel) -> tuple[Any, FixedImages | GridImages]:
         return tower, replace(fixed, tokens=features.shape[0] // 2)
     if hasattr(inner, "visual") and hasattr(inner.visual, "spatial_merge_size"):
         visual = inner.visual
-        values = vision.in_channels * vision.temporal_patch_size * visual.patch_size**2
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         window = getattr(visual, "window_size", None)
-        return _GridTower(visual), GridImages(values, visual.spatial_merge_size, visual.patch_size, window)
+        return _GridTower(visual), GridImages(values, visual.spatial_merge_size, vision.patch_size, window)
     raise UnsupportedModelError(
         f"{type(model).__name__} has a vision tower ({type(vision).__name__}) that can't be exported yet; expected "
         f"LLaVA-1.5 or a Qwen2-VL of any version. reroute_fx.compile works without an export."

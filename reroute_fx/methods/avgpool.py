@@ -1,7 +1,7 @@
 """Average pooling: pictures enter with fewer, coarser features, and nothing is decided behind that.
 
 The control of every method that chooses: the same budget without choosing. At few tokens it beats most published
-methods on grounding (Nüwa, arXiv 2602.02951, table 1). A picture is cut into rows of equal height and each row into
+methods on grounding (Nüwa, arXiv 2602.02951). A picture is cut into rows of equal height and each row into
 cells of equal width, as many as there is budget for; a feature is the mean over the area of its cell and stands at its
 middle.
 """

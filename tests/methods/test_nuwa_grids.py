@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import IMAGE, START, VIDEO, qwen_config, sharp
+from tiny_models import IMAGE, START, VIDEO, qwen2_vl, qwen_config, sharp
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
@@ -181,6 +181,26 @@ def test_the_tower_compiles_and_exports_again(small, pictures):
         assert torch.equal(found.isfinite(), expected.isfinite())
         stays = expected.isfinite()
         torch.testing.assert_close(found[stays], expected[stays], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_tower_without_windows(pictures):
+    """Its layers run in the order of the features, with no input that says so."""
+    model = qwen2_vl()
+    tower = capture_vision_tower(model)
+    reduced = reduce_small(tower, names=replace(NAMES, order=None))
+    images, pixels = replace(tower.images, share=0.6), torch.cat(pictures)
+    found = reduced.module()(**images.inputs(pixels, GRIDS))["features"]
+    whole = model.model.visual(pixels, grid_thw=GRIDS).pooler_output
+    for part, unchanged in zip(
+        *(each.split(images.sizes(pixels, GRIDS)) for each in (found, whole)), strict=True
+    ):
+        stays = part.isfinite().all(dim=1)
+        assert stays.sum() == math.ceil(0.6 * len(part))
+        # All but the least tenth are as they were.
+        same = (part[stays] - unchanged[stays]).abs().amax(dim=1) < 1e-5
+        assert same.float().mean() > 0.75
+        assert not same.all()
 
 
 def test_the_tower_as_onnx(small, pictures, tmp_path):
