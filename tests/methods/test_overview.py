@@ -14,7 +14,8 @@ from reroute_fx.overview import compare_methods
 from reroute_fx.paper import FAMILIES
 from reroute_fx.theory import prefill_cost
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 def layers(action):
@@ -69,3 +70,12 @@ def test_on_the_command_line():
     wrong = CliRunner().invoke(app, ["methods", "--tier", "100"])
     assert wrong.exit_code == 2
     assert "tier is 100" in wrong.output
+
+
+def test_passes_and_kernels_name_no_method_and_no_model():
+    names = {part for method in all_methods() for part in method.name.split("-")} - {"official", "random"}
+    words = re.compile("|".join(sorted(names | {"nüwa", "pyramiddrop", "llava", "qwen"})), re.I)
+    files = [path for folder in ("passes", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 20
+    found = {str(path): words.findall(path.read_text()) for path in files}
+    assert {path: named for path, named in found.items() if named} == {}
