@@ -187,7 +187,7 @@ def test_printed_form_fits_100_columns(report):
 def test_printed_form_leaves_out_what_is_unknown():
     printed = words(str(bare()))
     source = "PyramidDrop (arXiv 2410.17247) as released with Reroute (arXiv 2606.12412)"
-    method = f"Method: {source}. Ranks by attention (deciding layer), original positions."
+    method = f"Method: {source}. Ranks by attention (deciding layer). Original positions."
     assert printed.startswith(f"decoder: pdrop / compact_route_stagewise, 2 layers {method} Decoder prefill")
     assert " 0 576 100.0 % 1 288 50.0 % before layer 1, ratio 0.5 " in printed
     assert "backend" not in printed

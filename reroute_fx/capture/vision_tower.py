@@ -14,6 +14,7 @@ from ..errors import CaptureError, UnsupportedModelError, first_line
 from .images import FixedImages, GridImages
 from .segments import SEGMENTS
 from .tracing import as_traced, quiet
+from .visual_tokens import has_fixed_size
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def tower_facts(config: Any) -> TowerFacts:
     """The tower of a vision-language model, from the model's config."""
     vision = config.vision_config
     layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
-    if config.model_type != "llava" or vision.model_type != "clip_vision_model":
+    if not has_fixed_size(config):
         return TowerFacts(has_grids(config), None, layers, False)
     has_cls = config.vision_feature_select_strategy == "default"
     return TowerFacts(False, (vision.image_size // vision.patch_size) ** 2, layers, has_cls)

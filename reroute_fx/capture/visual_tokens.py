@@ -57,7 +57,7 @@ def tokens_per_image(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[i
         elif inputs.get(grid) is not None:
             merged = config.vision_config.spatial_merge_size**2
             found[token] = (inputs[grid].prod(dim=-1) // merged).tolist()
-        elif _is_fixed_size(config, inputs):
+        elif has_fixed_size(config) and inputs.get("image_sizes") is None and inputs[pixels].ndim == 4:
             images, _, height, width = inputs[pixels].shape
             patch = config.vision_config.patch_size
             whole = config.vision_feature_select_strategy == "full"  # with the CLS token
@@ -65,11 +65,6 @@ def tokens_per_image(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[i
     return found
 
 
-def _is_fixed_size(config: Any, inputs: Mapping[str, Any]) -> bool:
+def has_fixed_size(config: Any) -> bool:
     """Whether an image is one token for each patch of a CLIP tower, as in LLaVA-1.5."""
-    return (
-        config.model_type == "llava"
-        and config.vision_config.model_type == "clip_vision_model"
-        and inputs.get("image_sizes") is None
-        and inputs["pixel_values"].ndim == 4
-    )
+    return bool(config.model_type == "llava" and config.vision_config.model_type == "clip_vision_model")

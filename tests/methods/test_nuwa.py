@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conversations import unrouted_model
 from golden_models import GOLDEN
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
@@ -15,7 +14,8 @@ from reroute_fx.artifact.exporting import trace
 from reroute_fx.capture.vision_tower import capture_vision_tower
 from reroute_fx.lowering import lower
 from reroute_fx.lowering.onnx import OnnxProgram, write_onnx
-from reroute_fx.passes import CanonicalizeAttention, FindStates, ReduceFeatures, run_passes
+from reroute_fx.methods.nuwa import reduce
+from reroute_fx.passes import CanonicalizeAttention, FindStates, ReduceFeatures, TowerStates, run_passes
 from reroute_fx.routing import reduce_tower
 
 FOLDER = GOLDEN / "nuwa"
@@ -172,15 +172,19 @@ def test_a_second_turn_goes_on_behind_the_first(routed, inputs):
 
 
 @torch.no_grad()
-def test_the_tower_as_onnx(routed, inputs, tmp_path):
-    program = routed("64/route").programs["images"].program
-    write_onnx({"images": program}, tmp_path)
-    pixels = torch.cat([inputs["pixel_values"], inputs["pixel_values"].flip(3)])
-    found = OnnxProgram(tmp_path / "images.onnx").run(pixel_values=pixels)["features"]
-    expected = program.module()(pixel_values=pixels)["features"]
-    stays = expected.isfinite()
-    assert torch.equal(found.isfinite(), stays)
-    torch.testing.assert_close(found[stays], expected[stays], rtol=0, atol=NOISE)
+def test_the_rule_as_onnx(tmp_path):
+    class Rule(torch.nn.Module):
+        def forward(self, keys, states):
+            layers = states.unbind()
+            tower = TowerStates(layers[-2][:, 1:], keys[:, :, :1], keys, 0.5, layers, 112)
+            return dict(zip(("indices", "features"), reduce(tower), strict=True))
+
+    torch.manual_seed(0)
+    given = {"keys": torch.randn(2, 2, 577, 4), "states": torch.randn(25, 2, 577, 8)}
+    write_onnx({"rule": torch.export.export(Rule(), (), given)}, tmp_path)
+    found, expected = OnnxProgram(tmp_path / "rule.onnx").run(**given), Rule()(**given)
+    assert torch.equal(found["indices"], expected["indices"])
+    torch.testing.assert_close(found["features"], expected["features"], rtol=0, atol=NOISE)
 
 
 @torch.no_grad()
@@ -226,11 +230,6 @@ def changed(changes, vision):
 def test_towers_that_do_not_fit_are_refused(changes, vision, reason):
     with pytest.raises(UnsupportedModelError, match=f"method 'nuwa' doesn't fit .*{reason}"):
         reroute_fx.compile(changed(changes, vision), 128, method="nuwa")
-
-
-def test_pictures_of_any_size_are_refused():
-    with pytest.raises(UnsupportedModelError, match="the tokens of its pictures depend on their sizes"):
-        reroute_fx.inspect(unrouted_model("qwen"), 128, method="nuwa")
 
 
 def test_other_features_than_compiled_are_refused(routed, inputs):
