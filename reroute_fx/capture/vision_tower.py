@@ -58,7 +58,7 @@ def has_grids(config: Any) -> bool:
 def tower_facts(config: Any) -> TowerFacts:
     """The tower of a vision-language model, from the model's config."""
     vision = config.vision_config
-    layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
+    layers: int = getattr(vision, "num_hidden_layers", getattr(vision, "depth", 0))
     if not has_fixed_size(config):
         return TowerFacts(has_grids(config), None, layers, False)
     has_cls = config.vision_feature_select_strategy == "default"
