@@ -21,7 +21,7 @@ import reroute_fx
 from reroute_fx import RoutingConfig
 from reroute_fx.benchmarking.contender import Contender
 from reroute_fx.capture import text_decoder
-from reroute_fx.runtime.clone import clone, clone_path
+from reroute_fx.capture.copies import copy_sharing_weights
 
 TIERS = (192, 128, 64)
 IMAGE = 999
@@ -155,10 +155,10 @@ def contenders(model: Any, backend: str) -> dict[str, Callable[[], Any]]:
 
 def with_decoder(model: Any, change: Callable[[Any], Any]) -> Any:
     """A model that shares everything with `model` but its decoder's forward, which is changed."""
-    decoder = text_decoder(model)
-    inner = clone(decoder)
-    inner.forward = change(inner.forward)
-    return clone_path(model, decoder, inner)
+    changed = copy_sharing_weights(model)
+    decoder = text_decoder(changed)
+    decoder.forward = change(decoder.forward)
+    return changed
 
 
 def hooks(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]]:
@@ -168,13 +168,12 @@ def hooks(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[],
 
 def hook_routed(model: Any, tier: int, inputs: dict[str, torch.Tensor]) -> Any:
     """The eager hook routing of the visual tokens of `inputs`."""
-    decoder = text_decoder(model)
-    inner = clone(decoder)
-    inner.layers = torch.nn.ModuleList(map(clone, decoder.layers))
+    hooked = copy_sharing_weights(model)
+    decoder = text_decoder(hooked)
     positions = (inputs["input_ids"][0] == IMAGE).nonzero().flatten()
-    config = RoutingConfig.from_tier(tier, action="compact_route", num_layers=len(inner.layers))
-    HookRouting(inner, config, positions)
-    return clone_path(model, decoder, inner)
+    config = RoutingConfig.from_tier(tier, action="compact_route", num_layers=len(decoder.layers))
+    HookRouting(decoder, config, positions)
+    return hooked
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from rich.console import Console
 from ._compat import settle_cpu_math
 from .capture import CapturedDecoder, capture_decoder, find_visual_token_ids, text_decoder
 from .capture.vision_tower import capture_vision_tower, has_grids, tower_facts
+from .capture.wrappers import unwrap
 from .config import RoutingConfig
 from .errors import ConfigError, UnsupportedModelError
 from .limits import Limits
@@ -46,7 +47,8 @@ def compile(
     """Route the visual tokens of a Hugging Face vision-language model.
 
     Args:
-        model: in eval mode, on one device. It is not changed; the result shares its parameters.
+        model: in eval mode, on one device. It is not changed; the result shares its parameters. Of a `PeftModel` the
+            base model is taken, with the adapters in its layers.
         tier: average number of visual tokens (of 576) that enter a decoder layer: 192, 128, 64, or the share
             kept as a float in (0, 1]; None for 128, or what the authors of an ``-official`` method run.
         config: decision layers and ratios spelled out; `tier`, `method`, `action`, `schedule` and `pool` are
@@ -72,6 +74,7 @@ def compile(
         MatchError: not every attention block of the decoder was found in a form that can be routed.
     """
     check_backend(backend)
+    model, source = unwrap(model)
     decoder = text_decoder(model)
     if isinstance(model, RoutedModel):
         raise ConfigError("model is routed already; expected the original model. Compile that one again.")
@@ -129,7 +132,7 @@ def compile(
     return make_routed_model(
         model,  # type: ignore[arg-type]
         decoder,
-        report=_named(report, model, backend, captured.seconds),
+        report=_named(report, model, source, backend, captured.seconds),
         position_rank=captured.position_rank,
         visual_ids=find_visual_token_ids(model.config),
         limits=limits,
@@ -166,12 +169,13 @@ def inspect(
 
     Args and errors are those of `compile`.
     """
+    model, source = unwrap(model)
     config = _config(model, text_decoder(model), tier, config, method, action, schedule, pool)
     _check_tower(model, config)
     captured = capture_decoder(model)
     _check_positions(config, captured)
     _, report = route(captured.program, config, num_layers=captured.num_layers)
-    return _named(report, model, "", captured.seconds)
+    return _named(report, model, source, "", captured.seconds)
 
 
 def _config(
@@ -220,8 +224,8 @@ def _check_positions(config: RoutingConfig, captured: CapturedDecoder) -> None:
 
 
 def _named(
-    report: RoutingReport, model: torch.nn.Module, backend: str, capture_seconds: float
+    report: RoutingReport, model: torch.nn.Module, source: str, backend: str, capture_seconds: float
 ) -> RoutingReport:
     passes = sum(result.seconds for result in report.passes)
     seconds = {"capture": capture_seconds, "passes": passes}
-    return replace(report, model=type(model).__name__, backend=backend, seconds=seconds)
+    return replace(report, model=type(model).__name__, source=source, backend=backend, seconds=seconds)

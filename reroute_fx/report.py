@@ -28,6 +28,7 @@ class RoutingReport:
         layers: cost of each decoder layer.
         element_bytes: bytes of a cached key or value.
         model: name of the model class, if known.
+        source: what the model was taken out of, in words; empty if it came as it is.
         backend: name of the backend, if lowered.
         operators: which implementation of the `reroute::` operators runs, and why.
         seconds: wall-clock seconds by phase.
@@ -39,6 +40,7 @@ class RoutingReport:
     layers: tuple[LayerCost, ...]
     element_bytes: int
     model: str = ""
+    source: str = ""
     backend: str = ""
     operators: str = ""
     visual_tokens: int = REFERENCE_TOKENS
@@ -95,6 +97,7 @@ class RoutingReport:
         """Plain numbers, strings, lists and dictionaries."""
         record = {
             "model": self.model,
+            "source": self.source,
             "backend": self.backend,
             "operators": self.operators,
             "config": asdict(self.config),
@@ -119,6 +122,7 @@ class RoutingReport:
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [
             Text(self._title(), style="bold"),
+            *([Text(f"Model: {self.source}.")] if self.source else []),
             *([] if self.config.method == UNROUTED else [Text(self._method())]),
             self._cost_table(),
             self._stage_table(),

@@ -51,10 +51,12 @@ def inputs():
 def test_it_is_the_model_class_with_the_models_attributes(model, routed):
     assert isinstance(routed, LlavaForConditionalGeneration)
     assert isinstance(routed, RoutedModel)
-    assert routed.config is model.config
+    assert routed.config is not model.config
+    assert routed.config.to_dict() == model.config.to_dict()
     assert routed.device == model.device
     assert routed.dtype == model.dtype
-    assert routed.generation_config is model.generation_config
+    assert routed.generation_config is not model.generation_config
+    assert routed.generation_config.to_dict() == model.generation_config.to_dict()
     assert type(routed).__name__ == "RoutedLlavaForConditionalGeneration"
 
 
@@ -206,9 +208,10 @@ def test_refuses_training(inputs):
     with pytest.raises(UnsupportedModelError, match=r"training mode.*model\.eval\(\)"):
         reroute_fx.compile(model.train(), tier=0.4)
     routed = reroute_fx.compile(model.eval(), tier=0.4, backend="eager")
-    routed.train()
-    with pytest.raises(InputError, match=r"training mode"):
-        routed(**inputs)
+    with pytest.raises(InputError, match=r"train\(\) was called on a routed model.*compile it again"):
+        routed.train()
+    assert not routed.training
+    assert routed.eval() is routed
 
 
 NOISE = 1e-6

@@ -75,9 +75,11 @@ def export(
         ArtifactError: `path` exists, can't be written, or the disk is full.
         BackendUnavailableError: no C++ compiler, or no library for the format.
         UnsupportedModelError, CaptureError: the model has parts that can't be exported.
+        InputError: its parameters or modules are no longer those that were compiled.
     """
     target = Path(path)
     _check_arguments(routed, format, limits, processor)
+    routed.check_parts()
     _check_tools(format, routed)
     with whole_folder(target, overwrite) as folder, _phases(progress) as phase:
         _write(routed, folder, format, limits or default_limits(routed), processor, phase)

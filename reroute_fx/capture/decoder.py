@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 
 from .._compat import dynamo_export
 from ..errors import CaptureError, UnsupportedModelError, first_line
-from .tracing import as_traced, quiet
+from .copies import copy_sharing_weights
+from .fingerprint import Fingerprint
+from .tracing import first_output, quiet
 from .visual_tokens import find_visual_token_ids
 
 _SAMPLE_BATCH, _SAMPLE_LENGTH = 2, 1024
+_COMPARED_TOKENS = 9
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,19 @@ class CapturedDecoder:
     seconds: float
 
 
-_captured: "WeakKeyDictionary[torch.nn.Module, tuple[Any, CapturedDecoder]]" = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Capture:
+    """A captured decoder and what it was made from."""
+
+    parts: Fingerprint
+    config: str
+    decoder: CapturedDecoder
+
+    def is_of(self, decoder: PreTrainedModel) -> bool:
+        return self.config == decoder.config.to_json_string(use_diff=False) and self.parts.changed() is None
+
+
+_captured: "WeakKeyDictionary[torch.nn.Module, _Capture]" = WeakKeyDictionary()
 
 
 def text_decoder(model: torch.nn.Module) -> PreTrainedModel:
@@ -56,16 +71,45 @@ def text_decoder(model: torch.nn.Module) -> PreTrainedModel:
             f"{type(model).__name__} has no text decoder under get_decoder(); expected a vision-language model "
             f"with a separate language model."
         )
+    _refuse_replaced_forwards(model, decoder)
     return decoder
 
 
+def _refuse_replaced_forwards(model: PreTrainedModel, decoder: torch.nn.Module) -> None:
+    """What runs the decoder, and the decoder, run their class's forward: another one would run past the routing."""
+    if not isinstance(decoder, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"The text decoder is a {type(decoder).__name__}; expected the Hugging Face module itself, which "
+            f"reroute_fx compiles. Put back what torch.compile or another wrapper was given."
+        )
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    names = path.split(".")
+    for end in range(len(names) + 1):
+        name = ".".join(["model", *names[:end]])
+        module = model.get_submodule(".".join(names[:end]))
+        if not _runs_its_class(module):
+            raise UnsupportedModelError(
+                f"{name}.forward was replaced on the instance, by torch.compile or by a hook of accelerate, say; expected "
+                f"the forward of {type(module).__name__}, through which routing runs. Take it off (`del {name}.forward`, "
+                f"accelerate.hooks.remove_hook_from_module({name}, recurse=True)) and compile again: reroute_fx "
+                f"compiles the model itself."
+            )
+
+
+def _runs_its_class(module: torch.nn.Module) -> bool:
+    """Whether `module` runs its class's forward. Hooks of accelerate leave that on the instance when they are removed."""
+    own = module.__dict__.get("forward")
+    return own is None or (getattr(own, "__self__", None) is module and own.__func__ is type(module).forward)
+
+
 def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
-    """Export the text decoder of `model`; the same decoder is exported once per dtype and device.
+    """Export the text decoder of `model`; once, as long as its parts and its config stay what they are.
 
     Works on the meta device, where no memory is needed. The model is not changed.
 
     Raises:
-        UnsupportedModelError: no vision-language model, or one spread over several devices.
+        UnsupportedModelError: no vision-language model, or one spread over several devices, or a decoder that attends
+            in another way than the program.
         CaptureError: torch.export failed; the cause is chained.
     """
     decoder = text_decoder(model)
@@ -75,18 +119,23 @@ def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
             f"The decoder lies on {sorted(map(str, devices))}; expected one device. Load it with "
             f"device_map='cuda' or another single device."
         )
-    state = (decoder.dtype, *devices)
-    if decoder not in _captured or _captured[decoder][0] != state:
-        _captured[decoder] = state, _export(decoder)
-    return _captured[decoder][1]
+    if decoder not in _captured or not _captured[decoder].is_of(decoder):
+        made = Fingerprint(decoder, "decoder"), decoder.config.to_json_string(use_diff=False)
+        captured = _export(decoder)
+        if decoder.device.type != "meta":
+            _compare_attention(decoder, captured, model.get_input_embeddings())
+        _captured[decoder] = _Capture(*made, captured)
+    return _captured[decoder].decoder
 
 
 def _export(decoder: PreTrainedModel) -> CapturedDecoder:
     start = time.perf_counter()
     inputs, shapes = _sample_inputs(decoder)
+    traced = copy_sharing_weights(decoder)
+    traced.config._attn_implementation = "sdpa"
     try:
-        with as_traced(decoder, "sdpa"), quiet():
-            program = dynamo_export(decoder, inputs, shapes)
+        with quiet():
+            program = dynamo_export(traced, inputs, shapes)
     except Exception as error:
         raise CaptureError(
             f"torch.export can't trace {type(decoder).__name__}: {first_line(error)}. Expected a decoder that "
@@ -94,6 +143,35 @@ def _export(decoder: PreTrainedModel) -> CapturedDecoder:
         ) from error
     seconds = time.perf_counter() - start
     return CapturedDecoder(program, decoder.config.num_hidden_layers, inputs["position_ids"].ndim, seconds)
+
+
+@torch.no_grad()
+def _compare_attention(
+    decoder: PreTrainedModel, captured: CapturedDecoder, embeddings: torch.nn.Module
+) -> None:
+    """Raise unless the program computes what the decoder does with the attention that the model uses.
+
+    Capturing forces one implementation of attention. What that one doesn't know of (attention sinks, tokens that see
+    what comes after them) is not in the program.
+    """
+    ids = torch.arange(_COMPARED_TOKENS, device=decoder.device) * 7 % decoder.config.vocab_size
+    positions = torch.arange(_COMPARED_TOKENS, device=decoder.device)[None]
+    if captured.position_rank == 3:
+        positions = positions.expand(3, 1, -1).contiguous()
+    inputs = {"inputs_embeds": embeddings(ids[None]), "position_ids": positions}
+    expected = decoder(**inputs, use_cache=False).last_hidden_state[0].double()
+    mask = torch.ones(1, _COMPARED_TOKENS, dtype=torch.long, device=decoder.device)
+    found = first_output(captured.program, inputs | {"attention_mask": mask})[0].double()
+    # Half of the digits, of most tokens: now and then rounding sends one to another expert.
+    noise = torch.finfo(decoder.dtype).eps ** 0.5
+    error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
+    if not error <= noise:
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} attends in another way (implementation "
+            f"{decoder.config._attn_implementation!r}) than plain causal scaled-dot-product attention: on "
+            f"{_COMPARED_TOKENS} tokens its states differ by {float(error):.2g} of their size, expected at most "
+            f"{noise:.1g}. Decoders with attention sinks, or whose tokens see later ones, can't be routed."
+        )
 
 
 def _sample_inputs(decoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:

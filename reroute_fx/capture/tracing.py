@@ -1,25 +1,12 @@
-"""Trace a module of transformers and leave it as it was."""
+"""Settings under which modules of transformers are traced."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers import PreTrainedModel
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from transformers.utils import logging
-
-
-@contextmanager
-def as_traced(module: PreTrainedModel, attention: str) -> Iterator[None]:
-    """Let `module` attend with the implementation called `attention`, whatever it uses."""
-    before = module.config._attn_implementation
-    own_forward = "forward" in module.__dict__
-    module.config._attn_implementation = attention
-    try:
-        yield
-    finally:
-        module.config._attn_implementation = before
-        if not own_forward:
-            # The exporter restores forward as an attribute of the instance, which would hide the class's.
-            module.__dict__.pop("forward", None)
 
 
 @contextmanager
@@ -31,3 +18,15 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@torch.no_grad()
+def first_output(program: ExportedProgram, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a program returns first, run as it is; `inputs` by the names of its placeholders."""
+    state = {**program.state_dict, **program.constants}
+    flat = [
+        inputs[spec.arg.name] if spec.kind is InputKind.USER_INPUT else state[spec.target]
+        for spec in program.graph_signature.input_specs
+    ]
+    output: torch.Tensor = program.graph_module(*flat)[0]
+    return output

@@ -11,9 +11,10 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from ..errors import CaptureError, UnsupportedModelError, first_line
+from .copies import copy_sharing_weights
 from .images import FixedImages, GridImages
 from .segments import SEGMENTS
-from .tracing import as_traced, quiet
+from .tracing import first_output, quiet
 from .visual_tokens import has_fixed_size
 
 
@@ -76,9 +77,11 @@ def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
     sample = _sample(images, model)
     inputs = images.inputs(**sample)
     shapes = {name: images.shapes[name] for name in inputs}
+    traced = copy_sharing_weights(tower)
+    traced.vision.config._attn_implementation = tower.attention
     try:
-        with as_traced(tower.vision, tower.attention), quiet(), torch.no_grad():
-            program = torch.export.export(tower, (), inputs, dynamic_shapes=shapes, strict=False)
+        with quiet(), torch.no_grad():
+            program = torch.export.export(traced, (), inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise CaptureError(
             f"torch.export can't trace the vision tower of {type(model).__name__}: "
@@ -87,7 +90,7 @@ def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
     _check_sizes(program, shapes)
     _drop_assertions(program)
     _mark_layers(program)
-    _compare(program, inputs, tower.expected(**sample))
+    _compare(program, inputs, tower.expected(model, **sample))
     return CapturedTower(program, images)
 
 
@@ -99,7 +102,7 @@ def _tower(model: PreTrainedModel) -> tuple[Any, FixedImages | GridImages]:
         tower = _FixedTower(model)
         fixed = FixedImages(vision.num_channels, vision.image_size, vision.image_size, tokens=0)
         with torch.no_grad():
-            features = tower.expected(**_sample(fixed, model))
+            features = tower.expected(model, **_sample(fixed, model))
         return tower, replace(fixed, tokens=features.shape[0] // 2)
     if hasattr(inner, "visual") and hasattr(inner.visual, "spatial_merge_size"):
         visual = inner.visual
@@ -130,15 +133,16 @@ class _FixedTower(nn.Module):
         self.layers = [layer] if isinstance(layer, int) else list(layer)
         # The first is the CLS token.
         self.first = 1 if model.config.vision_feature_select_strategy == "default" else 0
-        self.model = [model]
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         states = self.vision(pixel_values, output_hidden_states=True).hidden_states
         picked = torch.cat([states[layer][:, self.first :] for layer in self.layers], dim=-1)
         return {"features": self.projector(picked).flatten(0, 1)}
 
-    def expected(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
-        return torch.cat(list(self.model[0].get_image_features(pixel_values=pixel_values).pooler_output))
+    def expected(
+        self, model: PreTrainedModel, pixel_values: torch.Tensor, grid: torch.Tensor | None
+    ) -> torch.Tensor:
+        return torch.cat(list(model.get_image_features(pixel_values=pixel_values).pooler_output))
 
 
 class _GridTower(nn.Module):
@@ -164,7 +168,9 @@ class _GridTower(nn.Module):
             given |= {"window_index": window_order, "cu_window_seqlens": windows, "max_window_seqlen": 1}
         return {"features": self.vision(pixel_values, grid_thw=None, **given).pooler_output}
 
-    def expected(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    def expected(
+        self, model: PreTrainedModel, pixel_values: torch.Tensor, grid: torch.Tensor
+    ) -> torch.Tensor:
         features: torch.Tensor = self.vision(
             pixel_values, grid_thw=grid.to(pixel_values.device)
         ).pooler_output
@@ -205,8 +211,7 @@ def _mark_layers(program: ExportedProgram) -> None:
 
 def _compare(program: ExportedProgram, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
     """Raise unless the program computes what the model does, up to rounding in another order."""
-    with torch.no_grad():
-        found = program.module()(**inputs)["features"]
+    found = first_output(program, inputs)
     # A hundred roundings of the largest value.
     noise = 100 * torch.finfo(expected.dtype).eps * expected.abs().max()
     if found.shape != expected.shape or (found - expected).abs().max() > noise:

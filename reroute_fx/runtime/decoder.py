@@ -13,12 +13,16 @@ from ..errors import InputError, UnsupportedModelError
 from ..plan import RowPlan
 from .buckets import cut_outputs, pad_inputs
 from .cache import CachedRows, RoutedCache
+from .masks import refuse_other_masks
 from .prompt import Continuation, Prompt
 from .routing import Routing
 from .rows import Places
 
-current_call: ContextVar[Prompt | Continuation | None] = ContextVar("current_call", default=None)
-"""What the model that contains the decoder is doing."""
+UNROUTED = object()
+"""A call without visual tokens, which is left to the model."""
+
+current_call: ContextVar[Any] = ContextVar("current_call", default=None)
+"""What the model that contains the decoder is doing: a `Prompt`, a `Continuation` or `UNROUTED`."""
 
 
 _HARMLESS = {"cache_position", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"}
@@ -48,8 +52,15 @@ class RoutedDecoder(torch.nn.Module):
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = current_call.get()
         if call is None:
+            raise InputError(
+                f"A part of the routed model was called by itself and reached its decoder ({type(self).__name__}); "
+                f"expected a call of the routed model, which knows the visual tokens of the prompt. Call that, or the "
+                f"part of the model that was compiled."
+            )
+        if call is UNROUTED:
             return unrouted(*args, **kwargs)
         _refuse_what_the_programs_lack(**kwargs)
+        refuse_other_masks(kwargs.get("attention_mask"), call, kwargs["inputs_embeds"].shape[1])
         if isinstance(call, Prompt):
             return self._start(call, **kwargs)
         return self._continue(call, **kwargs)
@@ -198,16 +209,10 @@ class RoutedDecoder(torch.nn.Module):
         return {f"position_ids_{start}": rows.tokens[start][:, None] + ahead for start in later}
 
 
-def _refuse_what_the_programs_lack(attention_mask: Any = None, **given: Any) -> None:
-    """The programs attend causally and take embeddings and positions, nothing else."""
-    if attention_mask is not None and not (
-        isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-    ):
-        raise UnsupportedModelError(
-            f"The model gives its decoder a mask of its own ({type(attention_mask).__name__}); expected the causal "
-            f"mask alone. Models whose image tokens see each other can't be routed."
-        )
-    known = {*_HARMLESS, "input_ids", "inputs_embeds", "position_ids", "past_key_values", "use_cache"}
+def _refuse_what_the_programs_lack(**given: Any) -> None:
+    """The programs take embeddings and positions, nothing else."""
+    known = {*_HARMLESS, "attention_mask", "input_ids", "inputs_embeds", "position_ids", "past_key_values"}
+    known |= {"use_cache"}
     unknown = [name for name, value in given.items() if name not in known and value is not None]
     if unknown:
         raise UnsupportedModelError(

@@ -83,6 +83,7 @@ class LoadedModel(RoutedModel, GenerationMixin):
     input_modalities = ("image", "text")
     base_model_prefix = ""
     _is_stateful = False
+    _instead_of_moving = "Pass device= to reroute_fx.load, or export the model in the dtype that you need."
     hf_quantizer = None
 
     def __init__(self, parts: Parts, report: Any = None, processor: Any = None) -> None:
@@ -121,16 +122,6 @@ class LoadedModel(RoutedModel, GenerationMixin):
 
     def is_remote_code(self) -> bool:
         return False
-
-    def _apply(self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LoadedModel":
-        """Called by `to` and its like."""
-        changed = change(torch.empty(0, dtype=self.dtype, device=self.device))
-        if (changed.dtype, changed.device) != (self.dtype, self.device):
-            raise InputError(
-                f"A loaded model can't be moved or cast: it is {self.dtype} on {self.device}. Pass device= to "
-                f"reroute_fx.load, or export the model in the dtype that you need."
-            )
-        return self
 
     def get_experts_implementation(self) -> dict[str, str]:
         """`generate` asks for it; the programs are compiled as they are."""

@@ -13,16 +13,19 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..capture import text_decoder
+from ..capture.copies import copy_sharing_weights
+from ..capture.fingerprint import Fingerprint
 from ..capture.vision_tower import CapturedTower
 from ..config import RoutingConfig
-from ..errors import InputError
+from ..errors import InputError, RerouteError
 from ..limits import Limits
 from ..lowering import Executable, TensorRTProgram
 from ..report import RoutingReport
 from .cache import RoutedCache
-from .clone import clone, clone_path, specialize
-from .decoder import RoutedDecoder, current_call
+from .decoder import UNROUTED, RoutedDecoder, current_call
 from .prompt import Prompt, PromptReader
+from .specialize import specialize
 
 
 class RoutedModel(torch.nn.Module):
@@ -32,7 +35,9 @@ class RoutedModel(torch.nn.Module):
     class; `generate` is Hugging Face's. Rows of a batch may have different lengths, padded on either side,
     and different images, or none. After a batch with visual tokens the output also has ``.routing``, a
     `Routing`. Batches without any visual token run unrouted. Parameters are shared with the original model,
-    which stays as it was. For inference only: outputs carry no gradients through the decoder.
+    which stays as it was; hooks, configs and flags are the routed model's own. It is bound to the parts that it was
+    compiled from: when a parameter or a module is replaced, here or in the original, the next call raises. For
+    inference only: outputs carry no gradients.
 
     The key-value cache is a `RoutedCache`. Tokens that follow continue at the rotary position after the
     row's last one, whatever `position_ids` says.
@@ -42,8 +47,10 @@ class RoutedModel(torch.nn.Module):
         programs: the routed programs, ``"prefill"`` and ``"continuation"``, and ``"images"`` if the method reduces
             pictures.
         tower: the vision tower with the reduction; None without one.
+        original: class that it was made from.
     """
 
+    original: type
     routing_config: RoutingConfig
     programs: dict[str, Executable | TensorRTProgram]
     tower: CapturedTower | None
@@ -53,6 +60,7 @@ class RoutedModel(torch.nn.Module):
     _reader: PromptReader
     _report: RoutingReport
     _first_call_seconds: dict[str, float]
+    _parts: tuple[Fingerprint, ...] = ()
 
     @property
     def report(self) -> RoutingReport:
@@ -66,17 +74,15 @@ class RoutedModel(torch.nn.Module):
         compilations = {name: program.compilations for name, program in self.programs.items()}
         return replace(self._report, seconds=seconds, compilations=compilations)
 
+    @torch.no_grad()
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.training:
-            raise InputError("The routed model is in training mode; expected inference. Call .eval() on it.")
+        self.check_parts()
         given = self._signature.bind(self, *args, **kwargs).arguments
         more = given.pop("kwargs", {})
         call = self._reader.read({**given, **more}, self.device)
         self._forget_position_offset()
-        if call is None:
-            return unrouted(*args, **kwargs)
         start = time.perf_counter()
-        token = current_call.set(call)
+        token = current_call.set(call or UNROUTED)
         try:
             output = unrouted(*args, **kwargs)
         except ValueError as error:
@@ -87,6 +93,13 @@ class RoutedModel(torch.nn.Module):
             raise
         finally:
             current_call.reset(token)
+        if call is None:
+            return output
+        if not call.is_done:
+            raise RerouteError(
+                f"The call ended without running the routed decoder of {type(self).__name__}; expected the model's "
+                f"forward to run it. Was a forward inside the routed model replaced? Take that off."
+            )
         if call.commit:
             call.commit()
         self._first_call_seconds.setdefault(
@@ -95,6 +108,15 @@ class RoutedModel(torch.nn.Module):
         if isinstance(call, Prompt) and not isinstance(output, tuple):
             output.routing = call.routing
         return output
+
+    def check_parts(self) -> None:
+        """Raise InputError unless the model and the one that it was made from consist of what was compiled."""
+        changed = next((path for parts in self._parts if (path := parts.changed())), None)
+        if changed:
+            raise InputError(
+                f"{changed} is no longer what it was when the model was compiled (replaced, moved, cast, or another "
+                f"adapter); the compiled programs still have the old one. Call reroute_fx.compile again."
+            )
 
     def _forget_position_offset(self) -> None:
         """Let no call see the positions of the prompt before it.
@@ -119,6 +141,44 @@ class RoutedModel(torch.nn.Module):
         from ..visualizing import visualize
 
         return visualize(self, inputs, path, processor, **options)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model that was routed: what is written is of its class, and loads as it. See `original`."""
+        saved = self.original.__new__(self.original)
+        saved.__dict__.update(self.__dict__)
+        return saved.save_pretrained(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "RoutedModel":
+        if mode:
+            raise InputError(
+                "train() was called on a routed model, which is for inference only. Train the model that was compiled, "
+                "then compile it again."
+            )
+        return super().train(False)
+
+    def _apply(self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RoutedModel":
+        """Called by `to` and its like."""
+        changed = change(torch.empty(0, dtype=self.dtype, device=self.device))
+        if (changed.dtype, changed.device) != (self.dtype, self.device):
+            raise InputError(
+                f"A routed model can't be moved or cast: it is {self.dtype} on {self.device}, as its programs are. "
+                f"{self._instead_of_moving}"
+            )
+        return self
+
+    _instead_of_moving = "Move or cast the model that was compiled, then compile it again."
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+        raise InputError(
+            "resize_token_embeddings was called on a routed model, whose parameters are those of another. Resize the "
+            "model that was compiled, then compile it again."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "A routed model can't be pickled or copied: its programs are compiled code. Write it with "
+            "reroute_fx.export and load that, or compile the model again where it is needed."
+        )
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._forget_position_offset()
@@ -189,21 +249,24 @@ def make_routed_model(
 ) -> Any:
     """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed."""
     owner = uuid.uuid4().hex
-    inner = specialize(clone(decoder), RoutedDecoder)
+    routed = copy_sharing_weights(model)
+    inner = specialize(text_decoder(routed), RoutedDecoder)
     inner.prefill, inner.continuation = prefill, continuation
     inner.routing_config = report.config
     inner.position_rank = position_rank
     inner.owner = owner
     inner.uses_buckets = prefill.cuda_graphs is not None
-    routed = specialize(clone_path(model, decoder, inner), RoutedModel)
+    specialize(routed, RoutedModel)
     routed.routing_config = report.config
     routed._signature = inspect.signature(type(model).forward)
-    routed._reader = PromptReader(model.config, report.config, visual_ids, owner, limits=limits)
+    routed._reader = PromptReader(routed.config, report.config, visual_ids, owner, limits=limits)
     routed._report = report
     routed.programs = {"prefill": prefill, "continuation": continuation}
     routed.tower = tower
     if tower is not None and images is not None:
         routed.programs["images"] = images
-        routed.base_model.get_image_features = _ImageFeatures(tower, images, model.config)
+        routed.base_model.get_image_features = _ImageFeatures(tower, images, routed.config)
     routed._first_call_seconds = {}
+    compiled = routed if tower is not None else inner
+    routed._parts = Fingerprint(model, "model"), Fingerprint(compiled, "routed")
     return routed

@@ -41,6 +41,11 @@ class Prompt:
     routing: Routing | None = None
     commit: Callable[[], None] | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the routed program ran."""
+        return self.routing is not None
+
 
 @dataclass
 class Continuation:
@@ -55,6 +60,11 @@ class Continuation:
     cache: RoutedCache
     is_token: torch.Tensor | None
     commit: Callable[[], None] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the routed program ran."""
+        return self.commit is not None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,27 @@
+"""Copies of modules that share the weights of the original and nothing else."""
+
+import copy
+from itertools import chain
+from typing import TypeVar
+
+import torch
+
+from ..errors import UnsupportedModelError, first_line
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+def copy_sharing_weights(module: Module) -> Module:
+    """A module tree of its own: same parameters and buffers, but hooks, configs, flags and children are copies.
+
+    Raises:
+        UnsupportedModelError: an attribute of a module can't be copied.
+    """
+    shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    try:
+        return copy.deepcopy(module, dict(shared))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} holds something that can't be copied ({first_line(error)}); expected parameters, "
+            f"buffers and plain attributes. Delete what was attached to it, or load it anew."
+        ) from error
