@@ -19,7 +19,10 @@ from reroute_fx.capture import capture_decoder, decoder
 EVERYTHING = RoutingConfig((1,), (1.0,))
 ROUTING = RoutingConfig((1,), (0.5,))
 NOISE = 1e-4
-"""Allowed difference of logits near 8: a hundred roundings in another order. Other weights move them by 1e-1 and more."""
+"""Allowed difference of logits near 8: a hundred roundings in another order.
+
+Other weights move them by 1e-1 and more.
+"""
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

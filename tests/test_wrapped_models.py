@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from tiny_models import PAD, llava_config, sharp
-from transformers import LlavaForConditionalGeneration
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+from transformers import LlavaForConditionalGeneration, TorchAoConfig
 
 import reroute_fx
 from reroute_fx import RoutingConfig, UnsupportedModelError
@@ -84,6 +85,24 @@ def test_what_torch_compile_returned_is_refused(model):
         UnsupportedModelError, match=r"what torch\.compile returned; expected the model itself"
     ):
         reroute_fx.compile(torch.compile(model), config=EVERYTHING)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("config", [Int8WeightOnlyConfig, Float8WeightOnlyConfig])
+def test_weights_packed_by_torchao_run(model, inputs, config, backend):
+    plain = model(**inputs).logits
+    quantize_(model.model.language_model, config())
+    routed = reroute_fx.compile(model, config=EVERYTHING, backend=backend)
+    expected = model(**inputs).logits
+    torch.testing.assert_close(routed(**inputs).logits, expected, atol=NOISE, rtol=0)
+    assert (expected - plain).abs().max() > 10 * NOISE
+    half = reroute_fx.compile(model, config=RoutingConfig((1,), (0.5,)), backend="eager")
+    assert half.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_a_model_that_names_torchao_in_its_config_is_taken(model):
+    model.config.quantization_config = TorchAoConfig(Int8WeightOnlyConfig())
+    assert reroute_fx.inspect(model, config=EVERYTHING).num_layers == 2
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "mxfp4"])

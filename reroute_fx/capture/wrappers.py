@@ -18,8 +18,8 @@ def unwrap(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
     """
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError(
-            "model is what torch.compile returned; expected the model itself, which reroute_fx compiles. Pass the model "
-            "that torch.compile was given."
+            "model is what torch.compile returned; expected the model itself, which reroute_fx compiles. Pass the "
+            "model that torch.compile was given."
         )
     source = ""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -54,6 +54,7 @@ def _refuse_packed_weights(model: Any) -> None:
     name = str(getattr(given, "value", given))
     if name not in _CAPTURED_FORMATS:
         raise UnsupportedModelError(
-            f"model has weights packed by {name!r}, which torch.export can't capture; expected plain weights or those of "
-            f"{', '.join(_CAPTURED_FORMATS)}. Load the model without quantization_config, or with TorchAoConfig."
+            f"model has weights packed by {name!r}, which torch.export can't capture; expected plain weights or "
+            f"those of {', '.join(_CAPTURED_FORMATS)}. Load the model without quantization_config, or with "
+            f"TorchAoConfig."
         )

@@ -1,0 +1,157 @@
+"""Decoders that attend in another way than the captured program, and models that hand theirs another mask."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import IMAGE, TEXT, llava_config, sharp
+from transformers import (
+    CLIPVisionConfig,
+    GemmaConfig,
+    GptOssConfig,
+    GraniteSWAConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    SiglipVisionConfig,
+)
+from transformers.models.llava.modeling_llava import LlavaModel
+
+import reroute_fx
+from reroute_fx import RoutingConfig, UnsupportedModelError
+
+EVERYTHING = RoutingConfig((1,), (1.0,))
+ROUTING = RoutingConfig((1,), (0.5,))
+SIZES = {**TEXT, "num_hidden_layers": 2, "head_dim": 8}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+def over(text):
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_index=IMAGE)
+    return sharp(LlavaForConditionalGeneration, config)
+
+
+def gpt_oss():
+    model = over(GptOssConfig(**SIZES, num_local_experts=4, layer_types=["full_attention"] * 2))
+    model.set_attn_implementation({"text_config": "eager"})
+    for layer in model.model.language_model.layers:
+        layer.self_attn.sinks.fill_(1.0)
+    return model
+
+
+def granite_swa():
+    model = over(GraniteSWAConfig(**SIZES, layer_types=["full_attention"] * 2))
+    model.set_attn_implementation({"text_config": "eager"})
+    return model
+
+
+def paligemma():
+    config = PaliGemmaConfig(
+        text_config=GemmaConfig(**SIZES, use_bidirectional_attention=True),
+        vision_config=SiglipVisionConfig(**VISION, vocab_size=64),
+        image_token_index=IMAGE,
+        projection_dim=32,
+    )
+    return sharp(PaliGemmaForConditionalGeneration, config)
+
+
+@pytest.mark.parametrize("build", [gpt_oss, granite_swa, paligemma])
+def test_what_the_captured_attention_does_not_know_is_refused(build):
+    with pytest.raises(
+        UnsupportedModelError, match=r"attends in another way.*sinks, or whose tokens see later ones"
+    ):
+        reroute_fx.compile(build(), config=EVERYTHING, backend="eager")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_another_implementation_of_the_same_is_no_difference(implementation, dtype):
+    model = sharp(LlavaForConditionalGeneration, llava_config(3)).to(dtype)
+    model.set_attn_implementation(implementation)
+    reroute_fx.compile(model, config=EVERYTHING, backend="eager")
+
+
+class MaskedModel(LlavaModel):
+    """Hands its decoder a mask that `mask` makes of the number of rows and columns."""
+
+    mask = None
+
+    def forward(self, input_ids, pixel_values=None, attention_mask=None, past_key_values=None, **given):
+        columns = input_ids.shape[1] + (past_key_values.get_seq_length() if past_key_values else 0)
+        own = type(self).mask(input_ids.shape[0], columns, attention_mask)[..., -input_ids.shape[1] :, :]
+        given |= {"attention_mask": {"full_attention": own}, "past_key_values": past_key_values}
+        return super().forward(input_ids, pixel_values, **given)
+
+
+def causal(rows, columns, padding):
+    seen = torch.ones(columns, columns, dtype=torch.bool).tril().expand(rows, 1, -1, -1)
+    return seen if padding is None else seen & padding.bool()[:, None, None]
+
+
+def additive(rows, columns, padding):
+    forbidden = torch.finfo(torch.float32).min
+    return torch.zeros(rows, 1, columns, columns).masked_fill(~causal(rows, columns, padding), forbidden)
+
+
+def with_blocks(rows, columns, padding):
+    seen = causal(rows, columns, padding).clone()
+    seen[:, :, 2:18, 2:18] = True
+    return seen
+
+
+def with_a_window(rows, columns, padding):
+    return causal(rows, columns, padding) & ~causal(rows, columns, None).roll(7, dims=2).tril(-7)
+
+
+@pytest.fixture(scope="module")
+def masked():
+    model = sharp(LlavaForConditionalGeneration, llava_config(2))
+    other = copy.deepcopy(model)
+    other.model.__class__ = MaskedModel
+    return tuple(reroute_fx.compile(m, config=ROUTING, backend="eager") for m in (model, other))
+
+
+def prompts(padded):
+    ids = torch.tensor([[1, 7, *[IMAGE] * 16, 9, 11, 13], [3, *[IMAGE] * 16, 5, 6, 0, 0]])
+    given = {"input_ids": ids, "pixel_values": torch.linspace(-1, 1, 2 * 768).reshape(2, 3, 16, 16)}
+    if padded:
+        given["attention_mask"] = (ids != 0).long()
+    return given
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("mask", [causal, additive])
+def test_the_causal_mask_in_other_words_is_taken(masked, monkeypatch, mask, padded):
+    plain, routed = masked
+    monkeypatch.setattr(MaskedModel, "mask", mask)
+    given = prompts(padded)
+    assert torch.equal(routed(**given).logits, plain(**given).logits)
+    answers = [m.generate(**given, max_new_tokens=3, do_sample=False) for m in masked]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize(
+    ("mask", "what"), [(with_blocks, "token 2 sees token 3"), (with_a_window, "token 7 does not see token 0")]
+)
+def test_another_mask_is_refused_with_the_first_difference(masked, monkeypatch, mask, what):
+    monkeypatch.setattr(MaskedModel, "mask", mask)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"attention mask in which {what}; expected the plain causal one"
+    ):
+        masked[1](**prompts(padded=False))
+
+
+def test_masks_of_other_forms_are_refused(masked, monkeypatch):
+    monkeypatch.setattr(MaskedModel, "mask", lambda *_: torch.ones(1, 30, 30))
+    with pytest.raises(UnsupportedModelError, match="attention mask in a form of its own"):
+        masked[1](**prompts(padded=False))
