@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from .._compat import dynamo_export
-from ..errors import CaptureError, UnsupportedModelError, first_line
+from ..errors import CaptureError, RerouteError, UnsupportedModelError, first_line
 from .tracing import as_traced, quiet
 from .visual_tokens import find_visual_token_ids
 
@@ -87,6 +87,8 @@ def _export(decoder: PreTrainedModel) -> CapturedDecoder:
     try:
         with as_traced(decoder, "sdpa"), quiet():
             program = dynamo_export(decoder, inputs, shapes)
+    except RerouteError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"torch.export can't trace {type(decoder).__name__}: {first_line(error)}. Expected a decoder that "
