@@ -162,7 +162,7 @@ def main(
         console.print(
             f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False, soft_wrap=True
         )
-        raise typer.Exit(2) from error
+        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ They know graphs and operators, not models. In the order in which a decoder is r
 size, `ReduceGrids` for those of any.
 """
 
+from .. import kernels  # noqa: F401 - it registers torch.ops.reroute
 from .attend_to_cache import AttendToCache
 from .canonicalize_attention import CanonicalizeAttention
 from .decoder_graph import Decision, DecoderGraph, Layer, LayerSizes

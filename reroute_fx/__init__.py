@@ -4,36 +4,69 @@
 >>> routed = reroute_fx.compile(model, tier=128)  # doctest: +SKIP
 >>> routed.generate(**inputs, max_new_tokens=64)  # doctest: +SKIP
 >>> print(routed.report)  # doctest: +SKIP
+
+Names are imported when they are first asked for: torch and transformers take seconds. `torch.ops.reroute` is there once
+`reroute_fx.kernels` or anything that uses it is.
 """
 
-from importlib.metadata import version
+from importlib import import_module, util
+from typing import TYPE_CHECKING, Any
 
-from . import kernels, passes
-from .api import compile, inspect
-from .artifact import export, load
-from .benchmarking import BenchmarkResult, benchmark
-from .config import RoutingConfig
-from .errors import (
-    ArtifactError,
-    BackendUnavailableError,
-    CaptureError,
-    ConfigError,
-    InputError,
-    MatchError,
-    ParityError,
-    RerouteError,
-    UnsupportedModelError,
-)
-from .limits import Limits
-from .methods import Method, Schedule, register_method
-from .paper import PaperConfig, paper_configs
-from .plan import RowPlan, plan_rows
-from .report import RoutingReport
-from .routing import Savings, route
-from .runtime import LoadedModel, RoutedCache, RoutedModel, Routing
-from .visualizing import visualize
+if TYPE_CHECKING:
+    from . import kernels, passes
+    from .api import compile, inspect
+    from .artifact import export, load
+    from .benchmarking import BenchmarkResult, benchmark
+    from .config import RoutingConfig
+    from .errors import (
+        ArtifactError,
+        BackendUnavailableError,
+        CaptureError,
+        ConfigError,
+        InputError,
+        MatchError,
+        ParityError,
+        RerouteError,
+        UnsupportedModelError,
+    )
+    from .limits import Limits
+    from .methods import Method, Schedule, register_method
+    from .paper import PaperConfig, paper_configs
+    from .plan import RowPlan, plan_rows
+    from .report import RoutingReport
+    from .routing import Savings, route
+    from .runtime import LoadedModel, RoutedCache, RoutedModel, Routing
+    from .visualizing import visualize
 
-__version__ = version("reroute-fx")
+    __version__: str
+
+_NAMES = {
+    "api": ("compile", "inspect"),
+    "artifact": ("export", "load"),
+    "benchmarking": ("BenchmarkResult", "benchmark"),
+    "config": ("RoutingConfig",),
+    "errors": (
+        "ArtifactError",
+        "BackendUnavailableError",
+        "CaptureError",
+        "ConfigError",
+        "InputError",
+        "MatchError",
+        "ParityError",
+        "RerouteError",
+        "UnsupportedModelError",
+    ),
+    "limits": ("Limits",),
+    "methods": ("Method", "Schedule", "register_method"),
+    "paper": ("PaperConfig", "paper_configs"),
+    "plan": ("RowPlan", "plan_rows"),
+    "report": ("RoutingReport",),
+    "routing": ("Savings", "route"),
+    "runtime": ("LoadedModel", "RoutedCache", "RoutedModel", "Routing"),
+    "visualizing": ("visualize",),
+}
+"""What each module gives to the package: the imports above, once more for Python."""
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "ArtifactError",
@@ -71,3 +104,21 @@ __all__ = [
     "route",
     "visualize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of the package."""
+    if name in _HOMES:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    elif name == "__version__":
+        value = import_module("importlib.metadata").version("reroute-fx")
+    elif not name.startswith("_") and util.find_spec(f"{__name__}.{name}"):
+        return import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

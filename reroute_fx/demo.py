@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .api import compile
-from .errors import ConfigError
+from .errors import BackendUnavailableError, ConfigError
 from .grounding.questions import Question, questions
 from .grounding.scenes import scene
 from .grounding.scoring import overlap, read_box
@@ -36,7 +36,7 @@ def run(backend: str, console: Console, number: int, folder: Path) -> None:
         backend: of the compiled models, ``"inductor"`` or ``"eager"``.
         console: for what is printed.
         number: of the scene.
-        folder: for the pictures.
+        folder: for the pictures, which are left out without matplotlib.
 
     Raises:
         ConfigError: `number` is below 0.
@@ -44,7 +44,7 @@ def run(backend: str, console: Console, number: int, folder: Path) -> None:
     """
     if number < 0:
         raise ConfigError(f"scene is {number}; expected 0 or more.")
-    check_visualize(folder)
+    missing = _missing_for_pictures(folder)
     torch._logging.set_logs(all=logging.ERROR)  # type: ignore[attr-defined]
     loaded = load_model(DEMO, "cpu", "float32")
     model, processor = loaded.model, loaded.processor
@@ -67,8 +67,20 @@ def run(backend: str, console: Console, number: int, folder: Path) -> None:
     text = inputs["input_ids"].numel() - visual
     console.print(routed.report.at(visual_tokens=visual, text_tokens=text))
     console.print(_answers(contenders, dict(inputs), processor, question, console))
+    if missing:
+        console.print(f"Pictures are left out: {missing}", markup=False)
+        return
     page = visualize(routed, inputs, folder, processor, max_new_tokens=_NEW_TOKENS)
     console.print(f"Pictures of scene {number}: {page.with_name('prompt-0.png')} and {page}")
+
+
+def _missing_for_pictures(folder: Path) -> str:
+    """What is not installed, and how to get it; empty if pictures can be drawn."""
+    try:
+        check_visualize(folder)
+    except BackendUnavailableError as error:
+        return str(error)
+    return ""
 
 
 def _answers(

@@ -1,5 +1,6 @@
 """Models named on the command line, with their processors."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from .errors import ConfigError, first_line
 DEMO = "demo"
 CHECKPOINT = Path(__file__).parent / "grounding" / "model"
 """The small LLaVA that ships with the package, trained on generated scenes; its card is in the folder."""
-DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -27,13 +27,19 @@ class NamedModel:
 
 
 def check_device(device: str, dtype: str) -> None:
-    if device not in DEVICES:
-        raise ConfigError(f"device is {device!r}; expected one of {list(DEVICES)}.")
+    """Raise unless a model of `dtype` can be put on `device`: ``"cpu"``, ``"cuda"``, or ``"cuda:1"`` and the like."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"device is {device!r}; expected cpu, cuda, or cuda:N with the number of a GPU.")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {list(DTYPES)}.")
-    if device == "cuda" and not torch.cuda.is_available():
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "device is 'cuda', but torch finds no GPU; expected one and a torch build with CUDA. Use --device cpu."
+            f"device is {device!r}, but torch finds no GPU; expected one and a torch build with CUDA. Use --device cpu."
+        )
+    if place.index is not None and place.index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {device!r}, but torch finds {torch.cuda.device_count()} GPUs; expected a number below that."
         )
 
 
@@ -60,7 +66,7 @@ def load_model(name: str, device: str, dtype: str) -> NamedModel:
 
     Args:
         name: model id, folder, or ``"demo"`` for the one that ships with the package.
-        device: one of `DEVICES`.
+        device: see `check_device`.
         dtype: one of `DTYPES`; ``"auto"`` is that of the checkpoint.
 
     Raises:

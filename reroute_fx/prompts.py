@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
 from .pictures import picture
@@ -14,7 +14,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HS
 
 
 def read_image(path: Path) -> Image.Image:
-    """A picture in RGB.
+    """A picture in RGB, upright as its EXIF orientation says.
 
     Raises:
         InputError: the file can't be read to its end, or has more than 8 bits a channel.
@@ -26,7 +26,7 @@ def read_image(path: Path) -> Image.Image:
                     f"image is {str(path)!r} of mode {image.mode!r}; expected 8 bits a channel. Convert it to "
                     f"RGB, with the range of its values in mind."
                 )
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise InputError(f"image is {str(path)!r}; expected a picture that can be read. {error}") from error
 

@@ -4,10 +4,13 @@ import errno
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 
 import pytest
 
+from reroute_fx.artifact import folders
 from reroute_fx.artifact.folders import whole_folder
 from reroute_fx.errors import ArtifactError
 
@@ -97,6 +100,110 @@ def test_a_file_system_that_can_not_exchange_is_said(tmp_path, monkeypatch):
         fill(folder, b"2")
     assert mark_of(target) == b"1"
     assert os.listdir(tmp_path) == ["llava-128"]
+
+
+def replace_once(target):
+    for mark in (b"1", b"2"):
+        with whole_folder(target, overwrite=True) as folder:
+            fill(folder, mark)
+        assert mark_of(target) == mark
+    assert os.listdir(target.parent) == [target.name]
+
+
+class MacLibrary:
+    """The C library of macOS, as far as it is called."""
+
+    def __init__(self):
+        self.swapped = 0
+
+    def renamex_np(self, one, other, flags):
+        assert flags == 2  # RENAME_SWAP
+        os.rename(one, one + b".old")
+        os.rename(other, one)
+        os.rename(one + b".old", other)
+        self.swapped += 1
+        return 0
+
+
+@pytest.fixture
+def system(monkeypatch):
+    """Let `folders` run as on another system."""
+
+    def pretend(name, library):
+        monkeypatch.setattr(sys, "platform", name)
+        monkeypatch.setattr(folders.ctypes, "CDLL", lambda *_, **__: library)
+
+    return pretend
+
+
+def test_macos_has_a_call_of_its_own(tmp_path, system):
+    library = MacLibrary()
+    system("darwin", library)
+    replace_once(tmp_path / "llava-128")
+    assert library.swapped == 1
+
+
+class WindowsCalls:
+    """`os` as it is on Windows, as far as it is called."""
+
+    def __getattr__(self, name):
+        if name == "O_DIRECTORY":
+            raise AttributeError(name)
+        return getattr(os, name)
+
+    def open(self, path, flags):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Windows opens no folders")
+        assert flags & os.O_RDWR, "Windows flushes what is open for writing"
+        return os.open(path, flags)
+
+
+@pytest.mark.parametrize("name", ["win32", "darwin", "linux"])
+def test_systems_without_such_a_call_move_the_old_one_aside(tmp_path, system, name, monkeypatch):
+    """Windows, which also opens no folders, and old C libraries."""
+    system(name, object())
+    if name == "win32":
+        monkeypatch.setattr(folders, "os", WindowsCalls())
+    replace_once(tmp_path / "llava-128")
+
+
+def test_the_old_one_comes_back_if_the_new_one_can_not_be_moved(tmp_path, system, monkeypatch):
+    target = tmp_path / "llava-128"
+    with whole_folder(target) as folder:
+        fill(folder, b"1")
+    system("win32", None)
+    rename = os.rename
+
+    def fail(source, goal):
+        if ".partial-" in str(source):
+            raise PermissionError("in use")
+        rename(source, goal)
+
+    monkeypatch.setattr(folders.os, "rename", fail)
+    with pytest.raises(ArtifactError, match="in use"), whole_folder(target, overwrite=True) as folder:
+        fill(folder, b"2")
+    assert mark_of(target) == b"1"
+    assert os.listdir(tmp_path) == ["llava-128"]
+
+
+def test_without_fcntl_artifacts_are_written_and_locked(tmp_path):
+    """As on Windows: everything is imported, and folders that another one holds are left alone."""
+    code = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "from pathlib import Path\n"
+        "import reroute_fx, reroute_fx.cli\n"
+        "from reroute_fx import compile, export, load\n"
+        "from reroute_fx.artifact.folders import whole_folder\n"
+        f"target = Path({str(tmp_path)!r}, 'llava')\n"
+        "with whole_folder(target) as first:\n"
+        "    with whole_folder(target) as second:\n"
+        "        assert first.exists()\n"
+        "    (first / 'file').write_text('1')\n"
+        "    target.rmdir()\n"
+        "assert (target / 'file').read_text() == '1'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert os.listdir(tmp_path) == ["llava"]
 
 
 def test_what_is_no_folder_is_not_replaced(tmp_path):

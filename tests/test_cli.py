@@ -5,21 +5,24 @@ import re
 import resource
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tiny_models import byte_tokenizer, llava_config
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 import reroute_fx
+from reroute_fx import artifact, cli, config, lowering
 from reroute_fx.cli import app
-from reroute_fx.errors import InputError
-from reroute_fx.named_models import load_model
+from reroute_fx.errors import ConfigError, InputError
+from reroute_fx.named_models import check_device, load_model
 from reroute_fx.pictures import picture
 from reroute_fx.prompts import make_batch, read_image
 
@@ -77,16 +80,70 @@ def test_inspect_prints_a_table(tmp_path):
 )
 def test_errors_are_one_clear_line(arguments, message):
     result = run(*arguments)
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "llava", "--visual-tokens", "0"],
+        ["bench", "demo", "--rounds", "many"],
+        ["run", "artifact", "--prompt", "What?"],
+        ["visualize", "demo", "out", "--prompt", "What?"],
+        ["prune", "demo"],
+    ],
+)
+def test_wrong_usage_has_its_own_exit_code(arguments):
+    """So has a command that needs a picture and was given none."""
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Usage:" in result.stderr
+    if "--prompt" in arguments:
+        assert "Missing option '--image'" in result.stderr
+
+
+def test_the_choices_in_the_help_are_those_of_the_package():
+    assert cli.ACTIONS == reroute_fx.passes.ACTIONS
+    assert cli.BACKENDS == lowering.BACKENDS
+    assert cli.FORMATS == artifact.FORMATS
+    assert cli.SCHEDULES == config.SCHEDULES
+
+
+PRINT_MODULES = "; import json, sys; print(json.dumps([*sys.modules]), file=sys.stderr)"
+
+
+def modules_after(code):
+    """What a fresh interpreter has imported, and the seconds that it computed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-c", code + PRINT_MODULES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return set(json.loads(done.stderr)), seconds
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["--version"]])
+def test_help_does_not_wait_for_torch(arguments):
+    """Computing for less than a second: how long that takes depends on who else computes."""
+    modules, seconds = modules_after(
+        f"from reroute_fx.cli import app; app({arguments}, standalone_mode=False)"
+    )
+    assert not {"torch", "transformers", "numpy"} & modules
+    _, bare = modules_after("pass")
+    assert seconds - bare < 1
+
+
+def test_the_version_is_printed():
+    assert run("--version").stdout.strip() == metadata.version("reroute-fx")
 
 
 def test_a_text_model_is_refused(tmp_path):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = run("inspect", str(tmp_path))
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "UnsupportedModelError" in result.stderr
 
 
@@ -139,6 +196,7 @@ def test_bench_measures_every_batch(checkpoint, tmp_path):
     assert [r["visual_tokens"] for r in results] == [[16], [16, 16]]
     assert {r["new_tokens"] for r in results} == {2}
     assert result.stdout.count("decode, per token: milliseconds, 2 samples") == 2
+    assert "The pictures are generated ones; --image takes your own." in result.stderr
     with Image.open(out["--plot"]) as plot:
         assert len(plot.getcolors(2**24)) > 10
 
@@ -182,6 +240,17 @@ def test_demo_asks_compares_and_draws(tmp_path):
         assert (tmp_path / "demo" / name).stat().st_size > 10_000
 
 
+def test_demo_succeeds_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("demo", "--backend", "eager", "--out", str(tmp_path / "demo"))
+    assert result.exit_code == 0
+    assert "Same model, same question" in result.stdout
+    told = " ".join(result.stdout.split())
+    assert "Pictures are left out: matplotlib is not installed" in told
+    assert "pip install 'reroute-fx[bench]'" in told
+    assert not (tmp_path / "demo").exists()
+
+
 def test_demo_refuses_before_it_loads_anything(tmp_path, monkeypatch):
     monkeypatch.setattr("reroute_fx.demo.load_model", lambda *a: pytest.fail("loaded"))
     (tmp_path / "file").write_text("mine")
@@ -190,7 +259,7 @@ def test_demo_refuses_before_it_loads_anything(tmp_path, monkeypatch):
         (["--out", str(tmp_path / "file")], "a file; expected a folder, or a name that is free."),
     ):
         result = run("demo", *arguments)
-        assert result.exit_code == 2
+        assert result.exit_code == 1
         assert message in result.stderr.replace("\n", "")
 
 
@@ -198,6 +267,18 @@ def test_words_that_the_model_does_not_know_are_named():
     demo = load_model("demo", "cpu", "auto")
     with pytest.raises(InputError, match=r"prompt has \['tiny', 'unicorn\?'\], for which .* has no token"):
         make_batch(demo.processor, demo.model, 1, "Where is the tiny red unicorn?", None)
+
+
+def test_turned_pictures_are_put_upright(tmp_path):
+    """A camera held sideways writes the picture as it lay, and how to turn it."""
+    upright = Image.new("RGB", (32, 16), "white")
+    upright.paste("red", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    read = read_image(tmp_path / "turned.jpg")
+    assert read.size == (32, 16)
+    assert np.abs(np.asarray(read, int) - np.asarray(upright, int)).mean() < 5
 
 
 def test_pictures_of_other_modes(tmp_path):
@@ -231,7 +312,9 @@ def test_broken_pictures(tmp_path):
         (["--tier", "100"], "ConfigError: tier is 100"),
         (["--method", "magic"], "ConfigError: method is 'magic'"),
         (["--backend", "tpu"], "ConfigError: backend is 'tpu'"),
-        (["--device", "tpu"], "ConfigError: device is 'tpu'"),
+        (["--device", "tpu"], "ConfigError: device is 'tpu'; expected cpu, cuda, or cuda:N"),
+        (["--device", "cuda:one"], "ConfigError: device is 'cuda:one'"),
+        (["--backend", "tensorrt"], "BackendUnavailableError: backend is 'tensorrt'"),
         (["--dtype", "int8"], "ConfigError: dtype is 'int8'"),
         (["--image", "nowhere.png"], "InputError: image is 'nowhere.png'"),
         (["--image", __file__], "InputError: image is"),
@@ -242,24 +325,51 @@ def test_broken_pictures(tmp_path):
 def test_bench_refuses_before_it_loads_anything(checkpoint, monkeypatch, arguments, message):
     monkeypatch.setattr("reroute_fx.named_models.load_model", lambda *a: pytest.fail("loaded"))
     result = run("bench", str(checkpoint), *arguments)
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_bench_without_a_gpu_says_so(checkpoint):
-    result = run("bench", str(checkpoint), "--device", "cuda")
-    assert result.exit_code == 2
-    assert "torch finds no GPU" in result.stderr
+    for device in ("cuda", "cuda:1"):
+        result = run("bench", str(checkpoint), "--device", device)
+        assert result.exit_code == 1
+        assert f"device is '{device}', but torch finds no GPU" in result.stderr
+
+
+def test_the_number_of_a_gpu_is_kept_and_checked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        check_device(device, "auto")
+    with pytest.raises(ConfigError, match="device is 'cuda:2', but torch finds 2 GPUs"):
+        check_device("cuda:2", "auto")
 
 
 def test_bench_needs_weights_and_an_existing_model(checkpoint, tmp_path):
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     for model in (tmp_path, tmp_path / "nowhere"):
         result = run("bench", str(model), "--tier", "0.5")
-        assert result.exit_code == 2
+        assert result.exit_code == 1
         assert f"ConfigError: model is '{model}'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "zip"], "ConfigError: format is 'zip'"),
+        (["--format", "onnx"], "BackendUnavailableError: onnxscript is not installed"),
+        (["--format", "tensorrt"], "BackendUnavailableError: backend is 'tensorrt'"),
+    ],
+)
+def test_export_refuses_before_it_loads_anything(checkpoint, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setattr("reroute_fx.named_models.load_model", lambda *a: pytest.fail("loaded"))
+    result = run("export", str(checkpoint), str(tmp_path / "out"), *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -294,8 +404,10 @@ def test_visualize_draws_a_prompt(checkpoint, tmp_path):
 )
 def test_visualize_refuses_before_it_loads_anything(checkpoint, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr("reroute_fx.named_models.load_model", lambda *a: pytest.fail("loaded"))
-    result = run("visualize", str(checkpoint), str(tmp_path / "out"), "--prompt", "What?", *arguments)
-    assert result.exit_code == 2
+    picture(0).save(tmp_path / "cat.png")
+    needed = ["--prompt", "What?", "--image", str(tmp_path / "cat.png")]
+    result = run("visualize", str(checkpoint), str(tmp_path / "out"), *needed, *arguments)
+    assert result.exit_code == 1
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
 
@@ -303,7 +415,7 @@ def test_visualize_refuses_before_it_loads_anything(checkpoint, tmp_path, monkey
 def test_tasks_say_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     result = run("tasks", str(tmp_path / "tasks"))
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "BackendUnavailableError: datasets is not installed" in result.stderr
     assert "reroute-fx[eval]" in result.stderr
     assert not (tmp_path / "tasks").exists()

@@ -125,7 +125,7 @@ def test_an_artifact_is_replaced_only_when_asked(model_folder, made, tmp_path):
     out.mkdir()
     (out / "mine").write_text("")
     refused = invoke("export", model_folder, out, "--tier", TIER)
-    assert refused.exit_code == 2
+    assert refused.exit_code == 1
     assert "which exists" in said(refused)
     assert (out / "mine").exists()
     done = invoke("export", model_folder, out, "--tier", TIER, "--overwrite")
@@ -134,12 +134,14 @@ def test_an_artifact_is_replaced_only_when_asked(model_folder, made, tmp_path):
 
 
 def test_what_fails_is_said_in_a_line(model_folder, made, picture, tmp_path):
+    ask = ("run", made, "--prompt", "w9", "--image", picture)
     for arguments, match in (
         (("show", tmp_path), "ArtifactError: "),
-        (("run", tmp_path, "--prompt", "w9"), "ArtifactError: "),
+        (("run", tmp_path, "--prompt", "w9", "--image", picture), "ArtifactError: "),
         (("run", made, "--prompt", "w9", "--image", tmp_path / "none.png"), "InputError: image is"),
-        (("run", made, "--prompt", "w9", "--device", "cuda"), "ArtifactError: "),
-        (("run", made, "--prompt", " ".join(["w9"] * 90)), "InputError: "),
+        ((*ask, "--device", "cuda"), "ArtifactError: "),
+        ((*ask, "--device", "tpu:one"), "ConfigError: device is 'tpu:one'"),
+        (("run", made, "--prompt", " ".join(["w9"] * 90), "--image", picture), "InputError: "),
         (
             ("export", model_folder, tmp_path / "new", "--tier", TIER, "--format", "zip"),
             "ConfigError: format is 'zip'",
@@ -151,13 +153,13 @@ def test_what_fails_is_said_in_a_line(model_folder, made, picture, tmp_path):
         (("export", tmp_path, tmp_path / "new"), "ConfigError: model is"),
     ):
         failed = invoke(*arguments)
-        assert failed.exit_code == 2, arguments
+        assert failed.exit_code == 1, arguments
         assert match in said(failed)
         assert "Traceback" not in said(failed)
     assert not (tmp_path / "new").exists()
 
 
-def test_an_artifact_without_a_processor_says_so(tmp_path_factory):
-    failed = invoke("run", artifact(tmp_path_factory, "qwen"), "--prompt", "w9")
-    assert failed.exit_code == 2
+def test_an_artifact_without_a_processor_says_so(tmp_path_factory, picture):
+    failed = invoke("run", artifact(tmp_path_factory, "qwen"), "--prompt", "w9", "--image", picture)
+    assert failed.exit_code == 1
     assert "has no processor; expected one. Export it with processor=" in said(failed)

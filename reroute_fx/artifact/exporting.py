@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.export import ExportedProgram
@@ -78,13 +79,30 @@ def export(
         InputError: its parameters or modules are no longer those that were compiled.
     """
     target = Path(path)
-    _check_arguments(routed, format, limits, processor)
+    _check_arguments(routed, limits, processor)
     routed.check_parts()
-    _check_tools(format, routed)
+    check_export(format, routed.device)
     with whole_folder(target, overwrite) as folder, _phases(progress) as phase:
         _write(routed, folder, format, limits or default_limits(routed), processor, phase)
         phase("writing to disk")
     return target
+
+
+def check_export(format: str, device: str | torch.device) -> None:
+    """Raise what `export` would about a format on this machine, before any model is loaded.
+
+    Raises:
+        ConfigError: there is no such format.
+        BackendUnavailableError: no C++ compiler, or no library for the format.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}; expected one of {list(FORMATS)}.")
+    if format == "onnx":
+        check_libraries()
+    else:
+        check_compiler()
+    if format == "tensorrt":
+        check_tensorrt(torch.device(device))
 
 
 def default_limits(routed: RoutedModel) -> Limits:
@@ -94,28 +112,17 @@ def default_limits(routed: RoutedModel) -> Limits:
     return Limits(length=length, image_tokens=min(Limits.image_tokens, length))
 
 
-def _check_arguments(routed: Any, format: str, limits: Any, processor: Any) -> None:
+def _check_arguments(routed: Any, limits: Any, processor: Any) -> None:
     if not isinstance(routed, RoutedModel) or isinstance(routed, LoadedModel):
         raise ConfigError(
             f"routed is a {type(routed).__name__}; expected what reroute_fx.compile returned. Compile the model first."
         )
-    if format not in FORMATS:
-        raise ConfigError(f"format is {format!r}; expected one of {list(FORMATS)}.")
     if limits is not None and not isinstance(limits, Limits):
         raise ConfigError(f"limits is a {type(limits).__name__}; expected reroute_fx.Limits.")
     if processor is not None and not hasattr(processor, "save_pretrained"):
         raise ConfigError(
             f"processor is a {type(processor).__name__}; expected the processor of the model, from AutoProcessor."
         )
-
-
-def _check_tools(format: str, routed: RoutedModel) -> None:
-    if format == "onnx":
-        check_libraries()
-    else:
-        check_compiler()
-    if format == "tensorrt":
-        check_tensorrt(routed.device)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from .._compat import settle_cpu_math
-from ..errors import ArtifactError, first_line
+from ..errors import ArtifactError, ConfigError, first_line
 from ..lowering.weights import WEIGHTS
 from ..runtime.loaded import PROGRAMS, LoadedModel, Parts, Program
 from .aot import load_aot, read_weights
@@ -31,12 +31,13 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Loade
         device: where to load it, such as ``"cuda:1"``; None for the device of the kind it was exported for.
 
     Raises:
+        ConfigError: `device` is no name of a device.
         ArtifactError: a file is missing, damaged, swapped or not of this artifact, or this machine can't run it.
     """
     folder = Path(path).resolve()
     manifest = Manifest.read(folder)
     needs = manifest.requirements
-    place = torch.device(device or (needs.device if needs else "cpu"))
+    place = _place(device or (needs.device if needs else "cpu"))
     if needs:
         needs.check(place)
     elif place.type != "cpu":
@@ -46,6 +47,13 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Loade
     check_files(folder, manifest.files)
     settle_cpu_math()
     return read_model(folder, manifest, place)
+
+
+def _place(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}; expected cpu, cuda or cuda:1.") from error
 
 
 def read_model(

@@ -19,7 +19,7 @@ def check_plot(path: str | Path) -> Path:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise BackendUnavailableError(
-            "matplotlib is not installed; expected it for plots. Run `pip install reroute-fx[bench]`."
+            "matplotlib is not installed; expected it for plots. Run pip install 'reroute-fx[bench]'."
         ) from error
     target = check_file(path)
     formats = FigureCanvasBase.get_supported_filetypes()

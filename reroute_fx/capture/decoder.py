@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from .._compat import dynamo_export
-from ..errors import CaptureError, UnsupportedModelError, first_line
+from ..errors import CaptureError, RerouteError, UnsupportedModelError, first_line
 from .copies import copy_sharing_weights
 from .fingerprint import Fingerprint
 from .tracing import first_output, quiet
@@ -136,6 +136,8 @@ def _export(decoder: PreTrainedModel) -> CapturedDecoder:
     try:
         with quiet():
             program = dynamo_export(traced, inputs, shapes)
+    except RerouteError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"torch.export can't trace {type(decoder).__name__}: {first_line(error)}. Expected a decoder that "

@@ -25,9 +25,10 @@ _MAX_NEW_TOKENS = 1024
 class RerouteFx(lmms):
     """Args:
     pretrained: model id or folder, or ``"demo"``.
-    tier, method, action, schedule: see `reroute_fx.compile`; ``method=none`` is the same compiler without routing.
+    tier, method, action, schedule: see `reroute_fx.compile`, with its defaults; ``method=none`` is the same compiler
+        without routing.
     backend: ``"inductor"`` or ``"eager"``.
-    device: ``"cpu"`` or ``"cuda"``; with a GPU in the machine that is the default.
+    device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; with a GPU in the machine that is the default.
     dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
     max_pixels: most pixels of a picture, for processors that have such a limit. The paper's numbers for Qwen take
         451584, 576 visual tokens of 28 x 28 pixels.
@@ -39,7 +40,7 @@ class RerouteFx(lmms):
     def __init__(
         self,
         pretrained: str,
-        tier: float = 128,
+        tier: float | None = None,
         method: str = "pdrop",
         action: str = "compact_route_stagewise",
         schedule: str = "exact",
@@ -55,23 +56,15 @@ class RerouteFx(lmms):
             raise ConfigError(f"model_args has {sorted(unknown)}; expected {_ARGUMENTS}.")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size is {batch_size!r}; expected a whole number of 1 or more.")
-        device = (device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device, dtype)
-        config = read_config(pretrained, float(tier), method, action, schedule)
+        config = read_config(pretrained, None if tier is None else float(tier), method, action, schedule)
         loaded = load_model(pretrained, device, dtype)
         self.processor, self.batch = loaded.processor, int(batch_size)
         self.processor.tokenizer.padding_side = "left"
         if max_pixels is not None:
             _limit_pixels(self.processor, int(max_pixels))
-        self.model = api.compile(
-            loaded.model,
-            float(tier),
-            config=config,
-            method=method,
-            action=action,
-            schedule=schedule,
-            backend=backend,
-        )
+        self.model = api.compile(loaded.model, config=config, backend=backend)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests; requests of one batch have the same generation arguments."""

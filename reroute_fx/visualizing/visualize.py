@@ -26,7 +26,7 @@ def check_visualize(path: str | Path) -> Path:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise BackendUnavailableError(
-            "matplotlib is not installed; expected it for pictures. Run `pip install reroute-fx[bench]`."
+            "matplotlib is not installed; expected it for pictures. Run pip install 'reroute-fx[bench]'."
         ) from error
     return check_folder("path", path)
 

@@ -68,7 +68,7 @@ def test_on_the_command_line():
     assert pdrop["routed"]["decision_layers"] == [2, 7, 15, 23]
     assert abs(pdrop["routed"]["average_tokens"] - 64) < 1
     wrong = CliRunner().invoke(app, ["methods", "--tier", "100"])
-    assert wrong.exit_code == 2
+    assert wrong.exit_code == 1
     assert "tier is 100" in wrong.output
 
 
