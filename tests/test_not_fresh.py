@@ -90,15 +90,36 @@ class TestReplacedForwards:
         mlp.forward = lambda states: 2 * own(mlp, states)
         assert_same(compile(model), model, inputs)
 
-    def test_a_prompt_that_ends_without_its_routing_raises(self, model, inputs):
+    @pytest.mark.parametrize(
+        ("place", "message"),
+        [
+            ("model", "ended without running the routed decoder"),
+            ("model.language_model", "routed.forward is no longer"),
+        ],
+    )
+    def test_a_prompt_that_ends_without_its_routing_raises(self, model, inputs, place, message):
         routed = compile(model)
-        # What replaces the routed decoder's forward later on is what is run.
-        inner = routed.model.language_model
-        inner.forward = model.model.language_model.forward
-        with pytest.raises(RerouteError):
+        routed.get_submodule(place).forward = model.get_submodule(place).forward
+        with pytest.raises(RerouteError, match=message):
             routed(**inputs)
-        del inner.forward
+        del routed.get_submodule(place).forward
         assert_same(routed, model, inputs)
+
+    def test_hooks_that_would_not_run_are_refused(self, model, inputs):
+        routed = compile(model)
+        routed.model.language_model.layers[1].register_forward_hook(lambda *_: None)
+        with pytest.raises(InputError, match=r"routed\.layers\.1 got a forward hook, which does not run"):
+            routed(**inputs)
+        model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: None)
+        with pytest.raises(
+            UnsupportedModelError, match=r"decoder\.layers\.0\.mlp has a forward hook.*would not run"
+        ):
+            compile(model)
+
+    def test_hooks_of_transformers_are_no_reason(self, model, inputs):
+        expected = model(**inputs, output_hidden_states=True)
+        assert len(expected.hidden_states) == 3
+        assert_same(compile(model), model, inputs)
 
     @pytest.mark.parametrize("part", ["model", "model.language_model"])
     def test_a_part_that_is_called_by_itself_raises(self, model, inputs, part):

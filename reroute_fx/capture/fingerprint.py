@@ -10,6 +10,9 @@ _OF_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scal
 """Attributes of layers with adapters (PEFT) that decide what such a layer computes."""
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
 class Fingerprint:
     """Identities of a module's parts: children with their classes, parameters, buffers, and forwards of instances.
 
@@ -26,6 +29,7 @@ class Fingerprint:
         self._states: list[tuple[dict[str, Any], str, Any, str]] = []
         self._classes: list[tuple[torch.nn.Module, type, str]] = []
         self._tensors: list[tuple[torch.Tensor, torch.dtype, torch.device, str]] = []
+        self._hooks: list[tuple[dict[int, Any], str]] = []
         for inner, part in module.named_modules():
             self._look_at(part, f"{name}.{inner}" if inner else name, is_root=part is module)
 
@@ -45,6 +49,14 @@ class Fingerprint:
         if not is_root:
             # The root may be a key of a weak dictionary that holds this.
             self._classes.append((module, type(module), path))
+            self._hooks += [(own[table], path) for table in _HOOKS]
+
+    def hooked(self) -> str | None:
+        """Path of a part below the module itself that has hooks of its own; those of transformers don't count."""
+        for hooks, path in self._hooks:
+            if hooks and not all(_is_of_transformers(hook) for hook in hooks.values()):
+                return path
+        return None
 
     def changed(self) -> str | None:
         """Path of a part that is no longer what it was; None if all are."""
@@ -61,3 +73,9 @@ class Fingerprint:
             if table.get(name) != state:
                 return path
         return None
+
+
+def _is_of_transformers(hook: Any) -> bool:
+    """Whether a hook is one that transformers installs to return hidden states."""
+    function = getattr(hook, "func", hook)
+    return str(getattr(function, "__module__", "")).startswith("transformers.")

@@ -61,6 +61,7 @@ class RoutedModel(torch.nn.Module):
     _report: RoutingReport
     _first_call_seconds: dict[str, float]
     _parts: tuple[Fingerprint, ...] = ()
+    _programmed: tuple[Fingerprint, ...] = ()
 
     @property
     def report(self) -> RoutingReport:
@@ -116,6 +117,12 @@ class RoutedModel(torch.nn.Module):
             raise InputError(
                 f"{changed} is no longer what it was when the model was compiled (replaced, moved, cast, or another "
                 f"adapter); the compiled programs still have the old one. Call reroute_fx.compile again."
+            )
+        hooked = next((path for parts in self._programmed if (path := parts.hooked())), None)
+        if hooked:
+            raise InputError(
+                f"{hooked} got a forward hook, which does not run: the decoder's parts are compiled into programs. "
+                f"Remove it; hidden states come with output_hidden_states=True."
             )
 
     def _forget_position_offset(self) -> None:
@@ -267,6 +274,7 @@ def make_routed_model(
         routed.programs["images"] = images
         routed.base_model.get_image_features = _ImageFeatures(tower, images, routed.config)
     routed._first_call_seconds = {}
-    compiled = routed if tower is not None else inner
-    routed._parts = Fingerprint(model, "model"), Fingerprint(compiled, "routed")
+    routed._programmed = (Fingerprint(inner, "routed"),)
+    reduced = () if tower is None else (Fingerprint(routed, "routed"),)
+    routed._parts = Fingerprint(model, "model"), *routed._programmed, *reduced
     return routed
