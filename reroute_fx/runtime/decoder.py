@@ -72,9 +72,12 @@ class RoutedDecoder(torch.nn.Module):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
         cache = self._cache(past_key_values, use_cache)
+        if cache is None and attention_mask is None:
+            _refuse_packed_rows(position_ids, self.position_rank)
         places, entered = prompt.places, None
         if prompt.reduction is not None:
             rows = prompt.reduction.enter(inputs_embeds)
@@ -207,6 +210,22 @@ class RoutedDecoder(torch.nn.Module):
         later = self.routing_config.decision_layers
         ahead = torch.arange(new, device=rows.next_position.device)
         return {f"position_ids_{start}": rows.tokens[start][:, None] + ahead for start in later}
+
+
+def _refuse_packed_rows(positions: torch.Tensor | None, position_rank: int) -> None:
+    """Without a mask and a cache transformers takes positions that restart for several sequences in one row.
+
+    Those of text alone say so: ``[B, S]``, or with multimodal positions the first of ``[4, B, S]``.
+    """
+    if positions is None or positions.ndim != position_rank or (position_rank == 3 and len(positions) != 4):
+        return
+    text = positions[0] if position_rank == 3 else positions
+    rows = (text.diff(dim=-1) != 1).any(dim=-1).nonzero().flatten().tolist()
+    if rows:
+        raise InputError(
+            f"position_ids restart or jump in rows {rows} and there is no attention_mask: several sequences packed "
+            f"into a row; expected one in each. Give every sequence a row of its own, padded with an attention_mask."
+        )
 
 
 def _refuse_what_the_programs_lack(**given: Any) -> None:

@@ -24,7 +24,7 @@ from ..lowering import Executable, TensorRTProgram
 from ..report import RoutingReport
 from .cache import RoutedCache
 from .decoder import UNROUTED, RoutedDecoder, current_call
-from .prompt import Prompt, PromptReader
+from .prompt import Continuation, Prompt, PromptReader, without_grids
 from .specialize import specialize
 
 
@@ -81,6 +81,10 @@ class RoutedModel(torch.nn.Module):
         more = given.pop("kwargs", {})
         call = self._reader.read({**given, **more}, self.device)
         self._forget_position_offset()
+        if isinstance(call, Continuation):
+            # The cache knows the positions behind its pictures.
+            del given["self"]
+            args, kwargs = (), without_grids({**given, **more})
         start = time.perf_counter()
         token = current_call.set(call or UNROUTED)
         try:
@@ -131,6 +135,9 @@ class RoutedModel(torch.nn.Module):
         """See the model's own `generate`. Bad inputs are refused before the images are encoded."""
         given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
         self._reader.check_generate(given, self.device)
+        cache = given.get("past_key_values")
+        if isinstance(cache, RoutedCache) and cache.rows:
+            kwargs = without_grids(kwargs)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def visualize(

@@ -19,6 +19,7 @@ from .routing import Routing
 from .rows import Places
 
 _VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")
+_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
 _REFUSED_FLAGS = ("output_attentions", "output_hidden_states")
 
 
@@ -214,6 +215,11 @@ class PromptReader:
 
     def _is_visual(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+
+
+def without_grids(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call on a cache, less what tells the positions of pictures that are cached already."""
+    return {name: value for name, value in given.items() if name not in _GRIDS}
 
 
 def _visual_columns(is_visual: torch.Tensor) -> torch.Tensor:
