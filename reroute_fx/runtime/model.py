@@ -241,6 +241,20 @@ class _ImageFeatures:
         )
 
 
+def _kept_with(
+    programs: dict[str, Executable | TensorRTProgram], make: Callable[[str], Executable | TensorRTProgram]
+) -> Callable[[str], Executable | TensorRTProgram]:
+    """`make` that is called once for each name, and keeps what it made with the other programs."""
+
+    def program(name: str) -> Executable | TensorRTProgram:
+        title = f"{name} with hidden states"
+        if title not in programs:
+            programs[title] = make(name)
+        return programs[title]
+
+    return program
+
+
 def make_routed_model(
     model: PreTrainedModel,
     decoder: PreTrainedModel,
@@ -253,8 +267,13 @@ def make_routed_model(
     limits: Limits | None = None,
     tower: CapturedTower | None = None,
     images: Executable | TensorRTProgram | None = None,
+    with_streams: Callable[[str], Executable | TensorRTProgram] | None = None,
 ) -> Any:
-    """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed."""
+    """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed.
+
+    `with_streams` makes the program of a name that returns the stream before each layer as well, when hidden states are
+    asked for.
+    """
     owner = uuid.uuid4().hex
     routed = copy_sharing_weights(model)
     inner = specialize(text_decoder(routed), RoutedDecoder)
@@ -266,9 +285,13 @@ def make_routed_model(
     specialize(routed, RoutedModel)
     routed.routing_config = report.config
     routed._signature = inspect.signature(type(model).forward)
-    routed._reader = PromptReader(routed.config, report.config, visual_ids, owner, limits=limits)
+    routed._reader = PromptReader(
+        routed.config, report.config, visual_ids, owner, limits=limits, has_streams=with_streams is not None
+    )
     routed._report = report
     routed.programs = {"prefill": prefill, "continuation": continuation}
+    if with_streams is not None:
+        inner.with_streams = _kept_with(routed.programs, with_streams)
     routed.tower = tower
     if tower is not None and images is not None:
         routed.programs["images"] = images

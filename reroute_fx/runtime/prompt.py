@@ -20,7 +20,6 @@ from .rows import Places
 
 _VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")
 _GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
-_REFUSED_FLAGS = ("output_attentions", "output_hidden_states")
 
 
 @dataclass
@@ -79,6 +78,7 @@ class PromptReader:
         owner: identity of the model.
         routes_text: whether prompts without visual tokens are routed too; otherwise they are left to the model.
         limits: of a call; None for any size.
+        has_streams: whether hidden states can be returned.
     """
 
     model_config: Any
@@ -87,6 +87,7 @@ class PromptReader:
     owner: str
     routes_text: bool = False
     limits: Limits | None = None
+    has_streams: bool = False
 
     def read(self, given: Mapping[str, Any], device: torch.device) -> Prompt | Continuation | None:
         """A prompt to route, tokens on a routed cache, or (None) neither.
@@ -98,7 +99,8 @@ class PromptReader:
         Raises:
             InputError: the call asks for something that routing can't give, or would give wrongly.
         """
-        for flag in _REFUSED_FLAGS:
+        refused = ["output_attentions"] if self.has_streams else ["output_attentions", "output_hidden_states"]
+        for flag in refused:
             if given.get(flag):
                 raise InputError(
                     f"{flag}=True is not available on a routed model. Use the model that was compiled."
