@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from conversations import EVERYTHING, MIXED, NOISE, SINGLE, batch, new_tokens, routed_model, unrouted_model
+from conversations import (
+    BATCHES,
+    EVERYTHING,
+    IMAGE,
+    MIXED,
+    NOISE,
+    SINGLE,
+    TEXT,
+    batch,
+    new_tokens,
+    routed_model,
+    unrouted_model,
+)
+from transformers import Trainer, TrainingArguments
 
 from reroute_fx import InputError
 
@@ -68,3 +81,164 @@ def mask_behind(inputs, count):
     """The mask of a prompt and of as many tokens behind it."""
     mask = inputs["attention_mask"]
     return torch.cat([mask, torch.ones_like(mask[:, :1]).expand(-1, count)], dim=1)
+
+
+def embedded(family, inputs):
+    """`inputs` with the embeddings that the model gives its decoder, in place of the pictures."""
+    model = unrouted_model(family)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    features = image_features(model, inputs).pooler_output
+    is_visual = inputs["input_ids"] == IMAGE
+    embeds = embeds.masked_scatter(is_visual[..., None], torch.cat(list(features)))
+    return {**without(inputs, "pixel_values"), "inputs_embeds": embeds}, is_visual
+
+
+def image_features(model, inputs):
+    grids = {name: value for name, value in inputs.items() if name == "image_grid_thw"}
+    return model.get_image_features(inputs["pixel_values"], **grids)
+
+
+def without(inputs, *names):
+    return {name: value for name, value in inputs.items() if name not in names}
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+def test_embeddings_beside_ids_are_routed_as_the_pictures(family, rows):
+    routed, inputs = routed_model(family), batch(family, *BATCHES[rows])
+    given, _ = embedded(family, inputs)
+    found, wanted = routed(**given), routed(**inputs)
+    torch.testing.assert_close(found.logits, wanted.logits, atol=NOISE, rtol=0)
+    for layer, kept in wanted.routing.all_kept.items():
+        assert torch.equal(found.routing.all_kept[layer], kept)
+    assert torch.equal(
+        new_tokens(routed, given, max_new_tokens=4), new_tokens(routed, inputs, max_new_tokens=4)
+    )
+
+
+def test_embeddings_of_text_and_placeholders_take_their_pictures(family):
+    """The prompt's embeddings as they are before pictures come in."""
+    routed, inputs = routed_model(family), batch(family, *MIXED)
+    embeds = routed.get_input_embeddings()(inputs["input_ids"])
+    found = routed(**inputs, inputs_embeds=embeds)
+    torch.testing.assert_close(found.logits, routed(**inputs).logits, atol=NOISE, rtol=0)
+    beams = {"num_beams": 2, "max_new_tokens": 4}
+    assert torch.equal(
+        new_tokens(routed, inputs, inputs_embeds=embeds, **beams), new_tokens(routed, inputs, **beams)
+    )
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+def test_embeddings_with_a_mask_of_the_visual_tokens(rows):
+    routed, inputs = routed_model("llava"), batch("llava", *BATCHES[rows])
+    given, is_visual = embedded("llava", inputs)
+    given = {**without(given, "input_ids"), "visual_mask": is_visual}
+    torch.testing.assert_close(routed(**given).logits, routed(**inputs).logits, atol=NOISE, rtol=0)
+    assert torch.equal(
+        routed.generate(**given, max_new_tokens=4), new_tokens(routed, inputs, max_new_tokens=4)
+    )
+
+
+def test_a_mask_of_the_visual_tokens_needs_positions_in_three_dimensions():
+    routed, inputs = routed_model("qwen"), batch("qwen", *MIXED)
+    given, is_visual = embedded("qwen", inputs)
+    given = {"inputs_embeds": given["inputs_embeds"], "attention_mask": inputs["attention_mask"]}
+    for call in (routed, routed.generate):
+        with pytest.raises(InputError, match=r"without position_ids.*\[3, batch, length\]"):
+            call(**given, visual_mask=is_visual)
+    positions, _ = unrouted_model("qwen").model.get_rope_index(**without(inputs, "pixel_values"))
+    found = routed(**given, visual_mask=is_visual, position_ids=positions)
+    torch.testing.assert_close(found.logits, routed(**inputs).logits, atol=NOISE, rtol=0)
+
+
+def test_embeddings_without_pictures_run_as_text(family):
+    model, ids = unrouted_model(family), torch.tensor([[1, 5, 17, 23, 29]])
+    embeds, routed = model.get_input_embeddings()(ids), routed_model(family)
+    assert torch.equal(routed(inputs_embeds=embeds).logits, model(inputs_embeds=embeds).logits)
+    both = routed(input_ids=ids, inputs_embeds=embeds)
+    assert torch.equal(both.logits, model(input_ids=ids).logits)
+    found = routed.generate(inputs_embeds=embeds, max_new_tokens=3)
+    assert torch.equal(found, model.generate(inputs_embeds=embeds, max_new_tokens=3))
+
+
+def test_embeddings_are_refused_where_nothing_says_what_is_visual(family):
+    routed, inputs = routed_model(family), batch(family, *SINGLE)
+    embeds = routed.get_input_embeddings()(inputs["input_ids"])
+    given = {**without(inputs, "input_ids"), "inputs_embeds": embeds}
+    for call in (routed, routed.generate):
+        with pytest.raises(InputError, match="visual_mask"):
+            call(**given)
+    with pytest.raises(InputError, match=r"visual_mask has dtype torch\.int64"):
+        routed(**given, visual_mask=(inputs["input_ids"] == IMAGE).long())
+    with pytest.raises(InputError, match="visual_mask is a list"):
+        routed(**given, visual_mask=[True])
+    with pytest.raises(InputError, match="an embedding for each token"):
+        routed(**without(given, "inputs_embeds"), input_ids=inputs["input_ids"], inputs_embeds=embeds[:, 1:])
+
+
+def test_positions_of_embeddings_need_the_grids():
+    routed, inputs = routed_model("qwen"), batch("qwen", *SINGLE)
+    given, _ = embedded("qwen", inputs)
+    with pytest.raises(InputError, match=r"positions in time, height and width.*mm_token_type_ids"):
+        routed(**without(given, "mm_token_type_ids"))
+
+
+def test_features_in_place_of_pixels(family):
+    routed, inputs = routed_model(family), batch(family, *MIXED)
+    given = {
+        **without(inputs, "pixel_values"),
+        "mm_encoder_outputs": {"image": image_features(unrouted_model(family), inputs)},
+    }
+    torch.testing.assert_close(routed(**given).logits, routed(**inputs).logits, atol=NOISE, rtol=0)
+    wanted = new_tokens(routed, inputs, max_new_tokens=4)
+    assert torch.equal(new_tokens(routed, given, max_new_tokens=4), wanted)
+    with pytest.raises(InputError, match="no image token"):
+        routed(input_ids=torch.tensor([[1, 5, 6]]), mm_encoder_outputs=given["mm_encoder_outputs"])
+
+
+def loss_inputs(inputs):
+    """No label is behind padding: what padding predicts is nobody's."""
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
+    return {
+        "plain": {"labels": labels},
+        "shifted": {"labels": labels, "shift_labels": shifted},
+        "counted": {"labels": labels, "num_items_in_batch": 7},
+    }
+
+
+@pytest.mark.parametrize("given", ["plain", "shifted", "counted"])
+@pytest.mark.parametrize("rows", [MIXED, TEXT], ids=["pictures", "text"])
+def test_losses_are_those_of_the_unrouted_model(family, rows, given):
+    inputs = batch(family, *rows, pad="right")
+    losses = loss_inputs(inputs)[given]
+    found = routed_model(family, EVERYTHING)(**inputs, **losses).loss
+    torch.testing.assert_close(found, unrouted_model(family)(**inputs, **losses).loss, atol=NOISE, rtol=0)
+
+
+def test_losses_with_gradients_are_refused(family):
+    routed, inputs = routed_model(family), batch(family, *SINGLE)
+    for name in ("labels", "shift_labels"):
+        with torch.enable_grad(), pytest.raises(InputError, match=rf"{name}.*inference.*no_grad"):
+            routed(**inputs, **{name: inputs["input_ids"]})
+
+
+def test_a_trainer_evaluates(family, tmp_path):
+    inputs = batch(family, *SINGLE)
+    example = {name: value if name in PICTURE_INPUTS else value[0] for name, value in inputs.items()}
+    example["labels"] = example["input_ids"]
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, per_device_eval_batch_size=2)
+    losses = [
+        Trainer(model, arguments, eval_dataset=[example] * 2, data_collator=collate).evaluate()["eval_loss"]
+        for model in (routed_model(family, EVERYTHING), unrouted_model(family))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=NOISE)
+
+
+PICTURE_INPUTS = ("pixel_values", "image_grid_thw")
+
+
+def collate(examples):
+    return {
+        name: (torch.cat if name in PICTURE_INPUTS else torch.stack)([example[name] for example in examples])
+        for name in examples[0]
+    }

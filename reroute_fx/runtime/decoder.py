@@ -25,7 +25,16 @@ current_call: ContextVar[Any] = ContextVar("current_call", default=None)
 """What the model that contains the decoder is doing: a `Prompt`, a `Continuation` or `UNROUTED`."""
 
 
-_HARMLESS = {"cache_position", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"}
+_HARMLESS = {
+    "cache_position",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "logits_to_keep",
+    "labels",
+    "shift_labels",
+    "num_items_in_batch",
+}
 """Arguments of a decoder that change nothing about what the routed program computes."""
 
 
