@@ -3,8 +3,8 @@
 They know graphs and operators, not models. In the order in which a decoder is routed:
 `RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `InsertSelection`,
 `RouteStages`, `ReuseKeys`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages` and
-`AttendToCache`. On the vision tower `FindStates`, `CanonicalizeAttention`, and `ReduceFeatures` for pictures of one
-size, `ReduceGrids` for those of any.
+`AttendToCache`; `ExposeStreams` last, where hidden states are asked for. On the vision tower `FindStates`,
+`CanonicalizeAttention`, and `ReduceFeatures` for pictures of one size, `ReduceGrids` for those of any.
 """
 
 from .. import kernels  # noqa: F401 - it registers torch.ops.reroute
@@ -13,6 +13,7 @@ from .canonicalize_attention import CanonicalizeAttention
 from .decoder_graph import Decision, DecoderGraph, Layer, LayerSizes
 from .errors import MatchError, RerouteError
 from .expose_outputs import ExposeOutputs
+from .expose_streams import ExposeStreams
 from .find_layers import FindLayers
 from .find_states import FindStates
 from .insert_selection import SCORING, InsertSelection
@@ -40,6 +41,7 @@ __all__ = [
     "Decision",
     "DecoderGraph",
     "ExposeOutputs",
+    "ExposeStreams",
     "FindLayers",
     "FindStates",
     "GridInputs",

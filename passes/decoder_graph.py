@@ -92,6 +92,7 @@ class DecoderGraph:
         layers: set by `FindLayers`.
         decisions: set by `InsertSelection`, updated by `RouteStages`.
         states: set by `FindStates`, of a vision tower.
+        streams: residual stream before each layer, with all S rows; set by `RouteStages` if asked to keep them.
         added_inputs: placeholders added by the passes, in order.
         new_sizes: symbolic sizes that the added inputs brought in, by name.
         outputs: named outputs added by the passes, in order; they follow the original ones.
@@ -104,6 +105,7 @@ class DecoderGraph:
     layers: tuple[Layer, ...] = ()
     decisions: tuple[Decision, ...] = ()
     states: tuple[fx.Node, ...] = ()
+    streams: tuple[fx.Node, ...] = ()
     added_inputs: tuple[fx.Node, ...] = ()
     new_sizes: dict[str, torch.SymInt] = field(default_factory=dict)
     outputs: dict[str, fx.Node] = field(default_factory=dict)
@@ -141,7 +143,10 @@ class DecoderGraph:
 
     def clean_up(self) -> None:
         """Remove nodes that nothing reads and check the graph. Decisions and states stay until a pass uses them."""
-        live = {n for d in self.decisions for n in (d.scores, d.positions, d.kept)} | set(self.states)
+        live = {n for d in self.decisions for n in (d.scores, d.positions, d.kept)} | {
+            *self.states,
+            *self.streams,
+        }
         self.fx_graph.eliminate_dead_code(
             lambda n: n.op in ("placeholder", "output") or n in live or _writes(n)
         )

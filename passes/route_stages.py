@@ -14,7 +14,8 @@ Deferred rows keep the residual value that they had when they were deferred. At 
 all S rows again, each at its own place. Rotary positions are gathered, gaps and all; contiguous ones are those of
 the first S' tokens instead.
 
-Where the next decision asks a layer inside a stage, the input of that layer is restored as well.
+Where the next decision asks a layer inside a stage, the input of that layer is restored as well, and on demand that of
+every layer, for `ExposeStreams`.
 """
 
 import operator
@@ -96,19 +97,23 @@ class RouteStages(Pass):
     """Args:
     action: one of `ACTIONS`.
     positions: one of `POSITIONS`.
+    keep_streams: restore the input of every layer and keep it in `DecoderGraph.streams`.
     """
 
-    def __init__(self, action: str, positions: str = "original") -> None:
-        self.action, self.positions = action, positions
+    def __init__(self, action: str, positions: str = "original", keep_streams: bool = False) -> None:
+        self.action, self.positions, self.keep_streams = action, positions, keep_streams
 
     def apply(self, graph: DecoderGraph) -> PassResult:
         if not graph.decisions:
             return PassResult(self.name)
         renumbered = descendants(position_input(graph)) if self.positions == "contiguous" else set()
         if self.action == "physical_delete":
-            _delete(graph, renumbered)
+            streams = _delete(graph, renumbered, self.keep_streams)
         else:
-            _route(graph, renumbered, stagewise=self.action == "compact_route_stagewise")
+            stagewise = self.action == "compact_route_stagewise"
+            streams = _route(graph, renumbered, stagewise, self.keep_streams)
+        if self.keep_streams:
+            graph.streams = tuple(streams.get(layer.start, layer.start) for layer in graph.layers)
         routed = len(graph.layers) - graph.decisions[0].layer
         return PassResult(self.name, matched=len(graph.decisions), rewritten=routed, detail=self.action)
 
@@ -118,9 +123,13 @@ def _stages(graph: DecoderGraph) -> list[tuple[Decision, tuple[Layer, ...]]]:
     return [(d, graph.layers[d.layer : end]) for d, end in zip(graph.decisions, ends, strict=True)]
 
 
-def _route(graph: DecoderGraph, renumbered: set[fx.Node], stagewise: bool) -> None:
+def _route(
+    graph: DecoderGraph, renumbered: set[fx.Node], stagewise: bool, keep_streams: bool
+) -> dict[fx.Node, fx.Node]:
+    """Returns what stands in the place of streams between layers."""
     restored = {}
-    asked = {decision.asked.start for decision in graph.decisions}
+    wanted = {layer.start for layer in graph.layers if keep_streams}
+    wanted |= {decision.asked.start for decision in graph.decisions}
     for decision, layers in _stages(graph):
         tokens: ActiveRows | None = None
         for group in [layers] if stagewise else [(layer,) for layer in layers]:
@@ -131,20 +140,24 @@ def _route(graph: DecoderGraph, renumbered: set[fx.Node], stagewise: bool) -> No
                     stream = tokens.stream
                 else:
                     (stream,) = compact(edit, [start], tokens.positions, [1])
-                *_, before_last, stream = _run_layers(edit, group, stream, tokens)
-                if last.start in asked and last.start is not start:
-                    restored[last.start] = _restore(edit, start, before_last, tokens)
+                _, *inside, stream = _run_layers(edit, group, stream, tokens)
+                for layer, rows in zip(group[1:], inside, strict=True):
+                    if layer.start in wanted:
+                        restored[layer.start] = _restore(edit, start, rows, tokens)
                 restored[last.end] = _restore(edit, start, stream, tokens)
     for original, stream in restored.items():
         original.replace_all_uses_with(stream, partial(operator.lt, stream))  # only what comes later
+    return restored
 
 
-def _delete(graph: DecoderGraph, renumbered: set[fx.Node]) -> None:
+def _delete(graph: DecoderGraph, renumbered: set[fx.Node], keep_streams: bool) -> dict[fx.Node, fx.Node]:
+    """Returns what stands in the place of streams between layers, if they are to be kept."""
     last = graph.layers[-1].end
     stream = graph.layers[graph.decisions[0].layer].start
     before_last = stream
     stages: list[tuple[fx.Node, ActiveRows]] = []
     decisions: list[Decision] = []
+    kept = {}
     with edit_after(graph, last, region="") as edit:
         for decision, layers in _stages(graph):
             source = stages[-1][1] if stages else None
@@ -154,11 +167,17 @@ def _delete(graph: DecoderGraph, renumbered: set[fx.Node]) -> None:
             decisions.append(decision)
             tokens = ActiveRows(edit, decision, layers, stream, renumbered, source)
             stages.append((stream, tokens))
-            *_, before_last, stream = _run_layers(edit, layers, tokens.stream, tokens)
-        for outer, tokens in reversed(stages):
-            stream = _restore(edit, outer, stream, tokens)
+            *before, stream = _run_layers(edit, layers, tokens.stream, tokens)
+            before_last = before[-1]
+            if keep_streams:
+                kept |= {
+                    layer.start: _restore_all(edit, rows, stages)
+                    for layer, rows in zip(layers, before, strict=True)
+                }
+        stream = _restore_all(edit, stream, stages)
     last.replace_all_uses_with(stream)
     graph.decisions = tuple(decisions)
+    return kept
 
 
 def _run_layers(edit: Editor, layers: Sequence[Layer], stream: fx.Node, tokens: ActiveRows) -> list[fx.Node]:
@@ -216,6 +235,13 @@ def _survivors(edit: Editor, decision: Decision) -> tuple[fx.Node, fx.Node]:
     survivors = edit.call(aten.masked_fill.Scalar, moved, edit.call(aten.logical_not.default, kept), NO_TOKEN)
     lengths = edit.call(aten.sub.Tensor, decision.lengths, edit.call(aten.sum.dim_IntList, dropped, [1]))
     return survivors, lengths
+
+
+def _restore_all(edit: Editor, rows: fx.Node, stages: Sequence[tuple[fx.Node, ActiveRows]]) -> fx.Node:
+    """The rows of the last stage in the stream that the first one began with."""
+    for outer, tokens in reversed(stages):
+        rows = _restore(edit, outer, rows, tokens)
+    return rows
 
 
 def _restore(edit: Editor, stream: fx.Node, rows: fx.Node, tokens: ActiveRows) -> fx.Node:

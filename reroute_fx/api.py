@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.export import ExportedProgram
 
 from ._compat import settle_cpu_math
 from .capture import CapturedDecoder, capture_decoder, find_visual_token_ids, text_decoder
@@ -16,6 +17,8 @@ from .errors import ConfigError, UnsupportedModelError
 from .limits import Limits
 from .lowering import (
     CudaRecorder,
+    Executable,
+    TensorRTProgram,
     check_backend,
     check_device,
     check_tensorrt,
@@ -108,8 +111,9 @@ def compile(
         following = continuation(
             captured.program, config.decision_layers, captured.num_layers, positions=config.positions
         )
-    lowered = {
-        name: lower(
+
+    def lowered(source: ExportedProgram, name: str) -> Executable | TensorRTProgram:
+        return lower(
             source,
             backend,
             dynamic,
@@ -118,8 +122,11 @@ def compile(
             show_progress=progress,
             limits=limits,
         )
-        for name, source in (("prefill", program), ("continuation", following))
-    }
+
+    def with_streams(name: str) -> Executable | TensorRTProgram:
+        source = _with_streams(name, captured, config, savings)
+        return lowered(source, f"{name} with hidden states")
+
     tower, images = None, None
     if config.entry_ratio < 1:
         with _status(progress, "reducing pictures"):
@@ -138,7 +145,22 @@ def compile(
         limits=limits,
         tower=tower,
         images=images,
-        **lowered,
+        with_streams=with_streams,
+        prefill=lowered(program, "prefill"),
+        continuation=lowered(following, "continuation"),
+    )
+
+
+def _with_streams(
+    name: str, captured: CapturedDecoder, config: RoutingConfig, savings: Savings | None
+) -> ExportedProgram:
+    """The program for prompts or for what follows that returns the stream before each layer as well."""
+    layers = captured.num_layers
+    if name == "prefill":
+        program, _ = route(captured.program, config, num_layers=layers, savings=savings, streams=True)
+        return program
+    return continuation(
+        captured.program, config.decision_layers, layers, positions=config.positions, streams=True
     )
 
 

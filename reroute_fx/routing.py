@@ -14,6 +14,7 @@ from .passes import (
     CanonicalizeAttention,
     DecoderGraph,
     ExposeOutputs,
+    ExposeStreams,
     FindLayers,
     FindStates,
     GridInputs,
@@ -61,6 +62,7 @@ def route(
     *,
     num_layers: int | None = None,
     savings: Savings | None = None,
+    streams: bool = False,
 ) -> tuple[ExportedProgram, RoutingReport]:
     """Rewrite an exported text decoder so that it runs on routed visual tokens.
 
@@ -71,6 +73,7 @@ def route(
         config: what to route.
         num_layers: layers that the decoder has, if known: finding another number is then an error.
         savings: rewrites that save work; None for those that were measured to pay.
+        streams: return the residual stream before each layer as well. Nothing is restored in place then.
 
     Returns:
         The routed program and its report. The program takes the inputs of `exported_program`, less a
@@ -78,8 +81,8 @@ def route(
         of each row is a text token. The program returns ``{"output": ..., "routing": ...}``: what the
         original returns, and a dictionary with ``key.<layer>`` and ``value.<layer>`` ``[B, Hkv, S', D]``,
         ``scores.<layer>`` ``[B, N]`` float32 (-inf for tokens that were no candidates) and
-        ``kept.<layer>`` ``[B, N]`` bool. Tokens that were deferred or deleted keep the hidden state with
-        which they left.
+        ``kept.<layer>`` ``[B, N]`` bool, with `streams` also ``stream.<layer>`` ``[B, S, d]``. Tokens that were
+        deferred or deleted keep the hidden state with which they left.
 
     Raises:
         ConfigError: a decision layer beyond the decoder.
@@ -87,18 +90,26 @@ def route(
     """
     if num_layers is not None:
         config.check_depth(num_layers)
+    savings = savings or Savings()
+    if streams:
+        savings = replace(savings, restore_in_place=False)
     passes = [
         *find_passes(num_layers),
-        *_stage_passes(config),
-        *(savings or Savings()).passes(),
+        *_stage_passes(config, streams),
+        *savings.passes(),
         ExposeOutputs(),
+        *_stream_passes(streams),
     ]
     graph, results = run_passes(exported_program, passes)
     report = make_report(graph, results, config)
     return to_program(graph, exported_program), report
 
 
-def _stage_passes(config: RoutingConfig) -> list[Pass]:
+def _stream_passes(streams: bool) -> list[Pass]:
+    return [ExposeStreams()] if streams else []
+
+
+def _stage_passes(config: RoutingConfig, keep_streams: bool) -> list[Pass]:
     if not config.decision_layers:
         return []
     return [
@@ -109,7 +120,7 @@ def _stage_passes(config: RoutingConfig) -> list[Pass]:
             scoring=config.scoring,
             seed=config.seed,
         ),
-        RouteStages(config.action, config.positions),
+        RouteStages(config.action, config.positions, keep_streams),
     ]
 
 
@@ -156,6 +167,7 @@ def continuation(
     num_layers: int | None = None,
     *,
     positions: str = "original",
+    streams: bool = False,
 ) -> ExportedProgram:
     """The program for tokens that follow a prompt: each layer attends to its own key-value cache.
 
@@ -164,6 +176,7 @@ def continuation(
         stage_starts: decision layers; the layers from one to the next cached the same tokens.
         num_layers: layers that the decoder has, if known.
         positions: see `RoutingConfig`.
+        streams: see `route`.
 
     Returns:
         A program that takes the inputs of `exported_program` for Q new tokens, less a padding mask, and those
@@ -173,7 +186,12 @@ def continuation(
         MatchError: the graph is no decoder that can be routed.
     """
     numbering: list[Pass] = [NumberStages(stage_starts)] if positions == "contiguous" else []
-    passes = [*find_passes(num_layers), *numbering, AttendToCache(stage_starts)]
+    passes = [
+        *find_passes(num_layers),
+        *numbering,
+        AttendToCache(stage_starts),
+        *_stream_passes(streams),
+    ]
     graph, _ = run_passes(exported_program, passes)
     return to_program(graph, exported_program)
 

@@ -139,6 +139,8 @@ def _export(decoder: PreTrainedModel) -> CapturedDecoder:
     inputs, shapes = _sample_inputs(decoder)
     traced = copy_sharing_weights(decoder)
     traced.config._attn_implementation = "sdpa"
+    # What is asked for besides comes from programs of its own.
+    traced.config.output_attentions = traced.config.output_hidden_states = False
     try:
         with quiet():
             program = dynamo_export(traced, inputs, shapes)

@@ -79,6 +79,7 @@ def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
     shapes = {name: images.shapes[name] for name in inputs}
     traced = copy_sharing_weights(tower)
     traced.vision.config._attn_implementation = tower.attention
+    traced.vision.config.output_attentions = traced.vision.config.output_hidden_states = False
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(traced, (), inputs, dynamic_shapes=shapes, strict=False)

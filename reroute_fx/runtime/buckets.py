@@ -42,7 +42,7 @@ def cut_outputs(values: Mapping[str, torch.Tensor], plan: RowPlan, places: int) 
 
     Args:
         values: ``key.<layer>`` and ``value.<layer>`` ``[B, Hkv, S', D]``, ``scores.<layer>`` and ``kept.<layer>``
-            ``[B, N]``.
+            ``[B, N]``, ``stream.<layer>`` ``[B, S, d]``.
         plan: of the prompt.
         places: S of the prompt.
     """
@@ -51,6 +51,8 @@ def cut_outputs(values: Mapping[str, torch.Tensor], plan: RowPlan, places: int) 
         kind, _, layer = name.partition(".")
         if kind in ("key", "value"):
             cut[name] = tensor[:, :, : plan.slots(int(layer), places)]
+        elif kind == "stream":
+            cut[name] = tensor[:, :places]
         else:
             cut[name] = tensor[:, :tokens]
     return cut

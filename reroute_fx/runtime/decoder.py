@@ -1,6 +1,6 @@
 """The text decoder of a routed model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,7 +25,16 @@ current_call: ContextVar[Any] = ContextVar("current_call", default=None)
 """What the model that contains the decoder is doing: a `Prompt`, a `Continuation` or `UNROUTED`."""
 
 
-_HARMLESS = {"cache_position", "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep"}
+_HARMLESS = {
+    "cache_position",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "logits_to_keep",
+    "labels",
+    "shift_labels",
+    "num_items_in_batch",
+}
 """Arguments of a decoder that change nothing about what the routed program computes."""
 
 
@@ -39,6 +48,8 @@ class RoutedDecoder(torch.nn.Module):
         position_rank: 2 for positions ``[B, S]``, 3 for ``[3, B, S]``.
         owner: identity of the model, kept with the caches that it makes.
         uses_buckets: whether prompts run in rounded sizes, for CUDA graphs.
+        with_streams: makes the program of that name that returns the stream before each layer as well; None if there
+            is none.
     """
 
     prefill: Callable[..., Any]
@@ -47,6 +58,7 @@ class RoutedDecoder(torch.nn.Module):
     position_rank: int
     owner: str
     uses_buckets: bool
+    with_streams: Callable[[str], Callable[..., Any]] | None = None
     config: Any
 
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -59,6 +71,11 @@ class RoutedDecoder(torch.nn.Module):
             )
         if call is UNROUTED:
             return unrouted(*args, **kwargs)
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            raise InputError(
+                "output_attentions is True, in the call or in the config of the decoder; expected False: the programs "
+                "keep no attention maps. Use the model that was compiled."
+            )
         _refuse_what_the_programs_lack(**kwargs)
         refuse_other_masks(kwargs.get("attention_mask"), call, kwargs["inputs_embeds"].shape[1])
         if isinstance(call, Prompt):
@@ -72,9 +89,13 @@ class RoutedDecoder(torch.nn.Module):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
-        **_: Any,
+        attention_mask: torch.Tensor | None = None,
+        **given: Any,
     ) -> BaseModelOutputWithPast:
+        wanted = self._wanted_states(given)
         cache = self._cache(past_key_values, use_cache)
+        if cache is None and attention_mask is None:
+            _refuse_packed_rows(position_ids, self.position_rank)
         places, entered = prompt.places, None
         if prompt.reduction is not None:
             rows = prompt.reduction.enter(inputs_embeds)
@@ -86,7 +107,7 @@ class RoutedDecoder(torch.nn.Module):
         else:
             positions = self._positions(position_ids, inputs_embeds, places)
             embeds = places.to_front(inputs_embeds) if places else inputs_embeds
-        hidden, values = self._prefill(embeds, positions, prompt.plan)
+        hidden, values = self._prefill(embeds, positions, prompt.plan, self._program("prefill", wanted))
         layers = range(self.config.num_hidden_layers)
         prompt.routing = Routing(
             self.routing_config,
@@ -100,18 +121,36 @@ class RoutedDecoder(torch.nn.Module):
             held = self._cached_rows(prompt, positions, inputs_embeds.shape[1], entered)
             cached = [[values[f"{name}.{i}"] for i in layers] for name in ("key", "value")]
             prompt.commit = lambda: cache.fill(held, *cached)
-        if places:
-            hidden = places.to_columns(hidden)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return _output(hidden, cache, places, values, wanted)
+
+    def _wanted_states(self, given: Mapping[str, Any]) -> tuple[int, ...]:
+        """Which hidden states a call asks for: that before each layer, and the last one."""
+        count = self.config.num_hidden_layers + 1
+        asked = given.get("output_hidden_states", getattr(self.config, "output_hidden_states", False))
+        if asked is None or isinstance(asked, bool):
+            return tuple(range(count)) if asked else ()
+        chosen = [asked] if isinstance(asked, int) else asked
+        return tuple(sorted({i % count for i in chosen if -count <= i < count}))
+
+    def _program(self, name: str, wanted_states: tuple[int, ...]) -> Callable[..., Any]:
+        if not wanted_states:
+            program: Callable[..., Any] = getattr(self, name)
+            return program
+        if self.with_streams is None:
+            raise InputError(
+                "output_hidden_states is set, in the call or in the config of the decoder; expected False: an artifact "
+                "has no programs that return them. Use the routed model that was exported."
+            )
+        return self.with_streams(name)
 
     def _prefill(
-        self, embeds: torch.Tensor, positions: torch.Tensor, plan: RowPlan
+        self, embeds: torch.Tensor, positions: torch.Tensor, plan: RowPlan, program: Callable[..., Any]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Hidden states ``[B, S, d]`` and what `route` exposes, in the sizes of the prompt."""
         inputs = {"inputs_embeds": embeds.contiguous(), "position_ids": positions, **plan.inputs}
         if self.uses_buckets:
             inputs = pad_inputs(inputs)
-        result = self.prefill(**inputs)
+        result = program(**inputs)
         hidden, values = result["output"].last_hidden_state, result["routing"]
         if self.uses_buckets:
             hidden = hidden[:, : embeds.shape[1]]
@@ -174,7 +213,9 @@ class RoutedDecoder(torch.nn.Module):
             gone=gone,
         )
 
-    def _continue(self, call: Continuation, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+    def _continue(
+        self, call: Continuation, inputs_embeds: torch.Tensor, **given: Any
+    ) -> BaseModelOutputWithPast:
         cache, rows = call.cache, call.cache.rows
         assert rows is not None
         batch, new = inputs_embeds.shape[:2]
@@ -184,8 +225,10 @@ class RoutedDecoder(torch.nn.Module):
         positions = rows.next_position[:, None] + torch.arange(new, device=embeds.device)
         if self.position_rank == 3:
             positions = positions.expand(3, batch, new)
+        wanted = self._wanted_states(given)
+        program = self._program("continuation", wanted)
         cache.reserve(new)
-        result = self.continuation(
+        result = program(
             inputs_embeds=embeds.contiguous(),
             position_ids=positions.contiguous(),
             **self._stage_positions(rows, new),
@@ -195,10 +238,7 @@ class RoutedDecoder(torch.nn.Module):
             torch.full_like(rows.next_position, new) if call.is_token is None else call.is_token.sum(dim=1)
         )
         call.commit = lambda: cache.advance(new, tokens)
-        hidden = result["output"].last_hidden_state
-        if places:
-            hidden = places.to_columns(hidden)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return _output(result["output"].last_hidden_state, cache, places, result.get("routing", {}), wanted)
 
     def _stage_positions(self, rows: CachedRows, new: int) -> dict[str, torch.Tensor]:
         """Inputs that `NumberStages` adds: the next tokens of a stage come right behind its own."""
@@ -207,6 +247,54 @@ class RoutedDecoder(torch.nn.Module):
         later = self.routing_config.decision_layers
         ahead = torch.arange(new, device=rows.next_position.device)
         return {f"position_ids_{start}": rows.tokens[start][:, None] + ahead for start in later}
+
+
+def _output(
+    hidden: torch.Tensor,
+    cache: RoutedCache | None,
+    places: Places | None,
+    values: Mapping[str, torch.Tensor],
+    wanted_states: tuple[int, ...],
+) -> BaseModelOutputWithPast:
+    """What the decoder returns, in the columns of the batch.
+
+    Args:
+        hidden: behind the final norm, ``[B, S, d]``.
+        cache: to be returned.
+        places: of the rows in the columns.
+        values: with the stream before each layer, ``[B, S, d]``, if hidden states are wanted.
+        wanted_states: numbers of the hidden states to return; the last one is `hidden`.
+    """
+
+    def to_columns(rows: torch.Tensor) -> torch.Tensor:
+        return places.to_columns(rows) if places else rows
+
+    hidden, states = to_columns(hidden), None
+    if wanted_states:
+        count = sum(name.startswith("stream.") for name in values)
+        streams = [to_columns(values[f"stream.{i}"]) if i in wanted_states else None for i in range(count)]
+        states = (*streams, hidden)
+    return BaseModelOutputWithPast(
+        last_hidden_state=hidden,
+        past_key_values=cache,
+        hidden_states=states,  # type: ignore[arg-type]
+    )
+
+
+def _refuse_packed_rows(positions: torch.Tensor | None, position_rank: int) -> None:
+    """Without a mask and a cache transformers takes positions that restart for several sequences in one row.
+
+    Those of text alone say so: ``[B, S]``, or with multimodal positions the first of ``[4, B, S]``.
+    """
+    if positions is None or positions.ndim != position_rank or (position_rank == 3 and len(positions) != 4):
+        return
+    text = positions[0] if position_rank == 3 else positions
+    rows = (text.diff(dim=-1) != 1).any(dim=-1).nonzero().flatten().tolist()
+    if rows:
+        raise InputError(
+            f"position_ids restart or jump in rows {rows} and there is no attention_mask: several sequences packed "
+            f"into a row; expected one in each. Give every sequence a row of its own, padded with an attention_mask."
+        )
 
 
 def _refuse_what_the_programs_lack(**given: Any) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMode
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..capture import text_decoder
 from ..capture.copies import copy_sharing_weights
@@ -24,7 +23,8 @@ from ..lowering import Executable, TensorRTProgram
 from ..report import RoutingReport
 from .cache import RoutedCache
 from .decoder import UNROUTED, RoutedDecoder, current_call
-from .prompt import Prompt, PromptReader
+from .prompt import Continuation, Prompt, PromptReader, refuse_gradients, without_grids
+from .reduction import ReducedFeatures
 from .specialize import specialize
 
 
@@ -75,17 +75,24 @@ class RoutedModel(torch.nn.Module):
         compilations = {name: program.compilations for name, program in self.programs.items()}
         return replace(self._report, seconds=seconds, compilations=compilations)
 
-    @torch.no_grad()
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.check_parts()
-        given = self._signature.bind(self, *args, **kwargs).arguments
-        more = given.pop("kwargs", {})
-        call = self._reader.read({**given, **more}, self.device)
+        bound = self._signature.bind(self, *args, **kwargs).arguments
+        more = bound.pop("kwargs", {})
+        del bound["self"]
+        given = {**bound, **more}
+        refuse_gradients(given)
+        with torch.no_grad():
+            return self._run_call(unrouted, given)
+
+    def _run_call(self, unrouted: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        call = self._reader.read(given, self.device)
         self._forget_position_offset()
+        arguments = self._arguments(given, call)
         start = time.perf_counter()
         token = current_call.set(call or UNROUTED)
         try:
-            output = unrouted(*args, **kwargs)
+            output = unrouted(**arguments)
         except ValueError as error:
             if "do not match" in str(error):
                 raise InputError(
@@ -125,6 +132,35 @@ class RoutedModel(torch.nn.Module):
                 f"Remove it; hidden states come with output_hidden_states=True."
             )
 
+    def _arguments(self, given: Mapping[str, Any], call: Prompt | Continuation | None) -> dict[str, Any]:
+        """What the model itself takes of a call; it wants either ids or embeddings."""
+        arguments = {name: value for name, value in given.items() if name != "visual_mask"}
+        if isinstance(call, Continuation):
+            # The cache knows the positions behind its pictures.
+            arguments = without_grids(arguments)
+        if given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
+            if isinstance(call, Prompt) and given.get("position_ids") is None:
+                arguments["position_ids"] = self._positions_of(given)
+            arguments["input_ids"] = None
+        return arguments
+
+    def _positions_of(self, given: Mapping[str, Any]) -> torch.Tensor | None:
+        """Rotary positions of a prompt that the model will not see the ids of; None if they count its tokens."""
+        if self._reader.position_rank == 2:
+            return None
+        compute = getattr(self.base_model, "compute_3d_position_ids", None)
+        positions = None
+        if compute is not None:
+            names = inspect.signature(compute).parameters
+            positions = compute(**{name: given.get(name) for name in names})
+        if positions is None:
+            raise InputError(
+                "The prompt came as inputs_embeds, and its positions in time, height and width don't follow from what "
+                "was given; expected the grids and mm_token_type_ids that the processor returned, or position_ids."
+            )
+        self._forget_position_offset()
+        return positions  # type: ignore[no-any-return]
+
     def _forget_position_offset(self) -> None:
         """Let no call see the positions of the prompt before it.
 
@@ -138,7 +174,17 @@ class RoutedModel(torch.nn.Module):
         """See the model's own `generate`. Bad inputs are refused before the images are encoded."""
         given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
         self._reader.check_generate(given, self.device)
+        cache = given.get("past_key_values")
+        if isinstance(cache, RoutedCache) and cache.rows:
+            kwargs = without_grids(kwargs)
+        elif given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
+            # The prompt's forward gets the embeddings alone.
+            kwargs = {**kwargs, "visual_mask": self._reader.is_visual(given["input_ids"])}
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        known = {name: value for name, value in model_kwargs.items() if name != "visual_mask"}
+        super()._validate_model_kwargs(known)  # type: ignore[misc]
 
     def visualize(
         self, inputs: Mapping[str, Any], path: str | Path, processor: Any = None, **options: Any
@@ -225,7 +271,7 @@ class _ImageFeatures:
 
     def __call__(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **given: Any
-    ) -> BaseModelOutputWithPooling:
+    ) -> ReducedFeatures:
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             expected = getattr(self.config, name, None)
             if given.get(name) not in (None, expected):
@@ -236,9 +282,21 @@ class _ImageFeatures:
         images, grid = self.tower.images, None if image_grid_thw is None else image_grid_thw.cpu()
         images.check(pixel_values, grid)
         features = self.program(**images.inputs(pixel_values.contiguous(), grid))["features"]
-        return BaseModelOutputWithPooling(
-            pooler_output=list(features.split(images.sizes(pixel_values, grid)))
-        )
+        return ReducedFeatures(pooler_output=list(features.split(images.sizes(pixel_values, grid))))  # type: ignore[arg-type]
+
+
+def _kept_with(
+    programs: dict[str, Executable | TensorRTProgram], make: Callable[[str], Executable | TensorRTProgram]
+) -> Callable[[str], Executable | TensorRTProgram]:
+    """`make` that is called once for each name, and keeps what it made with the other programs."""
+
+    def program(name: str) -> Executable | TensorRTProgram:
+        title = f"{name} with hidden states"
+        if title not in programs:
+            programs[title] = make(name)
+        return programs[title]
+
+    return program
 
 
 def make_routed_model(
@@ -253,8 +311,13 @@ def make_routed_model(
     limits: Limits | None = None,
     tower: CapturedTower | None = None,
     images: Executable | TensorRTProgram | None = None,
+    with_streams: Callable[[str], Executable | TensorRTProgram] | None = None,
 ) -> Any:
-    """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed."""
+    """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed.
+
+    `with_streams` makes the program of a name that returns the stream before each layer as well, when hidden states are
+    asked for.
+    """
     owner = uuid.uuid4().hex
     routed = copy_sharing_weights(model)
     inner = specialize(text_decoder(routed), RoutedDecoder)
@@ -266,9 +329,19 @@ def make_routed_model(
     specialize(routed, RoutedModel)
     routed.routing_config = report.config
     routed._signature = inspect.signature(type(model).forward)
-    routed._reader = PromptReader(routed.config, report.config, visual_ids, owner, limits=limits)
+    routed._reader = PromptReader(
+        routed.config,
+        report.config,
+        visual_ids,
+        owner,
+        limits=limits,
+        has_streams=with_streams is not None,
+        position_rank=position_rank,
+    )
     routed._report = report
     routed.programs = {"prefill": prefill, "continuation": continuation}
+    if with_streams is not None:
+        inner.with_streams = _kept_with(routed.programs, with_streams)
     routed.tower = tower
     if tower is not None and images is not None:
         routed.programs["images"] = images

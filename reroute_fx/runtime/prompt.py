@@ -14,12 +14,12 @@ from ..limits import Limits
 from ..plan import RowPlan, plan_rows
 from .cache import RoutedCache
 from .images import split_images
-from .reduction import Reduction, plan_entry
+from .reduction import ReducedFeatures, Reduction, plan_entry
 from .routing import Routing
 from .rows import Places
 
 _VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")
-_REFUSED_FLAGS = ("output_attentions", "output_hidden_states")
+_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
 
 
 @dataclass
@@ -78,6 +78,8 @@ class PromptReader:
         owner: identity of the model.
         routes_text: whether prompts without visual tokens are routed too; otherwise they are left to the model.
         limits: of a call; None for any size.
+        has_streams: whether hidden states can be returned.
+        position_rank: 2 if positions count tokens, 3 if they are in time, height and width.
     """
 
     model_config: Any
@@ -86,6 +88,8 @@ class PromptReader:
     owner: str
     routes_text: bool = False
     limits: Limits | None = None
+    has_streams: bool = False
+    position_rank: int = 2
 
     def read(self, given: Mapping[str, Any], device: torch.device) -> Prompt | Continuation | None:
         """A prompt to route, tokens on a routed cache, or (None) neither.
@@ -97,7 +101,8 @@ class PromptReader:
         Raises:
             InputError: the call asks for something that routing can't give, or would give wrongly.
         """
-        for flag in _REFUSED_FLAGS:
+        refused = ["output_attentions"] if self.has_streams else ["output_attentions", "output_hidden_states"]
+        for flag in refused:
             if given.get(flag):
                 raise InputError(
                     f"{flag}=True is not available on a routed model. Use the model that was compiled."
@@ -114,9 +119,12 @@ class PromptReader:
     def check_generate(self, given: Mapping[str, Any], device: torch.device) -> None:
         """Refuse what `read` would refuse after `generate` has encoded the images."""
         cache, held = _cache_of(given)
+        has_prompt = _has_features(given) or any(
+            given.get(name) is not None for name in ("input_ids", "inputs_embeds")
+        )
         if held:
             _refuse_new_images(given, cache)
-        else:
+        elif has_prompt:
             self.read(given, device)
 
     def _continue(
@@ -128,7 +136,7 @@ class PromptReader:
             raise InputError("No new tokens were given on a cache; expected input_ids with one or more.")
         # A single token was generated; looking at it would make the device wait at every step.
         is_turn = given.get("input_ids") is not None and tokens.shape[1] > 1
-        if is_turn and self._is_visual(tokens).any():
+        if is_turn and self.is_visual(tokens).any():
             raise InputError(
                 "input_ids holds image tokens together with a cache; expected images only in the first call. Send the "
                 "whole conversation as one prompt without a cache."
@@ -161,39 +169,35 @@ class PromptReader:
 
     def _start(self, given: Mapping[str, Any]) -> Prompt | None:
         """A call that starts a sequence."""
-        input_ids = given.get("input_ids")
-        has_features = any(given.get(name) is not None for name in _VISUAL_INPUTS)
+        has_features, is_embedded = _has_features(given), given.get("inputs_embeds") is not None
         if self.routing_config.entry_ratio < 1 and given.get("pixel_values_videos") is not None:
             raise InputError(
                 f"pixel_values_videos were given, but method {self.routing_config.method!r} reduces images; expected "
                 f"images only. Use a method without a reduction for videos, such as 'pdrop'."
             )
+        input_ids = self._placeholders(given) if given.get("input_ids") is None else _checked_ids(given)
         if input_ids is None:
-            came = "came as inputs_embeds" if given.get("inputs_embeds") is not None else "is missing"
-            raise InputError(
-                f"The prompt {came}; expected input_ids, in which the visual tokens can be found."
-            )
-        if input_ids.ndim != 2 or 0 in input_ids.shape:
-            raise InputError(
-                f"input_ids has shape {list(input_ids.shape)}; expected [batch, length], both above 0."
-            )
+            return None
         is_token = _read_mask(given.get("attention_mask"), input_ids)
         # One copy to the host: all shapes follow from what is read here.
         ids = input_ids.cpu().masked_fill(~is_token, -1)
-        is_visual = self._is_visual(ids)
+        is_visual = self.is_visual(ids)
         if not is_visual.any():
             if has_features:
                 raise InputError(
-                    "pixel_values were given but input_ids holds no image token; expected one for each feature. Use "
+                    "pixel_values or features were given but the prompt holds no image token; expected one for each "
+                    "feature. Use "
                     "the model's processor and put its image placeholder into the prompt."
                 )
             if not self.routes_text:
                 return None
-        elif not has_features and given.get("mm_encoder_outputs") is None:
+        elif not has_features and not is_embedded:
             raise InputError(
                 f"input_ids holds {is_visual.sum(dim=1).tolist()} image tokens in its rows but no pixel_values were "
                 f"given. Pass what the processor returned."
             )
+        if self.routing_config.entry_ratio < 1:
+            _refuse_unreduced(given, self.routing_config)
         places = None
         if not is_token.all():
             places = Places.of(is_token)
@@ -207,13 +211,113 @@ class PromptReader:
         if self.routing_config.entry_ratio < 1:
             left, counts, entering = plan_entry(self.routing_config, is_visual, lengths.tolist(), images)
             plan = plan_rows(self.routing_config, left.to(device), counts, entering)
-            columns = _visual_columns(self._is_visual(input_ids.cpu()) & is_token)
+            columns = _visual_columns(self.is_visual(input_ids.cpu()) & is_token)
             return Prompt(plan, None, Reduction(is_token.to(device), columns.to(device), left.shape[1]))
         plan = plan_rows(self.routing_config, is_visual.to(device), lengths.tolist(), images)
         return Prompt(plan, places.to(device) if places else None)
 
-    def _is_visual(self, ids: torch.Tensor) -> torch.Tensor:
+    def _placeholders(self, given: Mapping[str, Any]) -> torch.Tensor | None:
+        """For a prompt that came as embeddings, ids with a placeholder for each visual token and -1 for others.
+
+        None if nothing says that there are any: it runs as text.
+        """
+        embeds, mask = given.get("inputs_embeds"), given.get("visual_mask")
+        if embeds is None or self.routes_text:
+            came = "is missing" if embeds is None else "came as inputs_embeds"
+            raise InputError(
+                f"The prompt {came}; expected input_ids, in which the visual tokens can be found."
+            )
+        if mask is None:
+            if _has_features(given):
+                raise InputError(
+                    "The prompt came as inputs_embeds with pictures; expected to be told which tokens are visual. Pass "
+                    "input_ids as well, or visual_mask, [batch, length] bool."
+                )
+            return None
+        _check_visual_mask(mask, embeds)
+        sizes = tokens_per_image(self.model_config, given)
+        if len(sizes) > 1:
+            raise InputError(
+                "The prompt came as inputs_embeds with images and videos, which visual_mask can't tell apart. Pass "
+                "input_ids as well."
+            )
+        if self.position_rank == 3 and given.get("position_ids") is None and mask.any():
+            raise InputError(
+                "The prompt came as inputs_embeds with visual tokens but without position_ids, which have a time, "
+                "height and width here. Pass position_ids [3, batch, length], or input_ids with what else the "
+                "processor returned."
+            )
+        return torch.full(mask.shape, -1, device=mask.device).masked_fill(
+            mask, next(iter(sizes), self.visual_ids[0])
+        )
+
+    def is_visual(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which ids are placeholders of visual features."""
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+
+
+def _checked_ids(given: Mapping[str, Any]) -> torch.Tensor:
+    input_ids: torch.Tensor = given["input_ids"]
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise InputError(
+            f"input_ids has shape {list(input_ids.shape)}; expected [batch, length], both above 0."
+        )
+    embeds = given.get("inputs_embeds")
+    if embeds is not None and embeds.shape[:2] != input_ids.shape:
+        raise InputError(
+            f"inputs_embeds has shape {list(embeds.shape)}, but input_ids {list(input_ids.shape)}; expected an "
+            f"embedding for each token."
+        )
+    return input_ids
+
+
+def _check_visual_mask(mask: Any, embeds: torch.Tensor) -> None:
+    if embeds.ndim != 3 or 0 in embeds.shape:
+        raise InputError(
+            f"inputs_embeds has shape {list(embeds.shape)}; expected [batch, length, width], all above 0."
+        )
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != embeds.shape[:2]:
+        what = (
+            f"has dtype {mask.dtype} and shape {list(mask.shape)}"
+            if isinstance(mask, torch.Tensor)
+            else f"is a {type(mask).__name__}"
+        )
+        raise InputError(
+            f"visual_mask {what}; expected a bool tensor {list(embeds.shape[:2])}, True for visual tokens."
+        )
+
+
+def _has_features(given: Mapping[str, Any]) -> bool:
+    """Whether a call brings pictures or what an encoder made of them."""
+    encoded = (given.get("mm_encoder_outputs") or {}).values()
+    return any(value is not None for value in (*map(given.get, _VISUAL_INPUTS), *encoded))
+
+
+def _refuse_unreduced(given: Mapping[str, Any], config: RoutingConfig) -> None:
+    """A reduction has to have happened where pictures were encoded elsewhere."""
+    encoded = (given.get("mm_encoder_outputs") or {}).values()
+    is_unreduced = any(not isinstance(value, ReducedFeatures) for value in encoded if value is not None)
+    if is_unreduced or not _has_features(given):
+        raise InputError(
+            f"Features of pictures came without method {config.method!r} having reduced them; expected pixel_values, "
+            f"or what get_image_features of the routed model returns as mm_encoder_outputs."
+        )
+
+
+def refuse_gradients(given: Mapping[str, Any]) -> None:
+    """Raise InputError if a loss is asked for that gradients could be expected of."""
+    names = [name for name in ("labels", "shift_labels") if given.get(name) is not None]
+    if names and torch.is_grad_enabled():
+        raise InputError(
+            f"{names[0]} was given with gradients enabled, but a routed model is for inference: a loss carries no "
+            f"gradients through the decoder. Call it under torch.no_grad() for the loss, and train the model that was "
+            f"compiled."
+        )
+
+
+def without_grids(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call on a cache, less what tells the positions of pictures that are cached already."""
+    return {name: value for name, value in given.items() if name not in _GRIDS}
 
 
 def _visual_columns(is_visual: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..config import RoutingConfig
 from ..passes import GONE
@@ -23,6 +24,11 @@ class EnteredRows:
     places: Places
     embeds: torch.Tensor
     entered: torch.Tensor
+
+
+@dataclass
+class ReducedFeatures(BaseModelOutputWithPooling):
+    """What `get_image_features` returns where a method reduces pictures: rows of -inf for features that are gone."""
 
 
 @dataclass(frozen=True)
