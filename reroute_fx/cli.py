@@ -168,9 +168,7 @@ def visualize(
         with _errors.status("loading and routing"):
             loaded = load_model(model, device, dtype)
             inputs = make_batch(loaded.processor, loaded.model, 1, prompt, picture)
-            routed = api.compile(
-                loaded.model, tier, config=config, method=method, action=action, backend="eager"
-            )
+            routed = api.compile(loaded.model, config=config, backend="eager")
         page = draw(routed, inputs, out, loaded.processor, max_new_tokens=new_tokens)
         _console.print(f"Written: {page} and {page.with_name('prompt-0.png')}", soft_wrap=True)
     except RerouteError as error:
@@ -217,9 +215,7 @@ def bench(
         with _errors.status("loading and routing"):
             loaded = load_model(model, device, dtype)
             batches = [make_batch(loaded.processor, loaded.model, rows, prompt, picture) for rows in sizes]
-            routed = api.compile(
-                loaded.model, tier, config=config, method=method, action=action, backend=backend
-            )
+            routed = api.compile(loaded.model, config=config, backend=backend)
         amounts = {"new_tokens": new_tokens, "rounds": rounds}
         for inputs in batches:
             check_benchmark(loaded.model, routed, inputs, **amounts)
@@ -259,9 +255,7 @@ def export(
         config = read_config(model, tier, method, action)
         with _errors.status("loading and routing"):
             loaded = load_model(model, device, dtype)
-            routed = api.compile(
-                loaded.model, tier, config=config, method=method, action=action, backend="eager"
-            )
+            routed = api.compile(loaded.model, config=config, backend="eager")
         asked = {"batch": batch, "length": length, "image_tokens": image_tokens}
         limits = replace(
             artifact.default_limits(routed),

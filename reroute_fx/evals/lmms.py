@@ -63,15 +63,7 @@ class RerouteFx(lmms):
         self.processor.tokenizer.padding_side = "left"
         if max_pixels is not None:
             _limit_pixels(self.processor, int(max_pixels))
-        self.model = api.compile(
-            loaded.model,
-            float(tier),
-            config=config,
-            method=method,
-            action=action,
-            schedule=schedule,
-            backend=backend,
-        )
+        self.model = api.compile(loaded.model, config=config, backend=backend)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests; requests of one batch have the same generation arguments."""
