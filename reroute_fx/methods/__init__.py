@@ -54,7 +54,7 @@ def register_method(method: Method) -> Method:
         raise ConfigError(f"method is a {type(method).__name__}; expected a reroute_fx.Method.")
     before = _methods.get(method.name)
     is_built_in = method.name == UNROUTED or before in _BUILT_IN
-    if before is not method and (is_built_in or before and _places(before) != _places(method)):
+    if before is not method and (is_built_in or (before and _places(before) != _places(method))):
         raise ConfigError(
             f"name of the method is {method.name!r}, which is taken; expected another than {method_names()}. To "
             f"replace a method of your own, define its functions in the same module under the same names."
