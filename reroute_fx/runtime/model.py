@@ -60,7 +60,7 @@ class RoutedModel(torch.nn.Module):
     _reader: PromptReader
     _report: RoutingReport
     _first_call_seconds: dict[str, float]
-    _parts: tuple[Fingerprint, ...] = ()
+    _fingerprints: tuple[Fingerprint, ...] = ()
 
     @property
     def report(self) -> RoutingReport:
@@ -111,7 +111,7 @@ class RoutedModel(torch.nn.Module):
 
     def check_parts(self) -> None:
         """Raise InputError unless the model and the one that it was made from consist of what was compiled."""
-        changed = next((path for parts in self._parts if (path := parts.changed())), None)
+        changed = next((path for held in self._fingerprints if (path := held.changed())), None)
         if changed:
             raise InputError(
                 f"{changed} is no longer what it was when the model was compiled (replaced, moved, cast, or another "
@@ -268,5 +268,5 @@ def make_routed_model(
         routed.base_model.get_image_features = _ImageFeatures(tower, images, routed.config)
     routed._first_call_seconds = {}
     compiled = routed if tower is not None else inner
-    routed._parts = Fingerprint(model, "model"), Fingerprint(compiled, "routed")
+    routed._fingerprints = Fingerprint(model, "model"), Fingerprint(compiled, "routed")
     return routed
