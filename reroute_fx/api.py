@@ -26,8 +26,10 @@ from .methods import Method, register_method
 from .report import RoutingReport
 from .routing import Savings, continuation, reduce_tower, route
 from .runtime import RoutedModel, make_routed_model
+from .turns import one_at_a_time
 
 
+@one_at_a_time
 def compile(
     model: torch.nn.Module,
     tier: float | None = None,
@@ -45,6 +47,8 @@ def compile(
     progress: bool = False,
 ) -> Any:
     """Route the visual tokens of a Hugging Face vision-language model.
+
+    Threads may call it, and the models that it returns; they take turns.
 
     Args:
         model: in eval mode, on one device. It is not changed; the result shares its parameters. Of a `PeftModel` the
@@ -158,6 +162,7 @@ def _status(show: bool, text: str) -> AbstractContextManager[Any]:
     return Console(stderr=True).status(text) if show else nullcontext()
 
 
+@one_at_a_time
 def inspect(
     model: torch.nn.Module,
     tier: float | None = None,

@@ -22,6 +22,7 @@ from ..errors import InputError, RerouteError
 from ..limits import Limits
 from ..lowering import Executable, TensorRTProgram
 from ..report import RoutingReport
+from ..turns import one_at_a_time
 from .cache import RoutedCache
 from .decoder import UNROUTED, RoutedDecoder, current_call
 from .prompt import Prompt, PromptReader
@@ -38,6 +39,10 @@ class RoutedModel(torch.nn.Module):
     which stays as it was; hooks, configs and flags are the routed model's own. It is bound to the parts that it was
     compiled from: when a parameter or a module is replaced, here or in the original, the next call raises. For
     inference only: outputs carry no gradients.
+
+    Threads may share a routed model, each with caches of its own. All that is compiled or routed in a process takes
+    turns: a forward, each step of `generate` and `reroute_fx.compile` wait for the one that is running. `generate` as a
+    whole doesn't, so that answers grow side by side.
 
     The key-value cache is a `RoutedCache`. Tokens that follow continue at the rotary position after the
     row's last one, whatever `position_ids` says.
@@ -74,6 +79,7 @@ class RoutedModel(torch.nn.Module):
         compilations = {name: program.compilations for name, program in self.programs.items()}
         return replace(self._report, seconds=seconds, compilations=compilations)
 
+    @one_at_a_time
     @torch.no_grad()
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.check_parts()
@@ -180,6 +186,12 @@ class RoutedModel(torch.nn.Module):
             "reroute_fx.export and load that, or compile the model again where it is needed."
         )
 
+    @one_at_a_time
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by `generate` to encode pictures."""
+        return super()._maybe_prepare_encoder_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+    @one_at_a_time
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._forget_position_offset()
         return super()._prepare_position_ids_for_generation(*args, **kwargs)  # type: ignore[misc, no-any-return]
