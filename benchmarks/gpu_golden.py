@@ -53,9 +53,9 @@ def check_output(golden: Golden, case: str, routed: Any, device: torch.device) -
     inputs = {name: tensor.to(device) for name, tensor in golden.inputs.items()}
     output, wanted = routed(**inputs), golden.cases[case]
     assert list(output.routing.kv_lengths[0]) == wanted["kv_lengths"]
-    for layer in wanted["decision_layers"]:
-        selected = output.routing.selected[layer][0].int().cpu()
-        assert torch.equal(selected, golden.expected[f"{case}/selected.{layer}"]), f"{case}: layer {layer}"
+    for layer, kept in golden.selected(case).items():
+        selected = output.routing.selected[layer][0].cpu()
+        assert torch.equal(selected, kept), f"{case}: layer {layer}"
     error = float((output.logits[0, -1].cpu() - golden.expected[f"{case}/last_logits"]).abs().max())
     assert error < LOGITS, f"{golden.name}, {case}: last logits off by {error:.1e}"
     return error

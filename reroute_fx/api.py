@@ -25,21 +25,23 @@ from .lowering import (
     describe_operators,
     lower,
 )
-from .methods import find_method
+from .methods import Method, register_method
 from .report import RoutingReport
 from .routing import Savings, continuation, reduce_tower, route
 from .runtime import RoutedModel, make_routed_model
+from .turns import one_at_a_time
 
 
+@one_at_a_time
 def compile(
     model: torch.nn.Module,
     tier: float | None = None,
     *,
     config: RoutingConfig | None = None,
-    method: str = "pdrop",
-    action: str = "compact_route_stagewise",
-    schedule: str = "exact",
-    pool: str = "row",
+    method: str | Method | None = None,
+    action: str | None = None,
+    schedule: str | None = None,
+    pool: str | None = None,
     backend: str = "inductor",
     dynamic: bool = True,
     savings: Savings | None = None,
@@ -49,18 +51,21 @@ def compile(
 ) -> Any:
     """Route the visual tokens of a Hugging Face vision-language model.
 
+    Threads may call it, and the models that it returns; they take turns.
+
     Args:
         model: in eval mode, on one device. It is not changed; the result shares its parameters. Of a `PeftModel` the
             base model is taken, with the adapters in its layers.
         tier: average number of visual tokens (of 576) that enter a decoder layer: 192, 128, 64, or the share
             kept as a float in (0, 1]; None for 128, or what the authors of an ``-official`` method run.
-        config: decision layers and ratios spelled out; `tier`, `method`, `action`, `schedule` and `pool` are
-            then not used.
-        method: how tokens are chosen: ``"pdrop"``, ``"fastv"``, another that `reroute-fx methods` lists, or one that
-            `register_method` was given; ``"none"`` compiles without routing, the baseline of a comparison.
-        action: ``"compact_route_stagewise"``, ``"compact_route"`` or ``"physical_delete"``.
-        schedule: ``"exact"`` keeps the tier's promise, ``"paper"`` takes the released ratios.
-        pool: ``"row"`` lets all visual tokens of a prompt compete, ``"image"`` those of each image or video.
+        config: decision layers and ratios spelled out, instead of `tier`, `method`, `action`, `schedule` and `pool`.
+        method: how tokens are chosen: ``"pdrop"``, the default, ``"fastv"``, another that `reroute-fx methods` lists,
+            or one of your own: a `Method`, or the name of one that `register_method` was given. ``"none"`` compiles
+            without routing, the baseline of a comparison.
+        action: ``"compact_route_stagewise"``, the default, ``"compact_route"`` or ``"physical_delete"``.
+        schedule: ``"exact"``, the default, keeps the tier's promise; ``"paper"`` takes the released ratios.
+        pool: ``"row"``, the default, lets all visual tokens of a prompt compete, ``"image"`` those of each image or
+            video.
         backend: ``"inductor"``, ``"eager"`` or ``"tensorrt"``, which builds engines with Torch-TensorRT at once.
         dynamic: compile for any prompt length, number of visual tokens and batch size.
         savings: rewrites that save work and change no result; None for those that were measured to pay.
@@ -100,7 +105,9 @@ def compile(
         raise ConfigError(
             f"cuda_graphs is True, but the model is on {decoder.device}; expected a model on cuda. Leave it out."
         )
-    config = _config(model, decoder, tier, config, method, action, schedule, pool)
+    config = _config(
+        model, decoder, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool
+    )
     _check_tower(model, config)
     settle_cpu_math()
     with _status(progress, "capturing the decoder"):
@@ -177,22 +184,26 @@ def _status(show: bool, text: str) -> AbstractContextManager[Any]:
     return Console(stderr=True).status(text) if show else nullcontext()
 
 
+@one_at_a_time
 def inspect(
     model: torch.nn.Module,
     tier: float | None = None,
     *,
     config: RoutingConfig | None = None,
-    method: str = "pdrop",
-    action: str = "compact_route_stagewise",
-    schedule: str = "exact",
-    pool: str = "row",
+    method: str | Method | None = None,
+    action: str | None = None,
+    schedule: str | None = None,
+    pool: str | None = None,
 ) -> RoutingReport:
     """The report that `compile` would give, without compiling; `model` may be on the meta device.
 
     Args and errors are those of `compile`.
     """
     model, source = unwrap(model)
-    config = _config(model, text_decoder(model), tier, config, method, action, schedule, pool)
+    decoder = text_decoder(model)
+    config = _config(
+        model, decoder, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool
+    )
     _check_tower(model, config)
     captured = capture_decoder(model)
     _check_positions(config, captured)
@@ -200,23 +211,22 @@ def inspect(
     return _named(report, model, source, "", captured.seconds)
 
 
-def _config(
-    model: Any,
-    decoder: Any,
-    tier: float | None,
-    config: RoutingConfig | None,
-    method: str,
-    action: str,
-    schedule: str,
-    pool: str,
-) -> RoutingConfig:
+def _config(model: Any, decoder: Any, config: RoutingConfig | None, **choices: Any) -> RoutingConfig:
+    """The configuration that is given, or the one that the choices say; None stands for a default."""
     num_layers = decoder.config.num_hidden_layers
+    given = {name: value for name, value in choices.items() if value is not None}
     if config is None:
-        return RoutingConfig.from_tier(
-            tier, method, action, schedule, pool, num_layers=num_layers, grids=has_grids(model.config)
-        )
+        if isinstance(given.get("method"), Method):
+            given["method"] = register_method(given["method"]).name
+        return RoutingConfig.from_tier(**given, num_layers=num_layers, grids=has_grids(model.config))
     if not isinstance(config, RoutingConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected a RoutingConfig.")
+    if given:
+        raise ConfigError(
+            f"config is given together with {', '.join(f'{name}={value!r}' for name, value in given.items())}; "
+            f"expected one or the other. A config says all of it: leave them out, or change it with "
+            f"dataclasses.replace."
+        )
     config.check_depth(num_layers)
     return config
 
@@ -225,7 +235,7 @@ def _check_tower(model: Any, config: RoutingConfig) -> None:
     """Raise `UnsupportedModelError` unless the method's reduction fits the vision tower."""
     if config.entry_ratio == 1:
         return
-    method, facts = find_method(config.method), tower_facts(model.config)
+    method, facts = config.definition, tower_facts(model.config)
     reason: str | None = "the tokens of its pictures depend on their sizes"
     if facts.tokens is not None and method.reduction:
         reason = method.reduction.check(facts.tokens, facts.layers, facts.has_cls)

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from math import ceil
+from typing import Any
 
 from .errors import ConfigError
 from .kernels import keep_count
 from .methods import (
     REFERENCE_LAYERS,
     UNROUTED,
+    Method,
     Schedule,
     check_name,
     default_tier,
@@ -75,6 +77,9 @@ class RoutingConfig:
             object.__setattr__(self, field, tuple(given))
         _one_of("action", self.action, ACTIONS)
         check_name(self.method)
+        if self.method in method_names():
+            # Whoever registers the name anew means another method.
+            self.__dict__["definition"] = find_method(self.method)
         _one_of("pool", self.pool, POOLS)
         _one_of("scoring", self.scoring, SCORING)
         _one_of("positions", self.positions, POSITIONS)
@@ -104,6 +109,19 @@ class RoutingConfig:
                 "decision_layers starts with 0; expected 1 or more. Layer 0 has to hold every token because the "
                 "positions of generated tokens are counted there. Use 1 for the earliest routing."
             )
+
+    @cached_property
+    def definition(self) -> Method:
+        """The method, as it was registered when this configuration was made.
+
+        Raises:
+            ConfigError: there is none for ``"none"``, and none here for a method that is known from an artifact only.
+        """
+        return find_method(self.method)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields: ranking rules can't be pickled; in another process the name says which is meant."""
+        return {name: value for name, value in self.__dict__.items() if name != "definition"}
 
     def _check_entry(self) -> None:
         ratio = self.entry_ratio

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .config import RoutingConfig
-from .methods import UNROUTED, find_method
+from .methods import UNROUTED
 from .passes import PassResult, by_attention
 from .tables import as_text
 from .theory import REFERENCE_TEXT, LayerCost, PrefillCost, prefill_cost
@@ -76,8 +76,8 @@ class RoutingReport:
         than attention.
         """
         found = {name for layer in self.layers for name in layer.uncounted}
-        if self.config.method != UNROUTED and find_method(self.config.method).rank is not by_attention:
-            found.add(f"ranking by {find_method(self.config.method).ranks_by}")
+        if self.config.method != UNROUTED and self.config.definition.rank is not by_attention:
+            found.add(f"ranking by {self.config.definition.ranks_by}")
         return tuple(sorted(found))
 
     def _cost(self, config: RoutingConfig | None) -> PrefillCost:
@@ -146,7 +146,7 @@ class RoutingReport:
         return f"{name}: {self.config.method} / {self.config.action}, {self.num_layers} layers{backend}"
 
     def _method(self) -> str:
-        method, asked = find_method(self.config.method), {"own": "deciding", "previous": "previous"}
+        method, asked = self.config.definition, {"own": "deciding", "previous": "previous"}
         said = [f"Method: {method.source}."]
         if self.config.entry_ratio < 1:
             said.append(f"{self.config.entering(self.visual_tokens)} visual tokens enter.")

@@ -8,7 +8,6 @@ from torch.export import ExportedProgram
 from .capture.images import FixedImages, GridImages
 from .capture.vision_tower import CapturedTower
 from .config import RoutingConfig
-from .methods import find_method
 from .passes import (
     AttendToCache,
     CanonicalizeAttention,
@@ -116,7 +115,7 @@ def _stage_passes(config: RoutingConfig, keep_streams: bool) -> list[Pass]:
         InsertSelection(
             config.decision_layers,
             several_pools=config.pool == "image",
-            rank=find_method(config.method).rank,
+            rank=config.definition.rank,
             scoring=config.scoring,
             seed=config.seed,
         ),
@@ -140,7 +139,7 @@ def reduce_tower(tower: CapturedTower, layers: int, config: RoutingConfig) -> Ca
 
 
 def _reduction_pass(images: FixedImages | GridImages, config: RoutingConfig) -> Pass:
-    method = find_method(config.method)
+    method = config.definition
     if isinstance(images, FixedImages):
         assert method.reduction is not None
         return ReduceFeatures(method.reduction.reduce, images.tokens, config.entering(images.tokens))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import RoutingConfig
-from .methods import UNROUTED, find_method
+from .methods import UNROUTED
 from .passes import LayerSizes, by_attention
 from .tiers import REFERENCE_TOKENS
 
@@ -66,7 +66,7 @@ class PrefillCost:
 
 def _attended(config: RoutingConfig | None) -> tuple[int, ...]:
     """Decision layers before which attention is computed to rank tokens."""
-    if config is None or config.method == UNROUTED or find_method(config.method).rank is not by_attention:
+    if config is None or config.method == UNROUTED or config.definition.rank is not by_attention:
         return ()
     return config.decision_layers
 

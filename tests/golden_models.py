@@ -35,6 +35,15 @@ class Golden:
     def visual_positions(self) -> torch.Tensor:
         return (self.inputs["input_ids"][0] == self.model.config.image_token_id).nonzero().flatten()
 
+    def selected(self, case: str) -> dict[int, torch.Tensor]:
+        """What each decision keeps, in all visual tokens; the release counts in those that deletions have left."""
+        pool, found = torch.arange(len(self.visual_positions)), {}
+        for layer in self.cases[case]["decision_layers"]:
+            found[layer] = pool[self.expected[f"{case}/selected.{layer}"].long()]
+            if self.cases[case]["action"] == "physical_delete":
+                pool = found[layer]
+        return found
+
 
 def load_golden(name: str) -> Golden:
     folder = GOLDEN / name

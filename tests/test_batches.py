@@ -110,13 +110,15 @@ def rank_all(row, config, scores):
     """`rank` at every decision of a row, and the smallest margin."""
     pools = pools_of(row, config)
     sizes = {pool: pools.count(pool) for pool in pools}
+    candidates = list(range(len(pools)))
     selections, smallest = {}, 1.0
     for layer, ratio in zip(config.decision_layers, config.keep_ratios, strict=True):
         counts = {pool: kept_of(size, ratio) for pool, size in sizes.items()}
-        selections[layer], margin = rank(scores[layer], pools, counts)
+        chosen, margin = rank(scores[layer], [pools[i] for i in candidates], counts)
+        selections[layer] = [candidates[i] for i in chosen]
         smallest = min(smallest, margin)
         if config.action == "physical_delete":
-            pools = [pools[i] for i in selections[layer]]
+            candidates = selections[layer]
     return selections, smallest
 
 
@@ -334,7 +336,7 @@ class ByHand:
 
     Attributes:
         scores: of the candidates of each decision.
-        selected: of the candidates of each decision, by `rank`.
+        selected: of the visual tokens, for each decision, by `rank`.
         logits: ``[S, V]``.
     """
 
@@ -385,8 +387,9 @@ class ByHand:
                 scores = [float(attention[seen.index(i)]) for i in candidates]
                 counts = {pool: kept_of(size, ratios[number]) for pool, size in sizes.items()}
                 chosen, _ = rank(scores, [pools[i] for i in candidates], counts)
-                self.scores[number], self.selected[number] = torch.tensor(scores), chosen
+                self.scores[number] = torch.tensor(scores)
                 kept = [candidates[i] for i in chosen]
+                self.selected[number] = [row.visual_positions.index(i) for i in kept]
                 active = [i for i in everything if i not in pools or i in kept]
                 if config.action == "physical_delete":
                     candidates = kept
@@ -417,15 +420,10 @@ def test_each_row_is_routed_as_by_hand(family, action, pool):
             torch.testing.assert_close(logits, wanted.logits, atol=TOLERANCE, rtol=0)
 
 
-def kept_of_each_picture(row, config, selections):
+def kept_of_each_picture(row, selections):
     """Tokens of each picture that each decision keeps."""
-    pictures, counts = row.pools, {}
-    for layer, kept in selections.items():
-        chosen = [pictures[i] for i in kept.tolist()]
-        counts[layer] = [chosen.count(number) for number in range(len(row.pictures))]
-        if config.action == "physical_delete":
-            pictures = chosen
-    return counts
+    chosen = {layer: [row.pools[i] for i in kept.tolist()] for layer, kept in selections.items()}
+    return {layer: [of.count(number) for number in range(len(row.pictures))] for layer, of in chosen.items()}
 
 
 @pytest.mark.parametrize("action", ACTIONS)
@@ -441,7 +439,7 @@ def test_each_image_keeps_its_share_if_it_is_a_pool_of_its_own(family, action):
             routing = routed(**collate(routed, rows)).routing
         for i, row in enumerate(rows):
             selections = {layer: kept[i] for layer, kept in routing.selected.items()}
-            counts = kept_of_each_picture(row, config, selections)
+            counts = kept_of_each_picture(row, selections)
             shares = {layer: [kept_of(n, ratio) for n in row.sizes] for layer, ratio in ratios.items()}
             if pool == "image":
                 assert counts == shares

@@ -4,6 +4,8 @@ A graph computes nothing while it is recorded, reads and writes fixed addresses,
 at each replay.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conversations import BATCHES, ROUTING, batch, forward_and_steps, new_tokens, unrouted_model
@@ -23,6 +25,9 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 class Recorder:
     def __init__(self):
         self.replays = 0
+
+    def turn(self, device):
+        return nullcontext()
 
     def record(self, run):
         results = [torch.full_like(x, 0 if x.dtype == torch.bool else 77) for x in run()]
@@ -121,6 +126,29 @@ def test_the_graph_that_was_used_longest_ago_makes_room(monkeypatch):
     assert run._recorder.replays == replays + 1
 
 
+def test_a_call_waits_for_what_the_one_before_launched_on_its_stream(monkeypatch):
+    """Threads may have streams of their own; the buffers of a graph are the same."""
+    launched = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            launched.append(f"{self.name} waits for {event}")
+
+        def record_event(self):
+            return f"the end of {self.name}"
+
+    streams = iter((Stream("first"), Stream("second")))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(streams))
+    recorder = cuda_graphs.CudaRecorder()
+    for name in ("call 1", "call 2"):
+        with recorder.turn(torch.device("cuda")):
+            launched.append(name)
+    assert launched == ["call 1", "second waits for the end of first", "call 2"]
+
+
 def graphed_model(family):
     """The model of `routed_model` with programs that are recorded, in rounded sizes."""
     model, config = unrouted_model(family), ROUTING[family]
@@ -132,7 +160,7 @@ def graphed_model(family):
         text_decoder(model),
         lower(program, "eager", recorder=Recorder()),
         lower(following, "eager", recorder=Recorder()),
-        _named(report, model, "eager", 0.0),
+        _named(report, model, "", "eager", 0.0),
         position_rank=captured.position_rank,
         visual_ids=find_visual_token_ids(model.config),
     )

@@ -314,12 +314,25 @@ def test_a_good_call_after_an_error_is_right(routed, inputs):
         ({"backend": "tpu"}, "backend is 'tpu'"),
         ({"config": {"decision_layers": (2,)}}, "config is a dict"),
         ({"config": RoutingConfig((2, 8), (0.5, 0.5))}, r"decision_layers has \[8\].*8 layers"),
+        *(
+            ({"config": RoutingConfig((2,), (0.5,)), name: value}, f"config is given together with {name}=")
+            for name, value in {
+                "tier": 128,
+                "method": "pdrop",
+                "action": "compact_route",
+                "schedule": "exact",
+                "pool": "row",
+            }.items()
+        ),
     ],
 )
 def test_bad_arguments_are_refused_before_tracing(model, arguments, message, monkeypatch):
     monkeypatch.setattr("reroute_fx.api.capture_decoder", lambda _: pytest.fail("traced"))
     with pytest.raises(ConfigError, match=message):
         reroute_fx.compile(model, **arguments)
+    if "backend" not in arguments:
+        with pytest.raises(ConfigError, match=message):
+            reroute_fx.inspect(model, **arguments)
 
 
 def test_refuses_what_is_no_vision_language_model():

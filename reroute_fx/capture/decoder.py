@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .._compat import dynamo_export
 from ..errors import CaptureError, RerouteError, UnsupportedModelError, first_line
+from ..turns import one_at_a_time
 from .copies import copy_sharing_weights
 from .fingerprint import Fingerprint
 from .tracing import first_output, quiet
@@ -102,6 +103,7 @@ def _runs_its_class(module: torch.nn.Module) -> bool:
     return own is None or (getattr(own, "__self__", None) is module and own.__func__ is type(module).forward)
 
 
+@one_at_a_time
 def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
     """Export the text decoder of `model`; once, as long as its parts and its config stay what they are.
 

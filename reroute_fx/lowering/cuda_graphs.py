@@ -5,11 +5,14 @@ between them.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+
+from ..turns import one_at_a_time
 
 GRAPHS = 32
 """Graphs that are kept for a program; the one that was used longest ago makes room."""
@@ -28,12 +31,25 @@ class Recorder(Protocol):
     ) -> tuple[Callable[[], None], Sequence[torch.Tensor]]:
         """Record `run`; returns what replays it, and the results, which each replay writes again."""
 
+    def turn(self, device: torch.device) -> AbstractContextManager[None]:
+        """Around each call: what it launches on the device waits for what the call before it launched."""
+
 
 class CudaRecorder:
     """Records on a GPU. All graphs share one memory pool: they never run at the same time."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._done: Any = None
+
+    @contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        """Threads may have streams of their own, which don't wait for each other."""
+        stream = torch.cuda.current_stream(device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        yield
+        self._done = stream.record_event()
 
     def record(
         self, run: Callable[[], Sequence[torch.Tensor]]
@@ -75,7 +91,12 @@ class CudaGraphs:
         """Graphs that are kept at present."""
         return len(self._recordings)
 
+    @one_at_a_time
     def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        with self._recorder.turn(inputs[0].device):
+            return self._run(inputs)
+
+    def _run(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         kind = self._kind(inputs)
         recording = self._recordings.get(kind)
         if recording is None:

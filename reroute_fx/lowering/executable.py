@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from .._compat import compilation_settings
 from ..errors import ConfigError
 from ..limits import Limits
+from ..turns import one_at_a_time
 from . import inductor
 from .cuda_graphs import CudaGraphs, Recorder, Role
 from .device import program_device
@@ -64,6 +65,7 @@ class Executable:
         """Seconds that the compiler has taken so far."""
         return self._compiled.seconds
 
+    @one_at_a_time
     @torch.no_grad()
     def __call__(self, **inputs: torch.Tensor) -> Any:
         """Run on contiguous inputs; returns what the program returns."""

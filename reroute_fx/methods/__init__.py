@@ -41,20 +41,33 @@ _remembered: set[str] = set()
 def register_method(method: Method) -> Method:
     """Make a method known by its name to `compile`, `inspect` and `RoutingConfig`.
 
+    One whose functions are defined in the same place, as when a cell of a notebook runs again, takes the place of the
+    method that had the name. Models that are compiled already, and configurations, keep theirs.
+
     Returns:
         The method.
 
     Raises:
-        ConfigError: it is no `Method`, or the name is taken.
+        ConfigError: it is no `Method`, or the name is taken by a built-in one or by one from another place.
     """
     if not isinstance(method, Method):
         raise ConfigError(f"method is a {type(method).__name__}; expected a reroute_fx.Method.")
-    if method.name in (*_methods, UNROUTED):
+    before = _methods.get(method.name)
+    is_built_in = method.name == UNROUTED or before in _BUILT_IN
+    if before is not method and (is_built_in or (before and _places(before) != _places(method))):
         raise ConfigError(
-            f"name of the method is {method.name!r}, which is taken; expected another than {method_names()}."
+            f"name of the method is {method.name!r}, which is taken; expected another than {method_names()}. To "
+            f"replace a method of your own, define its functions in the same module under the same names."
         )
     _methods[method.name] = method
     return method
+
+
+def _places(method: Method) -> list[tuple[str, str]]:
+    """Where the functions of a method are defined: module and name."""
+    functions = (method.rank, method.deleted.ratios, method.routed.ratios)
+    named = [function if hasattr(function, "__qualname__") else type(function) for function in functions]
+    return [(function.__module__, function.__qualname__) for function in named]
 
 
 def method_names() -> list[str]:

@@ -102,8 +102,8 @@ class RoutedDecoder(torch.nn.Module):
             places, embeds, entered = rows.places, rows.embeds, rows.entered
             positions = prompt.reduction.positions(position_ids, places)
             if self.position_rank == 3:
-                given = positions[-3:] if positions.ndim == 3 else positions.expand(3, *positions.shape)
-                positions = given.contiguous()
+                positions = positions[-3:] if positions.ndim == 3 else positions.expand(3, *positions.shape)
+                positions = positions.contiguous()
         else:
             positions = self._positions(position_ids, inputs_embeds, places)
             embeds = places.to_front(inputs_embeds) if places else inputs_embeds

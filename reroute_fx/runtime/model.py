@@ -21,6 +21,7 @@ from ..errors import InputError, RerouteError
 from ..limits import Limits
 from ..lowering import Executable, TensorRTProgram
 from ..report import RoutingReport
+from ..turns import one_at_a_time
 from .cache import RoutedCache
 from .decoder import UNROUTED, RoutedDecoder, current_call
 from .prompt import Continuation, Prompt, PromptReader, refuse_gradients, without_grids
@@ -38,6 +39,10 @@ class RoutedModel(torch.nn.Module):
     which stays as it was; hooks, configs and flags are the routed model's own. It is bound to the parts that it was
     compiled from: when a parameter or a module is replaced, here or in the original, the next call raises. For
     inference only: outputs carry no gradients.
+
+    Threads may share a routed model, each with caches of its own. All that is compiled or routed in a process takes
+    turns: a forward, each step of `generate` and `reroute_fx.compile` wait for the one that is running. `generate` as a
+    whole doesn't, so that answers grow side by side.
 
     The key-value cache is a `RoutedCache`. Tokens that follow continue at the rotary position after the
     row's last one, whatever `position_ids` says.
@@ -60,7 +65,7 @@ class RoutedModel(torch.nn.Module):
     _reader: PromptReader
     _report: RoutingReport
     _first_call_seconds: dict[str, float]
-    _parts: tuple[Fingerprint, ...] = ()
+    _fingerprints: tuple[Fingerprint, ...] = ()
     _programmed: tuple[Fingerprint, ...] = ()
 
     @property
@@ -75,6 +80,7 @@ class RoutedModel(torch.nn.Module):
         compilations = {name: program.compilations for name, program in self.programs.items()}
         return replace(self._report, seconds=seconds, compilations=compilations)
 
+    @one_at_a_time
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.check_parts()
         bound = self._signature.bind(self, *args, **kwargs).arguments
@@ -119,13 +125,13 @@ class RoutedModel(torch.nn.Module):
 
     def check_parts(self) -> None:
         """Raise InputError unless the model and the one that it was made from consist of what was compiled."""
-        changed = next((path for parts in self._parts if (path := parts.changed())), None)
+        changed = next((path for held in self._fingerprints if (path := held.changed())), None)
         if changed:
             raise InputError(
                 f"{changed} is no longer what it was when the model was compiled (replaced, moved, cast, or another "
                 f"adapter); the compiled programs still have the old one. Call reroute_fx.compile again."
             )
-        hooked = next((path for parts in self._programmed if (path := parts.hooked())), None)
+        hooked = next((path for held in self._programmed if (path := held.hooked())), None)
         if hooked:
             raise InputError(
                 f"{hooked} got a forward hook, which does not run: the decoder's parts are compiled into programs. "
@@ -233,6 +239,12 @@ class RoutedModel(torch.nn.Module):
             "reroute_fx.export and load that, or compile the model again where it is needed."
         )
 
+    @one_at_a_time
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by `generate` to encode pictures."""
+        return super()._maybe_prepare_encoder_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+    @one_at_a_time
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._forget_position_offset()
         return super()._prepare_position_ids_for_generation(*args, **kwargs)  # type: ignore[misc, no-any-return]
@@ -349,5 +361,5 @@ def make_routed_model(
     routed._first_call_seconds = {}
     routed._programmed = (Fingerprint(inner, "routed"),)
     reduced = () if tower is None else (Fingerprint(routed, "routed"),)
-    routed._parts = Fingerprint(model, "model"), *routed._programmed, *reduced
+    routed._fingerprints = Fingerprint(model, "model"), *routed._programmed, *reduced
     return routed

@@ -1,6 +1,6 @@
 """What was selected for a prompt."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,7 +21,7 @@ class Routing:
         all_scores: for each decision layer ``[B, N]`` float32, -inf for tokens that were no candidates.
         all_kept: for each decision layer which visual tokens were kept, ``[B, N]`` bool.
         all_entered: which visual tokens of the prompt entered the decoder, ``[B, prompt's]`` bool; None if all did.
-            What decisions chose from counts in those.
+            `all_scores` and `all_kept` count in those.
     """
 
     config: RoutingConfig
@@ -42,29 +42,53 @@ class Routing:
     def selected(self) -> dict[int, tuple[torch.Tensor, ...]]:
         """For each decision layer the kept tokens of each row, ``[k]`` int64, ascending.
 
-        They count in the row's visual tokens, for `physical_delete` in those that were left.
+        They count in all the row's visual tokens, whatever was deleted before or never entered the decoder.
         """
-        return self._for_each_candidate(self.all_kept, lambda kept: kept.nonzero().flatten())
+        return {
+            layer: tuple(self._in_prompt(row, kept[row].nonzero().flatten()) for row in self._rows)
+            for layer, kept in self.all_kept.items()
+        }
+
+    @cached_property
+    def pool(self) -> dict[int, tuple[torch.Tensor, ...]]:
+        """For each decision layer the tokens of each row that were ranked, ``[pool]`` int64, ascending.
+
+        All that entered the decoder; for `physical_delete` those that were left. They count as in `selected`.
+        """
+        return {
+            layer: tuple(map(self._in_prompt, self._rows, candidates))
+            for layer, candidates in self._candidates.items()
+        }
 
     @cached_property
     def scores(self) -> dict[int, tuple[torch.Tensor, ...]]:
-        """For each decision layer the scores of the tokens in each row's pool, ``[pool]`` float32."""
-        return self._for_each_candidate(self.all_scores, torch.clone)
+        """For each decision layer what the tokens in the row's `pool` were ranked by, ``[pool]`` float32."""
+        return {
+            layer: tuple(self.all_scores[layer][row, which] for row, which in enumerate(candidates))
+            for layer, candidates in self._candidates.items()
+        }
 
     @property
     def kv_lengths(self) -> tuple[tuple[int, ...], ...]:
         """For each row the tokens in the key-value cache of each layer after the prompt."""
         return tuple(zip(*self.plan.layer_lengths(self.num_layers), strict=True))
 
-    def _for_each_candidate(
-        self, values: Mapping[int, torch.Tensor], read: Callable[[torch.Tensor], torch.Tensor]
-    ) -> dict[int, tuple[torch.Tensor, ...]]:
-        counts = [sum(row) for row in self.plan.images]
-        candidates = [torch.arange(count) for count in counts]
-        found = {}
-        for layer, rows in values.items():
-            of_candidates = [row[which.to(row.device)] for row, which in zip(rows, candidates, strict=True)]
-            found[layer] = tuple(map(read, of_candidates))
-            if self.config.action == "physical_delete":
-                candidates = [kept.nonzero().flatten() for kept in self.all_kept[layer]]
+    @property
+    def _rows(self) -> range:
+        return range(len(self.plan.images))
+
+    @cached_property
+    def _candidates(self) -> dict[int, list[torch.Tensor]]:
+        """For each decision layer the tokens of each row that it ranked, of those that entered."""
+        found, before = {}, None
+        for layer, kept in self.all_kept.items():
+            if before is None or self.config.action != "physical_delete":
+                found[layer] = [torch.arange(sum(row), device=kept.device) for row in self.plan.images]
+            else:
+                found[layer] = [row.nonzero().flatten() for row in before]
+            before = kept
         return found
+
+    def _in_prompt(self, row: int, entered: torch.Tensor) -> torch.Tensor:
+        """Tokens of a row that count in those that entered the decoder, among all of its visual tokens."""
+        return entered if self.all_entered is None else self.entered[row][entered]

@@ -1,6 +1,7 @@
 """A method of one's own: registered, compiled, exported; and what is refused."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -156,6 +157,65 @@ def test_a_faulty_method_is_refused(changes, parts):
 def test_names_are_taken_once(name):
     with pytest.raises(ConfigError, match=f"name of the method is '{name}', which is taken"):
         reroute_fx.register_method(method(name=name))
+
+
+@pytest.fixture
+def new_name():
+    """What a test registers under the name of `method` is forgotten again."""
+    yield
+    methods._methods.pop("new", None)
+
+
+def test_a_method_from_the_same_place_replaces_the_one_before(new_name):
+    """As a cell of a notebook that is run again."""
+    cell = (
+        "def rank(candidates):\n    return candidates.keys.mean(dim=(1, 3)) * factor\n"
+        "def ratios(a):\n    return (a, a)\n"
+    )
+    for factor in (1, 2):
+        names = {"__name__": "__main__", "factor": factor}
+        exec(cell, names)
+        again = method(rank=names["rank"], **schedule(ratios=names["ratios"]))
+        assert reroute_fx.register_method(again) is again
+        assert methods.find_method("new") is again
+    with pytest.raises(ConfigError, match="name of the method is 'new', which is taken"):
+        reroute_fx.register_method(method(rank=by_size))
+    assert methods.find_method("new") is again
+
+
+def test_the_same_rule_with_other_functions_is_another_method(new_name):
+    reroute_fx.register_method(method())
+    with pytest.raises(ConfigError, match="which is taken"):
+        reroute_fx.register_method(method(**schedule(ratios=by_size_ratios)))
+
+
+def by_size_ratios(a):
+    return (a, a)
+
+
+@torch.no_grad()
+def test_a_method_itself_is_taken_and_a_configuration_keeps_it(new_name):
+    model, inputs = unrouted_model("llava"), batch("llava", *SINGLE)
+
+    def by_rank(sign):
+        return method(rank=lambda candidates: sign * by_size(candidates), ranks_by=f"size times {sign}")
+
+    largest = reroute_fx.compile(model, 0.6, method=by_rank(1), backend="eager")
+    smallest = reroute_fx.compile(model, 0.6, method=by_rank(-1), backend="eager")
+    assert "size times 1" in str(largest.report)
+    assert "size times -1" in str(smallest.report)
+    again = reroute_fx.compile(model, config=largest.routing_config, backend="eager")
+    first, *_ = largest.routing_config.decision_layers
+    kept = [routed(**inputs).routing.selected[first][0] for routed in (largest, smallest, again)]
+    assert torch.equal(kept[0], kept[2])
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_a_configuration_of_a_registered_method_can_be_pickled(new_name):
+    reroute_fx.register_method(method())
+    config = RoutingConfig((2,), (0.5,), method="new")
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert pickle.loads(pickle.dumps(config)).definition is config.definition
 
 
 def test_only_methods_are_registered():
