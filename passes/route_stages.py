@@ -157,7 +157,7 @@ def _delete(graph: DecoderGraph, renumbered: set[fx.Node], keep_streams: bool) -
     before_last = stream
     stages: list[tuple[fx.Node, ActiveRows]] = []
     decisions: list[Decision] = []
-    kept = {}
+    kept: dict[fx.Node, fx.Node] = {}
     with edit_after(graph, last, region="") as edit:
         for decision, layers in _stages(graph):
             source = stages[-1][1] if stages else None

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .report import RoutingReport
     from .routing import Savings, route
     from .runtime import LoadedModel, RoutedCache, RoutedModel, Routing
-    from .visualizing import visualize
+    from .visualizing.visualize import visualize
 
     __version__: str
 

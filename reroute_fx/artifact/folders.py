@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -144,7 +145,7 @@ def _exchange(one: Path, other: Path) -> bool:
     Raises:
         OSError: it has, but the file system can't.
     """
-    library = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
+    library: Any = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
     paths = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin" and hasattr(library, "renamex_np"):
         moved = library.renamex_np(*paths, _EXCHANGE)

@@ -131,7 +131,7 @@ def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
         made = Fingerprint(decoder, "decoder"), decoder.config.to_json_string(use_diff=False)
         captured = _export(decoder)
         if decoder.device.type != "meta":
-            _compare_attention(decoder, captured, model.get_input_embeddings())
+            _compare_attention(decoder, captured, model)
         _captured[decoder] = _Capture(*made, captured)
     return _captured[decoder].decoder
 
@@ -158,9 +158,7 @@ def _export(decoder: PreTrainedModel) -> CapturedDecoder:
 
 
 @torch.no_grad()
-def _compare_attention(
-    decoder: PreTrainedModel, captured: CapturedDecoder, embeddings: torch.nn.Module
-) -> None:
+def _compare_attention(decoder: PreTrainedModel, captured: CapturedDecoder, model: Any) -> None:
     """Raise unless the program computes what the decoder does with the attention that the model uses.
 
     Capturing forces one implementation of attention. What that one doesn't know of (attention sinks, tokens that see
@@ -170,7 +168,7 @@ def _compare_attention(
     positions = torch.arange(_COMPARED_TOKENS, device=decoder.device)[None]
     if captured.position_rank == 3:
         positions = positions.expand(3, 1, -1).contiguous()
-    inputs = {"inputs_embeds": embeddings(ids[None]), "position_ids": positions}
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids[None]), "position_ids": positions}
     expected = decoder(**inputs, use_cache=False).last_hidden_state[0].double()
     mask = torch.ones(1, _COMPARED_TOKENS, dtype=torch.long, device=decoder.device)
     found = first_output(captured.program, inputs | {"attention_mask": mask})[0].double()

@@ -10,7 +10,7 @@ _CAPTURED_FORMATS = ("torchao",)
 """Formats of quantised weights that torch.export takes, as tensors of their own kind."""
 
 
-def unwrap(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+def unwrap(model: Any) -> tuple[torch.nn.Module, str]:
     """The Hugging Face model inside a wrapper of PEFT, its adapters included, and where it was found, in words.
 
     Raises:

@@ -61,23 +61,26 @@ class RoutedModel(torch.nn.Module):
     tower: CapturedTower | None
     config: Any
     device: torch.device
+    dtype: torch.dtype
     _signature: inspect.Signature
     _reader: PromptReader
     _report: RoutingReport
     _first_call_seconds: dict[str, float]
+    _stream_programs: dict[str, Executable | TensorRTProgram]
     _fingerprints: tuple[Fingerprint, ...] = ()
     _programmed: tuple[Fingerprint, ...] = ()
 
     @property
     def report(self) -> RoutingReport:
         """What was matched and rewritten, what it saves, and how often it was compiled so far."""
+        programs = {**self.programs, **self._stream_programs}
         compiling = {
             f"compiling {name}": program.compile_seconds
-            for name, program in self.programs.items()
+            for name, program in programs.items()
             if program.compilations
         }
         seconds = {**self._report.seconds, **compiling, **self._first_call_seconds}
-        compilations = {name: program.compilations for name, program in self.programs.items()}
+        compilations = {name: program.compilations for name, program in programs.items()}
         return replace(self._report, seconds=seconds, compilations=compilations)
 
     @one_at_a_time
@@ -203,7 +206,7 @@ class RoutedModel(torch.nn.Module):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save the model that was routed: what is written is of its class, and loads as it. See `original`."""
-        saved = self.original.__new__(self.original)
+        saved: Any = object.__new__(self.original)
         saved.__dict__.update(self.__dict__)
         return saved.save_pretrained(*args, **kwargs)
 
@@ -300,7 +303,7 @@ class _ImageFeatures:
 def _kept_with(
     programs: dict[str, Executable | TensorRTProgram], make: Callable[[str], Executable | TensorRTProgram]
 ) -> Callable[[str], Executable | TensorRTProgram]:
-    """`make` that is called once for each name, and keeps what it made with the other programs."""
+    """`make` that is called once for each name, and keeps what it made in `programs`."""
 
     def program(name: str) -> Executable | TensorRTProgram:
         title = f"{name} with hidden states"
@@ -352,8 +355,9 @@ def make_routed_model(
     )
     routed._report = report
     routed.programs = {"prefill": prefill, "continuation": continuation}
+    routed._stream_programs = {}
     if with_streams is not None:
-        inner.with_streams = _kept_with(routed.programs, with_streams)
+        inner.with_streams = _kept_with(routed._stream_programs, with_streams)
     routed.tower = tower
     if tower is not None and images is not None:
         routed.programs["images"] = images
