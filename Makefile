@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types wheel-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/reroute-fx demo
@@ -25,7 +25,11 @@ types: $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p reroute_fx
 
-$(INSTALLED): pyproject.toml
+# What users install, in an environment of its own.
+wheel-check: $(INSTALLED)
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" .ci/check_wheel
+
+$(INSTALLED): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)"
 	$(BIN)/pip install --quiet -e ".[dev,bench,onnx]"
