@@ -28,8 +28,8 @@ from .prompt import Continuation, Prompt, PromptReader, refuse_gradients, withou
 from .reduction import ReducedFeatures
 from .specialize import specialize
 
-_CACHE_IMPLEMENTATIONS = (None, "dynamic", "dynamic_full")
-"""Names of what a `RoutedCache` stands in for."""
+_DYNAMIC_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
+"""Names of caches that grow; the decoder says which of them it takes."""
 
 
 class RoutedModel(torch.nn.Module):
@@ -274,7 +274,7 @@ class RoutedModel(torch.nn.Module):
                 "generate was asked for prefill_chunk_size; expected the whole prompt at once: its last token selects. "
                 "Leave it out."
             )
-        if generation_config.cache_implementation not in _CACHE_IMPLEMENTATIONS:
+        if generation_config.cache_implementation not in _DYNAMIC_CACHES:
             raise InputError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; expected none: the layers of a "
                 f"routed model cache different numbers of tokens, in a RoutedCache. Leave it out, and set it to None "
