@@ -9,6 +9,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GemmaConfig,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
     GPTNeoXConfig,
     GraniteConfig,
     InternVLConfig,
@@ -28,7 +30,7 @@ from transformers import (
 )
 
 import reroute_fx
-from reroute_fx import CaptureError, MatchError, RoutingConfig
+from reroute_fx import CaptureError, InputError, MatchError, RoutingConfig
 
 IMAGE = 50
 SIZES = {
@@ -125,6 +127,42 @@ def qwen3_vl():
     return qwen(Qwen3VLForConditionalGeneration, Qwen3VLConfig, vision, patch=16)
 
 
+def glm_moe():
+    """Its config gives the decoder ``output_router_logits=False``."""
+    config = Glm4vMoeConfig(
+        text_config={
+            **GROUPED,
+            "head_dim": 8,
+            "rope_parameters": {**MULTIMODAL_ROPE, "partial_rotary_factor": 1.0},
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "out_hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "patch_size": 4,
+            "image_size": 32,
+        },
+        image_token_id=IMAGE,
+        video_token_id=49,
+        image_start_token_id=48,
+        image_end_token_id=47,
+        video_start_token_id=46,
+        video_end_token_id=45,
+    )
+    ids = torch.tensor([[1, 48, *[IMAGE] * 16, 47, 11, 13]])
+    return Glm4vMoeForConditionalGeneration(config), {
+        "input_ids": ids,
+        "pixel_values": torch.randn(64, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
+
+
 def gemma3():
     text = {**GROUPED, "head_dim": 8, "sliding_window": 512}
     config = Gemma3Config(
@@ -156,6 +194,7 @@ ROUTED = {
     "InternVL": internvl,
     "LLaVA-OneVision": onevision,
     "Qwen2-VL": qwen2_vl,
+    "GLM-4.5V": glm_moe,
 }
 
 REFUSED = {
@@ -211,6 +250,18 @@ def test_refused_with_the_reason(family):
 
     with pytest.raises(error, match=message):
         route()
+
+
+def test_router_logits_that_are_asked_for_are_refused_by_name():
+    torch.manual_seed(0)
+    model, inputs = glm_moe()
+    routed = reroute_fx.compile(model.eval(), config=RoutingConfig((2, 4), (0.5, 0.25)), backend="eager")
+    with torch.no_grad():
+        assert routed(**inputs, output_router_logits=False).router_logits is None
+        with pytest.raises(
+            InputError, match="output_router_logits is True, in the call or in the model's config"
+        ):
+            routed(**inputs, output_router_logits=True)
 
 
 def test_report_names_what_the_flops_leave_out():

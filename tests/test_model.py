@@ -278,10 +278,24 @@ def test_refuses_embeddings_empty_batches_and_visual_ends(routed, inputs):
 
 
 def test_refuses_a_static_cache(model, routed, inputs):
-    with pytest.raises(InputError, match="StaticCache"):
-        routed.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+    padded = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+    text = {"input_ids": torch.tensor([[1, 7, 9]])}
+    for given in (inputs, padded, text):
+        with pytest.raises(InputError, match="cache_implementation is 'static'"):
+            routed.generate(**given, max_new_tokens=2, cache_implementation="static")
+        static = StaticCache(config=model.config.text_config, max_cache_len=64)
+        with pytest.raises(InputError, match="past_key_values is a StaticCache"):
+            routed.generate(**given, max_new_tokens=2, past_key_values=static)
     with pytest.raises(InputError, match="StaticCache"):
         routed(**inputs, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=64))
+
+
+def test_refuses_continuous_batching(routed):
+    for ask in (routed.generate_batch, routed.init_continuous_batching):
+        with pytest.raises(
+            InputError, match="generate_batch was called on a routed model; expected generate"
+        ):
+            ask([[1, 7, 9]])
 
 
 def test_refuses_new_images_and_other_routings_on_a_routed_cache(model, routed, inputs):

@@ -14,6 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from reroute_fx.grounding.questions import NUMBERS, RELATIONS
 from reroute_fx.grounding.scenes import COLOURS, SHAPES, SIDE, SIZES, TEXTURES
+from reroute_fx.named_models import CHECKPOINT
 
 IMAGE = "<image>"
 PATCH = 14
@@ -68,6 +69,7 @@ def build_processor() -> LlavaProcessor:
         vision_feature_select_strategy="default",
         image_token=IMAGE,
         num_additional_image_tokens=1,
+        chat_template=(CHECKPOINT / "chat_template.jinja").read_text(),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..config import RoutingConfig
 from ..errors import InputError, UnsupportedModelError
@@ -91,7 +91,7 @@ class RoutedDecoder(torch.nn.Module):
         use_cache: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         **given: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         wanted = self._wanted_states(given)
         cache = self._cache(past_key_values, use_cache)
         if cache is None and attention_mask is None:
@@ -215,7 +215,7 @@ class RoutedDecoder(torch.nn.Module):
 
     def _continue(
         self, call: Continuation, inputs_embeds: torch.Tensor, **given: Any
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         cache, rows = call.cache, call.cache.rows
         assert rows is not None
         batch, new = inputs_embeds.shape[:2]
@@ -255,7 +255,7 @@ def _output(
     places: Places | None,
     values: Mapping[str, torch.Tensor],
     wanted_states: tuple[int, ...],
-) -> BaseModelOutputWithPast:
+) -> MoeModelOutputWithPast:
     """What the decoder returns, in the columns of the batch.
 
     Args:
@@ -274,7 +274,7 @@ def _output(
         count = sum(name.startswith("stream.") for name in values)
         streams = [to_columns(values[f"stream.{i}"]) if i in wanted_states else None for i in range(count)]
         states = (*streams, hidden)
-    return BaseModelOutputWithPast(
+    return MoeModelOutputWithPast(
         last_hidden_state=hidden,
         past_key_values=cache,
         hidden_states=states,  # type: ignore[arg-type]
@@ -301,9 +301,20 @@ def _refuse_what_the_programs_lack(**given: Any) -> None:
     """The programs take embeddings and positions, nothing else."""
     known = {*_HARMLESS, "attention_mask", "input_ids", "inputs_embeds", "position_ids", "past_key_values"}
     known |= {"use_cache"}
-    unknown = [name for name, value in given.items() if name not in known and value is not None]
-    if unknown:
+    # A flag that is off, or a weight of zero, asks for nothing.
+    asked = {
+        name: value
+        for name, value in given.items()
+        if name not in known and (isinstance(value, torch.Tensor) or value not in (None, False, 0))
+    }
+    flags = [name for name, value in asked.items() if value is True]
+    if flags:
+        raise InputError(
+            f"{flags[0]} is True, in the call or in the model's config; expected False: the routed programs don't "
+            f"return it. Leave it out, and set {flags[0]} to False in the config and its text_config."
+        )
+    if asked:
         raise UnsupportedModelError(
-            f"The model gives its decoder {unknown}; expected embeddings and positions only. Models that add image "
+            f"The model gives its decoder {list(asked)}; expected embeddings and positions only. Models that add image "
             f"features inside the decoder can't be routed."
         )

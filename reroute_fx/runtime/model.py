@@ -28,6 +28,9 @@ from .prompt import Continuation, Prompt, PromptReader, refuse_gradients, withou
 from .reduction import ReducedFeatures
 from .specialize import specialize
 
+_DYNAMIC_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
+"""Names of caches that grow; the decoder says which of them it takes."""
+
 
 class RoutedModel(torch.nn.Module):
     """A Hugging Face vision-language model with a routed decoder.
@@ -242,6 +245,14 @@ class RoutedModel(torch.nn.Module):
             "reroute_fx.export and load that, or compile the model again where it is needed."
         )
 
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        raise InputError(
+            "generate_batch was called on a routed model; expected generate: continuous batching keeps a paged cache, "
+            "and a routed model one of its own. Pass a padded batch to generate."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
     @one_at_a_time
     def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Called by `generate` to encode pictures."""
@@ -265,6 +276,12 @@ class RoutedModel(torch.nn.Module):
             raise InputError(
                 "generate was asked for prefill_chunk_size; expected the whole prompt at once: its last token selects. "
                 "Leave it out."
+            )
+        if generation_config.cache_implementation not in _DYNAMIC_CACHES:
+            raise InputError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; expected none: the layers of a "
+                f"routed model cache different numbers of tokens, in a RoutedCache. Leave it out, and set it to None "
+                f"in the generation_config."
             )
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, *args

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, StaticCache
 
 from ..capture import tokens_per_image
 from ..config import RoutingConfig
@@ -330,9 +330,10 @@ def _visual_columns(is_visual: torch.Tensor) -> torch.Tensor:
 def _cache_of(given: Mapping[str, Any]) -> tuple[Any, int]:
     """The cache of a call and the tokens that it holds."""
     cache = given.get("past_key_values")
-    if cache is not None and not isinstance(cache, Cache):
+    if cache is not None and (not isinstance(cache, Cache) or isinstance(cache, StaticCache)):
         raise InputError(
-            f"past_key_values is a {type(cache).__name__}; expected a RoutedCache, an empty DynamicCache or none."
+            f"past_key_values is a {type(cache).__name__}; expected a RoutedCache, an empty DynamicCache or none: the "
+            f"layers of a routed model cache different numbers of tokens."
         )
     return cache, cache.get_seq_length() if cache is not None else 0
 

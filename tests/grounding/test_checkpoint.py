@@ -5,15 +5,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from card import FIRST as COUNT
 from contenders import contenders
 from evaluate import RESULTS, record
 from huggingface_hub import ModelCard
+from PIL import Image
 from summary import first_answers, markdown_table, score
+from transformers import AutoProcessor
 
 from reroute_fx.evals.tasks import shapes_scores
 from reroute_fx.grounding.questions import KINDS, collect
+from reroute_fx.grounding.scenes import SIDE
 from reroute_fx.named_models import CHECKPOINT, load_model
+from reroute_fx.prompts import render_chat
 
 README = Path(__file__).parents[2] / "README.md"
 LMMS_EVAL = json.loads((RESULTS / "lmms_eval.json").read_text())
@@ -45,6 +50,26 @@ def answered():
     wanted = [c for c in chosen if c.name in ("unrouted", "pdrop routed", "fastv routed")]
     records = [record(c, loaded.processor, prompts[kind], 0, kind) for c in wanted for kind in KINDS]
     return {c.name: percentages(score(records, c.name, c.tier)) for c in wanted}
+
+
+def test_the_chat_template_gives_the_words_of_the_training(monkeypatch):
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    asked = {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": "Where is the red circle?"}],
+    }
+    answered = {"role": "assistant", "content": [{"type": "text", "text": "[0.10, 0.20, 0.30, 0.40]"}]}
+    told = {"role": "user", "content": [{"type": "text", "text": "Is there a square?"}]}
+    conversations = [[asked], [asked, answered, told]]
+    texts = [processor.apply_chat_template(each, add_generation_prompt=True) for each in conversations]
+    picture = Image.new("RGB", (SIDE, SIDE))
+    shown = [{**asked, "content": [{"type": "image", "image": picture}, asked["content"][1]]}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    ids = processor.apply_chat_template(shown, **options)["input_ids"]
+    assert torch.equal(ids, processor(images=picture, text=texts[0], return_tensors="pt")["input_ids"])
+    assert texts[0] == "USER: <image>\nWhere is the red circle? ASSISTANT:"
+    monkeypatch.setattr(processor, "chat_template", None)
+    assert texts == [render_chat(processor, each) for each in conversations]
 
 
 def test_unrouted_answers_score_as_the_card_says(answered, card):
