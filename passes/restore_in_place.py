@@ -4,11 +4,11 @@ Before: ``%new = reroute.restore_tokens(%stream, %rows, %positions)``, later rea
 After:  ``reroute.restore_tokens_(%stream, %rows, %positions)``, later readers of %stream
 
 S' rows are written instead of S. A stream that is an input of the graph, that may share memory with another
-value, or that is read again after the restore is left alone.
+value, that is read again after the restore, or that is kept for `ExposeStreams` is left alone.
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -26,7 +26,7 @@ class RestoreInPlace(Pass):
         restores = graph.fx_graph.find_nodes(op="call_function", target=restore)
         rejected = []
         for node in restores:
-            reason = next(_what_forbids(node), None)
+            reason = next(_what_forbids(node, graph.streams), None)
             if reason:
                 rejected.append(Rejection(node.name, reason))
             else:
@@ -35,8 +35,10 @@ class RestoreInPlace(Pass):
         return PassResult(self.name, found, found - len(rejected), tuple(rejected))
 
 
-def _what_forbids(node: fx.Node) -> Iterator[str]:
+def _what_forbids(node: fx.Node, kept: Sequence[fx.Node]) -> Iterator[str]:
     stream: fx.Node = node.args[0]  # type: ignore[assignment]
+    if stream in kept or node in kept:
+        yield f"%{stream.name if stream in kept else node.name} is kept"
     if stream.op != "call_function":
         yield f"%{stream.name} is an input"
     elif _may_alias(_maker(stream)):

@@ -72,7 +72,7 @@ def route(
         config: what to route.
         num_layers: layers that the decoder has, if known: finding another number is then an error.
         savings: rewrites that save work; None for those that were measured to pay.
-        streams: return the residual stream before each layer as well. Nothing is restored in place then.
+        streams: return the residual stream before each layer as well.
 
     Returns:
         The routed program and its report. The program takes the inputs of `exported_program`, less a
@@ -89,13 +89,10 @@ def route(
     """
     if num_layers is not None:
         config.check_depth(num_layers)
-    savings = savings or Savings()
-    if streams:
-        savings = replace(savings, restore_in_place=False)
     passes = [
         *find_passes(num_layers),
         *_stage_passes(config, streams),
-        *savings.passes(),
+        *(savings or Savings()).passes(),
         ExposeOutputs(),
         *_stream_passes(streams),
     ]
