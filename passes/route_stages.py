@@ -98,12 +98,14 @@ class RouteStages(Pass):
     positions: one of `POSITIONS`.
     """
 
+    requires = ("layers", "decisions")
+    provides = ("stages",)
+    excludes = ("stages", "outputs")
+
     def __init__(self, action: str, positions: str = "original") -> None:
         self.action, self.positions = action, positions
 
     def apply(self, graph: DecoderGraph) -> PassResult:
-        if not graph.decisions:
-            return PassResult(self.name)
         renumbered = descendants(position_input(graph)) if self.positions == "contiguous" else set()
         if self.action == "physical_delete":
             _delete(graph, renumbered)

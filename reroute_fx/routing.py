@@ -87,18 +87,13 @@ def route(
     """
     if num_layers is not None:
         config.check_depth(num_layers)
-    passes = [
-        *find_passes(num_layers),
-        *_stage_passes(config),
-        *(savings or Savings()).passes(),
-        ExposeOutputs(),
-    ]
+    passes = [*find_passes(num_layers), *_stage_passes(config, savings or Savings()), ExposeOutputs()]
     graph, results = run_passes(exported_program, passes)
     report = make_report(graph, results, config)
     return to_program(graph, exported_program), report
 
 
-def _stage_passes(config: RoutingConfig) -> list[Pass]:
+def _stage_passes(config: RoutingConfig, savings: Savings) -> list[Pass]:
     if not config.decision_layers:
         return []
     return [
@@ -110,6 +105,7 @@ def _stage_passes(config: RoutingConfig) -> list[Pass]:
             seed=config.seed,
         ),
         RouteStages(config.action, config.positions),
+        *savings.passes(),
     ]
 
 
