@@ -37,7 +37,7 @@ from .graph_edit import (
     value,
 )
 from .interface import Pass, PassResult, Rejection, refuse
-from .token_mixing import mixes_tokens
+from .token_mixing import TokenMixing, numbers_tokens
 
 LAYERS_PER_REGION = 4
 
@@ -47,12 +47,14 @@ class AttendToCache(Pass):
     stage_starts: first layers of the stages, ascending; the layers before the first are a stage too.
     """
 
+    requires = ("layers",)
+    provides = ("caches",)
+    excludes = ("caches", "decisions", "outputs")
+
     def __init__(self, stage_starts: Sequence[int] = ()) -> None:
         self.starts = (0, *stage_starts)
 
     def apply(self, graph: DecoderGraph) -> PassResult:
-        if not graph.layers:
-            return PassResult(self.name)
         deepest, found = self.starts[-1], len(graph.layers)
         if deepest >= found:
             raise MatchError(
@@ -94,16 +96,18 @@ def _join_regions(graph: DecoderGraph, stage: Sequence[Layer]) -> None:
 
 def _what_depends_on_earlier_tokens(graph: DecoderGraph) -> Iterator[Rejection]:
     length = expression(shape(graph.layers[0].start)[1])
-    attention = {layer.attention for layer in graph.layers}
+    mixing = TokenMixing(graph.fx_graph.nodes, graph.layers[0].start)
     for node in graph.fx_graph.nodes:
-        if node.op != "call_function" or node in attention or not is_tensor(node):
+        if node in mixing.reasons:
+            yield Rejection(node.name, mixing.reasons[node])
+        elif node.op != "call_function" or not is_tensor(node):
             continue
-        if mixes_tokens(node, length):
-            yield Rejection(node.name, f"it lets tokens see each other ({node.target})")
-        elif sequence_dims(node, length) and all(
-            isinstance(value(n), torch.SymInt) for n in node.all_input_nodes
-        ):
+        elif numbers_tokens(node, length) or (sequence_dims(node, length) and _reads_sizes_alone(node)):
             yield Rejection(node.name, f"it numbers the tokens from the first of a call ({node.target})")
+
+
+def _reads_sizes_alone(node: fx.Node) -> bool:
+    return all(isinstance(value(n), torch.SymInt) for n in node.all_input_nodes)
 
 
 def _add_inputs(graph: DecoderGraph, stage: Sequence[Layer]) -> tuple[fx.Node, list[tuple[fx.Node, ...]]]:

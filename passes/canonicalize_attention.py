@@ -49,6 +49,8 @@ def attention_arguments(node: fx.Node) -> Attention:
 
 
 class CanonicalizeAttention(Pass):
+    provides = ("canonical attention",)
+
     def apply(self, graph: DecoderGraph) -> PassResult:
         matched, rejected = [], []
         for node in list(graph.fx_graph.nodes):

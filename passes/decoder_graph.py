@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.node import map_arg
 
 from .errors import MatchError
+from .memory import shared_memory
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class DecoderGraph:
         new_sizes: symbolic sizes that the added inputs brought in, by name.
         outputs: named outputs added by the passes, in order; they follow the original ones.
         unused_inputs: inputs that no node reads any more because a pass proved them away.
+        facts: what the passes that ran have made true of the graph.
     """
 
     module: fx.GraphModule
@@ -110,6 +114,7 @@ class DecoderGraph:
     new_sizes: dict[str, torch.SymInt] = field(default_factory=dict)
     outputs: dict[str, fx.Node] = field(default_factory=dict)
     unused_inputs: tuple[str, ...] = ()
+    facts: frozenset[str] = frozenset()
 
     @classmethod
     def from_program(cls, program: ExportedProgram) -> "DecoderGraph":
@@ -129,7 +134,7 @@ class DecoderGraph:
             for spec in program.graph_signature.input_specs
             if spec.kind is not InputKind.USER_INPUT
         )
-        _functionalize(graph)
+        _functionalize(graph, fake_mode)
         return cls(fx.GraphModule(program.graph_module, graph), parameters, fake_mode)
 
     @property
@@ -157,46 +162,59 @@ class DecoderGraph:
         return "\n".join(_line(node) for node in self.fx_graph.nodes) + "\n"
 
 
-def _functionalize(graph: fx.Graph) -> None:
-    """Turn in-place calls into ordinary ones, as long as no older value shares the written memory.
+def _functionalize(graph: fx.Graph, fake_mode: FakeTensorMode) -> None:
+    """Turn in-place calls into ordinary ones, as long as no older value that shares the written memory is read later.
 
     Before: ``aten.div_(%x, %y)``, later readers of %x
     After:  ``%z = aten.div(%x, %y)``, later readers of %z
     """
+    writes = [node for node in graph.nodes if _writes(node)]
+    if not writes:
+        return
     order = {node: i for i, node in enumerate(graph.nodes)}
-    memory: dict[int, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            memory.setdefault(node.meta["val"].untyped_storage()._cdata, []).append(node)
-    for node in graph.nodes:
-        if not _writes(node):
-            continue
-        written = node.args[0]
-        sharing = memory.get(written.meta["val"].untyped_storage()._cdata, [])
-        older = [n for n in sharing if order[n] < order[node] and n is not written]
-        functional = _functional(node.target)
-        if written.op == "placeholder" or older or functional is None:
-            what = (
-                "its argument and knows no other way"
-                if functional is None
-                else "memory that other values share"
-            )
-            raise MatchError(
-                f"%{node.name} ({node.target}) writes into {what}; expected a program without such writes. Call "
-                f"run_decompositions() on it first."
-            )
+    memory = shared_memory(graph.nodes)
+    for node in writes:
+        written, functional = node.args[0], _functional(node, fake_mode)
+        if functional is None:
+            raise _refuse_write(node, "its argument and knows no other way")
+        sharing = memory[node] | memory[written]  # type: ignore[index]
+        older = [n for n in sharing if n is not written and order[n] < order[node]]
+        if any(n.op == "placeholder" for n in sharing) or any(_is_read_after(n, node, order) for n in older):
+            raise _refuse_write(node, "memory that other values share")
         node.target = functional
-        for user in [u for u in written.users if order[u] > order[node]]:
-            user.replace_input_with(written, node)
+        for user in [u for u in written.users if order[u] > order[node]]:  # type: ignore[union-attr]
+            user.replace_input_with(written, node)  # type: ignore[arg-type]
 
 
-def _functional(target: Any) -> Any | None:
-    """The operator that returns what an in-place one writes."""
-    namespace, _, name = target._schema.name.partition("::")
+def _is_read_after(node: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:
+    return any(order[user] > order[write] for user in node.users)
+
+
+def _refuse_write(node: fx.Node, what: str) -> MatchError:
+    return MatchError(
+        f"%{node.name} ({node.target}) writes into {what}; expected a program without such writes. Call "
+        f"run_decompositions() on it first."
+    )
+
+
+def _functional(node: fx.Node, fake_mode: FakeTensorMode) -> Any | None:
+    """The operator that returns what an in-place one writes into its first argument."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    namespace, _, name = schema.name.partition("::")
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    if namespace != "aten" or not name.endswith("_") or packet is None:
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if namespace != "aten" or not name.endswith("_") or written != [schema.arguments[0].name]:
         return None
-    return getattr(packet, target._overloadname, None)
+    functional = getattr(packet, schema.overload_name or "default", None)
+    return functional if functional is not None and _keeps_dtype(functional, node, fake_mode) else None
+
+
+def _keeps_dtype(functional: Any, node: fx.Node, fake_mode: FakeTensorMode) -> bool:
+    """Whether it returns what is written: an in-place addition of float32 to bfloat16 writes bfloat16."""
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    with fake_mode, enable_python_dispatcher(), torch.no_grad():
+        result = functional(*args, **kwargs)
+    return bool(result.dtype == node.args[0].meta["val"].dtype)  # type: ignore[union-attr]
 
 
 def _writes(node: fx.Node) -> bool:

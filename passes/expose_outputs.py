@@ -13,6 +13,10 @@ from .interface import Pass, PassResult
 
 
 class ExposeOutputs(Pass):
+    requires = ("layers",)
+    provides = ("outputs",)
+    excludes = ("outputs", "caches")
+
     def apply(self, graph: DecoderGraph) -> PassResult:
         blocks = list(attentions(graph))
         if len(blocks) != len(graph.layers):

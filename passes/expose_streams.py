@@ -12,6 +12,10 @@ from .interface import Pass, PassResult
 
 
 class ExposeStreams(Pass):
+    requires = ("layers",)
+    provides = ("streams",)
+    excludes = ("streams",)
+
     def apply(self, graph: DecoderGraph) -> PassResult:
         streams = graph.streams or tuple(layer.start for layer in graph.layers)
         graph.outputs |= {f"stream.{index}": stream for index, stream in enumerate(streams)}

@@ -30,13 +30,17 @@ from .graph_edit import (
     value,
 )
 from .interface import Pass, PassResult, Rejection, refuse
-from .token_mixing import mixes_tokens
+from .token_mixing import TokenMixing, numbers_tokens
 
 
 class FindLayers(Pass):
     """Args:
     num_layers: layers of the decoder; None accepts any number above zero.
     """
+
+    requires = ("causal attention",)
+    provides = ("layers",)
+    excludes = ("decisions", "caches", "outputs")
 
     def __init__(self, num_layers: int | None = None) -> None:
         self.num_layers = num_layers
@@ -55,7 +59,9 @@ class FindLayers(Pass):
             )
         _refuse_fixed_length(stream[0])
         layers, rejected = _split(graph, stream, blocks)
-        rejected += [r for layer in layers if (r := _why_not_closed(layer)) is not None]
+        if layers:
+            mixing = TokenMixing(graph.fx_graph.nodes, layers[0].start)
+            rejected += [r for layer in layers if (r := _why_not_closed(layer, mixing)) is not None]
         if rejected or (self.num_layers is not None and len(layers) != self.num_layers):
             rejected += _longest(layers) if not rejected else []
             raise refuse(f"{len(layers)} decoder layers were found", expected, tuple(rejected))
@@ -214,7 +220,7 @@ def _why_no_update(block: fx.Node, source: fx.Node, limit: int, order: dict[fx.N
     return Rejection(block.name, "its result is not added to the residual stream")
 
 
-def _why_not_closed(layer: Layer) -> Rejection | None:
+def _why_not_closed(layer: Layer, mixing: TokenMixing) -> Rejection | None:
     """What keeps the region from being moved to another token set."""
     given = attention_arguments(layer.attention)
     nodes, stream = set(layer.nodes), descendants(layer.start)
@@ -224,15 +230,20 @@ def _why_not_closed(layer: Layer) -> Rejection | None:
             return Rejection(layer.attention.name, reason)
     length = expression(shape(layer.start)[1])
     for node in layer.nodes:
-        if node is not layer.attention and mixes_tokens(node, length):
-            reason = f"in layer {layer.index} it lets tokens see each other ({node.target}) outside attention"
-            return Rejection(node.name, reason)
+        if node in mixing.reasons:
+            return Rejection(node.name, f"in layer {layer.index} {mixing.reasons[node]}")
+        if node is layer.attention and not mixing.attends_along_tokens(node):
+            return Rejection(
+                node.name, f"in layer {layer.index} it attends along another dimension than the tokens"
+            )
         outside = [u for u in node.users if u not in nodes]
         if node is not layer.end and outside:
             reason = f"it is inside layer {layer.index} and also read outside, by %{outside[0].name}"
             return Rejection(node.name, reason)
     # On fewer tokens a helper without a batch dimension, an arange say, would renumber positions.
     for node in layer.nodes:
+        if numbers_tokens(node, length):
+            return Rejection(node.name, f"in layer {layer.index} it numbers the tokens ({node.target})")
         if node not in stream and is_tensor(node) and 0 in sequence_dims(node, length):
             form = f"%{node.name} of shape {list(shape(node))} in layer {layer.index}"
             return Rejection(node.name, f"{form} has a layout that can't be compacted")

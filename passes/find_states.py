@@ -17,6 +17,9 @@ class FindStates(Pass):
     num_layers: layers of the tower.
     """
 
+    provides = ("states",)
+    excludes = ("reduced features",)
+
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
 

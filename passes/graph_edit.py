@@ -44,8 +44,9 @@ def is_tensor(node: Any) -> bool:
 
 
 def expression(size: Any) -> sympy.Expr:
-    """A size, symbolic or not, as a sympy expression."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
+    """A size or what is computed of sizes, symbolic or not, as a sympy expression."""
+    is_symbolic = isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return size.node.expr if is_symbolic else sympy.sympify(size)
 
 
 def same_size(a: Any, b: Any) -> bool:
@@ -55,7 +56,7 @@ def same_size(a: Any, b: Any) -> bool:
 
 def mentions(size: Any, length: sympy.Expr) -> bool:
     """Whether a size depends on the symbol `length`."""
-    return bool(expression(size).free_symbols & length.free_symbols)
+    return not isinstance(size, int) and bool(expression(size).free_symbols & length.free_symbols)
 
 
 def named_arguments(node: Any) -> dict[str, Any]:

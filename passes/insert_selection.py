@@ -54,6 +54,10 @@ class InsertSelection(Pass):
     seed: for rules that choose by chance.
     """
 
+    requires = ("layers",)
+    provides = ("decisions",)
+    excludes = ("decisions", "numbered stages", "caches", "outputs")
+
     def __init__(
         self,
         decision_layers: Sequence[int],
@@ -69,7 +73,9 @@ class InsertSelection(Pass):
 
     def apply(self, graph: DecoderGraph) -> PassResult:
         if not self.decision_layers:
-            return PassResult(self.name)
+            raise MatchError(
+                "decision_layers is empty; expected at least one. Leave the pass out to route nothing."
+            )
         deepest, found = self.decision_layers[-1], len(graph.layers)
         if deepest >= found:
             raise MatchError(

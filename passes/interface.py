@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import ClassVar, final
 
 from .decoder_graph import DecoderGraph
 from .errors import MatchError
@@ -42,9 +42,18 @@ class PassResult:
 class Pass(ABC):
     """One rewriting step. A subclass writes `apply`; calling the pass runs it.
 
-    The base class owns what every pass needs: timing, dumps before and after, dead-code
+    The base class owns what every pass needs: order, timing, dumps before and after, dead-code
     elimination, lint.
+
+    Attributes:
+        requires: facts about the graph that passes before this one have to provide.
+        provides: facts that hold after it.
+        excludes: facts that must not hold before it: what they name would be lost or done twice.
     """
+
+    requires: ClassVar[tuple[str, ...]] = ()
+    provides: ClassVar[tuple[str, ...]] = ()
+    excludes: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -63,16 +72,37 @@ class Pass(ABC):
             dump: path prefix; the graph is written to ``<dump>.before.txt`` and ``.after.txt``.
 
         Raises:
-            MatchError: the graph does not have the form that the pass needs.
+            MatchError: the graph does not have the form that the pass needs, or passes are in the wrong order.
         """
         start = time.perf_counter()
+        self._check_order(graph)
         if dump:
             dump.with_suffix(".before.txt").write_text(graph.to_text())
         result = self.apply(graph)
+        graph.facts |= frozenset(self.provides)
         graph.clean_up()
         if dump:
             dump.with_suffix(".after.txt").write_text(graph.to_text())
         return graph, replace(result, name=self.name, seconds=time.perf_counter() - start)
+
+    def _check_order(self, graph: DecoderGraph) -> None:
+        for fact in self.requires:
+            if fact not in graph.facts:
+                raise MatchError(
+                    f"{self.name} requires {fact}, which no pass before it provides; expected {_providers(fact)} to "
+                    f"run first."
+                )
+        for fact in self.excludes:
+            if fact in graph.facts:
+                raise MatchError(
+                    f"{self.name} can't run on a graph with {fact}, which {_providers(fact)} provides; expected it to "
+                    f"run before that, and once."
+                )
+
+
+def _providers(fact: str) -> str:
+    names = (step.__name__ for step in Pass.__subclasses__() if fact in step.provides)
+    return " or ".join(sorted(set(names)))
 
 
 def refuse(what: str, expected: str, rejected: tuple[Rejection, ...]) -> MatchError:

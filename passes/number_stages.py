@@ -27,6 +27,10 @@ class NumberStages(Pass):
     stage_starts: first layers of the stages, ascending; the layers before the first keep the input that is there.
     """
 
+    requires = ("layers",)
+    provides = ("numbered stages",)
+    excludes = ("numbered stages", "decisions", "caches")
+
     def __init__(self, stage_starts: Sequence[int]) -> None:
         self.stage_starts = tuple(stage_starts)
 

@@ -10,7 +10,7 @@ that is not exactly the conjunction of ``key <= query`` and padding is refused, 
 that is not understood.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,17 @@ CAUSAL = KeyAtMostQueryPlus(0)
 
 
 class ProveCausal(Pass):
+    """Args:
+    padding: names of the inputs ``[B, S]`` that say which tokens are no padding. Another input that a mask is and-ed
+        with is refused: it may forbid more.
+    """
+
+    requires = ("canonical attention",)
+    provides = ("causal attention",)
+
+    def __init__(self, padding: Sequence[str] = ("attention_mask",)) -> None:
+        self.padding = frozenset(padding)
+
     def apply(self, graph: DecoderGraph) -> PassResult:
         proved, rejected, dropped = [], [], 0
         padding: set[str] = set()
@@ -74,7 +85,7 @@ class ProveCausal(Pass):
                 proved.append(node)
                 continue
             try:
-                padding |= _prove(given)
+                padding |= _prove(given, self.padding)
             except _NotUnderstood as reason:
                 rejected.append(Rejection(node.name, str(reason)))
                 continue
@@ -111,7 +122,7 @@ def _read_sizes_elsewhere(graph: DecoderGraph, name: str) -> None:
                 break
 
 
-def _prove(given: Attention) -> set[str]:
+def _prove(given: Attention, known: frozenset[str]) -> set[str]:
     """Names of the padding inputs of a causal mask; `_NotUnderstood` for any other mask."""
     mask = given.mask
     if mask is None:
@@ -128,6 +139,12 @@ def _prove(given: Attention) -> set[str]:
         )
     padding = {c for c in formula.conditions if isinstance(c, Input) and c.axes == (BATCH, KEY)}
     rest = formula.conditions - padding
+    others = sorted({c.name for c in padding} - known)
+    if others:
+        raise _NotUnderstood(
+            f"its mask %{mask.name} is and-ed with the input {others[0]!r}, which is no padding mask; those are "
+            f"{sorted(known)}"
+        )
     if not any(isinstance(c, KeyAtMostQueryPlus) and c.offset <= 0 for c in rest):
         raise _NotUnderstood(f"its mask %{mask.name} does not imply key <= query")
     if rest != {CAUSAL}:

@@ -60,6 +60,10 @@ class ReduceFeatures(Pass):
     count: patches that stay, n.
     """
 
+    requires = ("states", "canonical attention")
+    provides = ("reduced features",)
+    excludes = ("reduced features",)
+
     def __init__(self, reduce: Reduce, tokens: int, count: int) -> None:
         self.reduce, self.tokens, self.count = reduce, tokens, count
 

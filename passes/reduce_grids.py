@@ -96,6 +96,10 @@ class ReduceGrids(Pass):
     inputs: names of the tower's inputs.
     """
 
+    requires = ("states", "canonical attention")
+    provides = ("reduced features",)
+    excludes = ("reduced features",)
+
     def __init__(
         self, reduce: ReduceGrid, share: float, compared: slice, edge: int, inputs: GridInputs
     ) -> None:

@@ -16,12 +16,15 @@ from torch import fx
 from .decoder_graph import DecoderGraph
 from .graph_edit import edit_after
 from .interface import Pass, PassResult, Rejection
+from .memory import may_share_memory
 
 restore = torch.ops.reroute.restore_tokens.default
 restore_ = torch.ops.reroute.restore_tokens_.default
 
 
 class RestoreInPlace(Pass):
+    requires = ("stages",)
+
     def apply(self, graph: DecoderGraph) -> PassResult:
         restores = graph.fx_graph.find_nodes(op="call_function", target=restore)
         rejected = []
@@ -41,24 +44,18 @@ def _what_forbids(node: fx.Node, kept: Sequence[fx.Node]) -> Iterator[str]:
         yield f"%{stream.name if stream in kept else node.name} is kept"
     if stream.op != "call_function":
         yield f"%{stream.name} is an input"
-    elif _may_alias(_maker(stream)):
+    elif may_share_memory(_maker(stream)):
         yield f"%{stream.name} may share memory with what it was made from ({_maker(stream).target})"
     for user in stream.users:
         if user > node:
             yield f"%{stream.name} is read again by %{user.name}"
-        elif user is not node and _may_alias(user):
+        elif user is not node and may_share_memory(user):
             yield f"%{user.name} may share memory with %{stream.name}"
 
 
 def _maker(node: fx.Node) -> fx.Node:
     """The call that made a value, seen through the choice of one of several results."""
     return node.all_input_nodes[0] if node.target is operator.getitem else node
-
-
-def _may_alias(node: fx.Node) -> bool:
-    """Whether a result of a call may share memory with an argument."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(result.alias_info is not None for result in schema.returns)
 
 
 def _write_in_place(graph: DecoderGraph, node: fx.Node) -> None:

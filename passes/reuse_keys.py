@@ -35,17 +35,26 @@ from .graph_edit import (
 )
 from .interface import Pass, PassResult, Rejection
 from .replay import is_sequence_tensor
-from .token_mixing import mixes_tokens
+from .token_mixing import TokenMixing
+from .token_rows import Rows
 
 PRODUCTS = (aten.linear, aten.matmul, aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.einsum)
 
 
 class ReuseKeys(Pass):
+    requires = ("stages",)
+    excludes = ("outputs",)
+
     def apply(self, graph: DecoderGraph) -> PassResult:
         numbers = _ValueNumbers(graph)
+        mixing: dict[sympy.Expr, TokenMixing] = {}
         reused, rejected = 0, []
         for call in _first_compactions(graph):
-            compaction = _Compaction(call, numbers)
+            stream = call.args[0][0]  # type: ignore[index]
+            length = expression(shape(stream)[1])
+            if length not in mixing:
+                mixing[length] = TokenMixing(graph.fx_graph.nodes, stream)  # type: ignore[arg-type]
+            compaction = _Compaction(call, numbers, mixing[length])
             products = compaction.products()
             if products:
                 _gather(graph, compaction, products)
@@ -116,10 +125,10 @@ class _Compaction:
         sources: for each such node the tensor whose rows it has.
     """
 
-    def __init__(self, call: fx.Node, numbers: _ValueNumbers) -> None:
+    def __init__(self, call: fx.Node, numbers: _ValueNumbers, mixing: TokenMixing) -> None:
         arguments: Any = call.args
         tensors, positions, dims = arguments
-        self.call, self.numbers = call, numbers
+        self.call, self.numbers, self.mixing = call, numbers, mixing
         self.batch, self.active = (expression(size) for size in shape(positions))
         self.length = expression(shape(tensors[0])[dims[0]])
         self.sources = {rows: self._number(tensors[rows.args[1]]) for rows in call.users}
@@ -163,7 +172,9 @@ class _Compaction:
 
     def _treats_rows_alone(self, node: fx.Node) -> bool:
         """Whether each row of the result is computed from the same row of the arguments."""
-        if is_op(node, aten.scaled_dot_product_attention) or mixes_tokens(node, self.length):
+        if is_op(node, aten.scaled_dot_product_attention) or node in self.mixing.reasons:
+            return False
+        if _runs_over(node, self.length) and not isinstance(self.mixing.places[node], Rows):
             return False
         sizes = [expression(size) for size in shape(node)] if is_tensor(node) else []
         return all(

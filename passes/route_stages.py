@@ -100,12 +100,14 @@ class RouteStages(Pass):
     keep_streams: restore the input of every layer and keep it in `DecoderGraph.streams`.
     """
 
+    requires = ("layers", "decisions")
+    provides = ("stages",)
+    excludes = ("stages", "outputs")
+
     def __init__(self, action: str, positions: str = "original", keep_streams: bool = False) -> None:
         self.action, self.positions, self.keep_streams = action, positions, keep_streams
 
     def apply(self, graph: DecoderGraph) -> PassResult:
-        if not graph.decisions:
-            return PassResult(self.name)
         renumbered = descendants(position_input(graph)) if self.positions == "contiguous" else set()
         if self.action == "physical_delete":
             streams = _delete(graph, renumbered, self.keep_streams)

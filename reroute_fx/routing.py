@@ -91,8 +91,7 @@ def route(
         config.check_depth(num_layers)
     passes = [
         *find_passes(num_layers),
-        *_stage_passes(config, streams),
-        *(savings or Savings()).passes(),
+        *_stage_passes(config, savings or Savings(), streams),
         ExposeOutputs(),
         *_stream_passes(streams),
     ]
@@ -105,7 +104,7 @@ def _stream_passes(streams: bool) -> list[Pass]:
     return [ExposeStreams()] if streams else []
 
 
-def _stage_passes(config: RoutingConfig, keep_streams: bool) -> list[Pass]:
+def _stage_passes(config: RoutingConfig, savings: Savings, keep_streams: bool) -> list[Pass]:
     if not config.decision_layers:
         return []
     return [
@@ -117,6 +116,7 @@ def _stage_passes(config: RoutingConfig, keep_streams: bool) -> list[Pass]:
             seed=config.seed,
         ),
         RouteStages(config.action, config.positions, keep_streams),
+        *savings.passes(),
     ]
 
 

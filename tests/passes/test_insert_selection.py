@@ -191,13 +191,10 @@ def test_result_exports_again(toy, exported):
     toy.assert_exports_again(to_program(graph, program), inputs, other)
 
 
-def test_no_decisions_change_nothing(toy, exported):
+def test_no_decisions_are_refused(toy, exported):
     _, program = exported(layers=3, kv_heads=2)
-    graph, result = select(toy, program, ())
-    assert (result.matched, result.rewritten) == (0, 0)
-    assert graph.decisions == ()
-    assert graph.added_inputs == ()
-    assert [n.name for n in graph.inputs] == ["inputs_embeds", "position_ids"]
+    with pytest.raises(MatchError, match="decision_layers is empty"):
+        select(toy, program, ())
 
 
 def test_layer_beyond_the_decoder_is_refused(toy, exported):

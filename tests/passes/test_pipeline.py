@@ -10,10 +10,19 @@ from torch import nn
 from reroute_fx import RoutingConfig, Savings, route
 from reroute_fx.passes import (
     DUMP_VARIABLE,
+    AttendToCache,
+    CanonicalizeAttention,
+    ExposeOutputs,
     FindLayers,
+    InsertSelection,
     MatchError,
+    NumberStages,
     PassResult,
+    ProveCausal,
+    ReduceFeatures,
     RemoveNoOps,
+    RestoreInPlace,
+    ReuseKeys,
     RouteStages,
     run_passes,
     to_program,
@@ -296,11 +305,93 @@ def test_passes_can_be_run_without_routing(toy, exported):
     toy.assert_agrees(to_program(graph, program), model, toy.make_inputs(3, 40, padding=True))
 
 
-def test_passes_in_the_wrong_order_do_nothing_unasked(exported):
+FIND = [RemoveNoOps(), CanonicalizeAttention(), ProveCausal(), FindLayers()]
+DECIDE = [*FIND, InsertSelection((1,))]
+STAGE = [*DECIDE, RouteStages("compact_route")]
+WRONG_ORDERS = {
+    "causal before canonical": (
+        [ProveCausal()],
+        "ProveCausal requires canonical attention",
+        "CanonicalizeAttention",
+    ),
+    "layers before causal": (
+        [CanonicalizeAttention(), FindLayers()],
+        "requires causal attention",
+        "ProveCausal",
+    ),
+    "selection before layers": (
+        [*FIND[:3], InsertSelection((1,))],
+        "InsertSelection requires layers",
+        "FindLayers",
+    ),
+    "stages before layers": ([RouteStages("compact_route")], "RouteStages requires layers", "FindLayers"),
+    "stages before decisions": (
+        [*FIND, RouteStages("compact_route")],
+        "requires decisions",
+        "InsertSelection",
+    ),
+    "keys before stages": ([*DECIDE, ReuseKeys()], "ReuseKeys requires stages", "RouteStages"),
+    "in place before stages": ([*FIND, RestoreInPlace()], "RestoreInPlace requires stages", "RouteStages"),
+    "outputs before layers": ([*FIND[:3], ExposeOutputs()], "ExposeOutputs requires layers", "FindLayers"),
+    "cache before layers": (
+        [RemoveNoOps(), AttendToCache((1,))],
+        "AttendToCache requires layers",
+        "FindLayers",
+    ),
+    "numbers before layers": ([NumberStages((1,))], "NumberStages requires layers", "FindLayers"),
+    "numbers after the cache": (
+        [*FIND, AttendToCache(), NumberStages((1,))],
+        "a graph with caches",
+        "AttendToCache",
+    ),
+    "cache after decisions": ([*DECIDE, AttendToCache()], "a graph with decisions", "InsertSelection"),
+    "layers after stages": ([*STAGE, FindLayers()], "a graph with decisions", "InsertSelection"),
+    "outputs before stages": (
+        [*DECIDE, ExposeOutputs(), RouteStages("compact_route")],
+        "with outputs",
+        "ExposeOut",
+    ),
+    "selection twice": (
+        [*DECIDE, InsertSelection((1,))],
+        "can't run on a graph with decisions",
+        "InsertSelection",
+    ),
+    "stages twice": (
+        [*STAGE, RouteStages("compact_route")],
+        "can't run on a graph with stages",
+        "RouteStages",
+    ),
+    "outputs twice": (
+        [*FIND, ExposeOutputs(), ExposeOutputs()],
+        "can't run on a graph with outputs",
+        "ExposeOut",
+    ),
+    "cache twice": (
+        [*FIND, AttendToCache(), AttendToCache()],
+        "can't run on a graph with caches",
+        "AttendToCache",
+    ),
+    "reduction without states": (
+        [CanonicalizeAttention(), ReduceFeatures(max, 4, 2)],
+        "requires states",
+        "FindStates",
+    ),
+}
+
+
+@pytest.mark.parametrize("order", WRONG_ORDERS)
+def test_passes_in_the_wrong_order_are_refused(exported, order):
     _, program = exported(kv_heads=2)
-    graph, (result,) = run_passes(program, [RouteStages("compact_route")])
-    assert (result.matched, result.rewritten) == (0, 0)
-    assert graph.layers == ()
+    steps, message, named = WRONG_ORDERS[order]
+    with pytest.raises(MatchError, match=rf"{message}.*{named}"):
+        run_passes(program, steps)
+
+
+def test_finding_twice_is_no_error(exported):
+    _, program = exported(kv_heads=2)
+    graph, results = run_passes(program, [*FIND, *FIND])
+    assert len(graph.layers) == results[-1].matched == 2
+    assert graph.facts == {"canonical attention", "causal attention", "layers"}
 
 
 def writes_in_place(decoder, hidden, cos, sin, mask):

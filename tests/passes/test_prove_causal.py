@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
-from reroute_fx.passes import MatchError, run_passes, to_program
+from reroute_fx.passes import MatchError, ProveCausal, run_passes, to_program
 
 aten = torch.ops.aten
 
@@ -178,6 +178,29 @@ def test_spellings_of_padding(toy, attentions, mask):
     assert_causal(nodes)
     assert graph.unused_inputs == ("attention_mask",)
     toy.assert_agrees(to_program(graph, program), module, embeddings(toy, 3, 40, padding=True))
+
+
+def test_another_input_in_the_mask_is_no_padding(toy):
+    """A ``[B, S]`` input that forbids keys for some other reason must not be dropped as padding."""
+
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = toy.Blocks([toy.sdpa], gathered_padding)
+
+        def forward(self, inputs_embeds, visible):
+            return self.blocks(inputs_embeds, visible)
+
+    inputs = embeddings(toy, padding=True)
+    program = toy.export(
+        Named(), {"inputs_embeds": inputs["inputs_embeds"], "visible": inputs["attention_mask"]}
+    )
+    with pytest.raises(
+        MatchError, match=r"and-ed with the input 'visible', which is no padding mask.*attention_mask"
+    ):
+        run_passes(program, toy.passes(3))
+    graph, _ = run_passes(program, [*toy.passes(2), ProveCausal(padding=("visible",))])
+    assert graph.unused_inputs == ("visible",)
 
 
 def bidirectional_block(padding, hidden):

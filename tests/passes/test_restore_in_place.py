@@ -73,13 +73,6 @@ def test_the_program_exports_again(toy, exported):
     toy.assert_exports_again(in_place, inputs, other)
 
 
-def test_without_a_restore_nothing_is_done(toy, exported):
-    _, program = exported(layers=4)
-    graph, results = run_passes(program, [*toy.passes(4), RestoreInPlace()])
-    assert (results[-1].matched, results[-1].rewritten) == (0, 0)
-    assert restores(graph) == []
-
-
 def spoil(graph, edit):
     """Change the first restore with `edit(fx_graph, stream, restore)` and run the pass again."""
     node = graph.fx_graph.find_nodes(op="call_function", target=reroute.restore_tokens.default)[0]

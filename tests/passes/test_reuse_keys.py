@@ -249,17 +249,6 @@ def assert_nothing_changes(program, *steps):
     return result
 
 
-def test_no_decisions_change_nothing(toy, exported):
-    _, program = exported(layers=3, kv_heads=2)
-    assert assert_nothing_changes(program, *toy.passes(4)).rejected == ()
-
-
-def test_decisions_without_stages_change_nothing(toy, exported):
-    """The layers still run on all rows, and the row of the query is no selection."""
-    _, program = exported(layers=3, kv_heads=2)
-    assert assert_nothing_changes(program, *toy.passes(4), InsertSelection((1, 2))).rejected == ()
-
-
 class Change(Pass):
     """Changes what the products with layer 1's key weight read: the first scores, the second runs in the layer."""
 
