@@ -3,7 +3,9 @@
 Storages of fake tensors would say it too, but a program that was saved and loaded has none in common.
 """
 
+import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -38,9 +40,12 @@ def may_share_memory(node: fx.Node) -> bool:
 def shared_memory(nodes: Iterable[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
     """For each node those that may share memory with it, itself included; values that share have one set."""
     groups: dict[fx.Node, set[fx.Node]] = {}
+    elements: dict[tuple[Any, ...], fx.Node] = {}
     for node in nodes:
         together = {node}
-        if node.op == "call_function" and may_share_memory(node):
+        if node.target is operator.getitem and not may_share_memory(node.args[0]):  # type: ignore[arg-type]
+            together |= groups.get(elements.setdefault(node.args, node), set())
+        elif node.op == "call_function" and may_share_memory(node):
             for source in _aliased(node):
                 together |= groups[source]
         for member in together:

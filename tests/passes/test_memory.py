@@ -27,6 +27,13 @@ def view_of_a_view(hidden):
     return (hidden * 2.0).view(*hidden.shape[:2], -1, 8).mul_(0.5).flatten(2)
 
 
+def one_of_two_results(hidden):
+    """The indices beside the values have memory of their own."""
+    values, order = hidden.sort(dim=-1)
+    values.mul_(0.0)
+    return hidden + values + 0 * order
+
+
 def computed(hidden):
     return torch.nn.functional.layer_norm(hidden, hidden.shape[-1:]).mul_(0.0) + hidden
 
@@ -69,7 +76,7 @@ def into_an_input(hidden):
     return hidden.reshape(hidden.shape).mul_(2.0)
 
 
-HARMLESS = [scaled, twice, view_of_a_view, computed]
+HARMLESS = [scaled, twice, view_of_a_view, one_of_two_results, computed]
 HARMFUL = [
     into_a_view,
     into_a_part,
