@@ -15,6 +15,7 @@ from transformers import (
     GraniteConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
@@ -25,6 +26,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -51,6 +53,15 @@ VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 MULTIMODAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 
 
@@ -191,6 +202,13 @@ ROUTED = {
     "parallel blocks, Cohere": lambda: llava(CohereConfig(**GROUPED)),
     "fused projections": lambda: llava(GPTNeoXConfig(**SIZES)),
     "experts": lambda: llava(MixtralConfig(**GROUPED, num_local_experts=4, sliding_window=None)),
+    "experts, grouped and normed": lambda: llava(
+        Qwen3MoeConfig(**GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    ),
+    "rotary positions of Llama 3.1": lambda: llava(LlamaConfig(**GROUPED, rope_parameters=LLAMA_3_ROPE)),
+    "rotary positions of yarn": lambda: llava(
+        LlamaConfig(**GROUPED, max_position_embeddings=256, rope_parameters=YARN)
+    ),
     "InternVL": internvl,
     "LLaVA-OneVision": onevision,
     "Qwen2-VL": qwen2_vl,

@@ -8,6 +8,7 @@ import operator
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  # It registers grouped_mm_fallback.
 
 from reroute_fx import RoutingConfig, route
 from reroute_fx.passes import FindLayers, MatchError, run_passes, to_program
@@ -325,3 +326,53 @@ def test_a_decoder_with_local_calls_exports_again(toy, clean):
     inputs, other = (toy.make_prompt(config, (40, n), ((17,), (20,))) for n in (33, 40))
     other = toy.make_prompt(config, (57, 60, 31), ((30,), (12,), (9,)))
     toy.assert_exports_again(routed, inputs, other)
+
+
+def experts(call, x, *, by=None, counted=None, groups=4, ends=True, back=True, spread=False):
+    """Each row times the matrix of its key, as experts are computed: sorted, grouped and brought back."""
+
+    def of_rows(call, rows, _):
+        keys, other = (call(aten.argmax.default, r, -1) for r in (rows, call(aten.neg.default, rows)))
+        both = call(aten.sort.default, keys)
+        ordered, order = (call(operator.getitem, both, i) for i in range(2))
+        picked = call(aten.index.Tensor, rows, [call(aten.argsort.default, other) if by else order])
+        if spread:
+            picked = call(aten.add.Tensor, picked, call(aten.unsqueeze.default, order, 1))
+        values = call(aten.to.dtype, other if counted else ordered, torch.float32)
+        counts = call(aten.histc.default, values, groups, 0, 3)
+        whole = call(aten.to.dtype, counts, torch.int32)
+        limits = call(aten.cumsum.default, whole, 0, dtype=torch.int32) if ends else whole
+        matrices = call(aten.ones.default, [groups, 32, 32])
+        product = call(torch.ops.transformers.grouped_mm_fallback.default, picked, matrices, limits)
+        if not back:
+            return product
+        size = call(aten.sym_size.int, order, 0)
+        places = call(aten.arange.default, size)
+        inverse = call(aten.index_put.default, call(aten.empty_like.default, order), [order], places)
+        return call(aten.index.Tensor, product, [inverse])
+
+    return merged(call, x, of_rows)
+
+
+UNLIKE_EXPERTS = {
+    "rows in another order": ({"by": "another"}, "transformers.grouped_mm_fallback.default"),
+    "counts of other keys": ({"counted": "another"}, "aten.histc.default"),
+    "keys share a group": ({"groups": 3}, "aten.histc.default"),
+    "counts for ends": ({"ends": False}, "transformers.grouped_mm_fallback.default"),
+    "not brought back": ({"back": False}, "aten.view.default"),
+    "places as values": ({"spread": True}, "aten.unsqueeze.default"),
+}
+
+
+def test_experts_treat_each_token_alone(toy, clean):
+    graph = changed(toy, clean, "before the feed-forward", experts)
+    _, result = FindLayers(2)(graph)
+    assert result.matched == 2
+
+
+@pytest.mark.parametrize("name", UNLIKE_EXPERTS)
+def test_what_looks_like_experts_is_refused_by_name(toy, clean, name):
+    options, named = UNLIKE_EXPERTS[name]
+    graph = changed(toy, clean, "before the feed-forward", lambda call, x: experts(call, x, **options))
+    with pytest.raises(MatchError, match=rf"in layer 1 it lets tokens see each other \({named}\)"):
+        FindLayers(2)(graph)
