@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types wheel-check clean
+.PHONY: demo test lint types wheel-check corners clean
 
 demo: $(INSTALLED)
 	$(BIN)/reroute-fx demo
@@ -24,6 +24,10 @@ types: $(INSTALLED)
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p reroute_fx
+
+# The oldest and the newest torch and transformers that are declared; recorded with its date. Takes gigabytes and hours.
+corners: $(INSTALLED)
+	$(BIN)/python benchmarks/version_corners.py
 
 # What users install, in an environment of its own.
 wheel-check: $(INSTALLED)

@@ -63,7 +63,7 @@ _NAMES = {
     "report": ("RoutingReport",),
     "routing": ("Savings", "route"),
     "runtime": ("LoadedModel", "RoutedCache", "RoutedModel", "Routing"),
-    "visualizing": ("visualize",),
+    "visualizing.visualize": ("visualize",),
 }
 """What each module gives to the package: the imports above, once more for Python."""
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

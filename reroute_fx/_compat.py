@@ -54,6 +54,8 @@ def check_transformers() -> None:
     for kind, methods in ((GenerationMixin, _HOOKS), (DynamicCache, _CACHE)):
         for name, arguments in methods.items():
             _check_method(kind, name, arguments)
+    # Without it rows of a beam search get each other's pictures.
+    _check_method(GenerationMixin, "_expand_multimodal_outputs", ("input_ids", "mm_encoder_output"))
     _check_method(DynamicLayer, "lazy_initialization", ("key_states", "value_states"))
     called = inspect.unwrap(GenerationMixin.generate).__code__.co_names
     for name in (name for name in _HOOKS if name not in called):
@@ -114,7 +116,7 @@ def compilation_settings() -> Iterator[None]:
 def dynamo_export(
     model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]
 ) -> ExportedProgram:
-    """Export a Hugging Face module. Newer transformers return the program with metadata, 5.17 the program.
+    """Export a Hugging Face module. transformers 5.23 returns the program with metadata, 5.22 the program.
 
     Raises:
         BackendUnavailableError: transformers has another exporter.

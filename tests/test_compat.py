@@ -54,6 +54,11 @@ class OtherGeneration(GenerationMixin):
             "generation_config, model_kwargs, generation_mode first",
         ),
         (
+            (GenerationMixin, "_expand_multimodal_outputs"),
+            None,
+            "GenerationMixin has no method _expand_multimodal_outputs",
+        ),
+        (
             (GenerationMixin, "generate"),
             OtherGeneration.generate,
             "GenerationMixin.generate does not call _prepare_cache_for_generation",
