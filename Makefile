@@ -24,6 +24,7 @@ types: $(INSTALLED)
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p reroute_fx
+	MYPYPATH=build/typecheck $(BIN)/mypy tests/typed_use.py
 
 # What users install, in an environment of its own.
 wheel-check: $(INSTALLED)
