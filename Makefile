@@ -24,6 +24,7 @@ types: $(INSTALLED)
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p reroute_fx
+	MYPYPATH=build/typecheck $(BIN)/mypy tests/typed_use.py
 
 # The oldest and the newest torch and transformers that are declared; recorded with its date. Takes gigabytes and hours.
 corners: $(INSTALLED)

@@ -48,7 +48,7 @@ def compile(
     cuda_graphs: bool = False,
     limits: Limits | None = None,
     progress: bool = False,
-) -> Any:
+) -> RoutedModel:
     """Route the visual tokens of a Hugging Face vision-language model.
 
     Threads may call it, and the models that it returns; they take turns.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conversations import MIXED, NOISE, SINGLE, TEXT, batch, build, new_tokens, prompt, routed_model
 from test_cuda_graphs import graphed_model
+from transformers import Qwen2_5_VLModel
 
 import reroute_fx
 from reroute_fx import Limits, LoadedModel
@@ -125,30 +126,30 @@ def test_eight_threads(family, make, rounds):
     check_threads(family, model, rounds, run_alone(family, model))
 
 
-def test_positions_of_a_text_are_not_those_of_a_prompt_that_comes_in_between():
+def test_positions_of_a_text_are_not_those_of_a_prompt_that_comes_in_between(monkeypatch):
     """Qwen2.5-VL keeps the offset of its last picture on the module and reads it in the middle of a forward."""
     model = routed_model("qwen")
     expected, second = run("qwen", model, 1)
     entered, picture_done = threading.Event(), threading.Event()
+    compute = Qwen2_5_VLModel.compute_3d_position_ids
 
-    def wait_for_the_picture(module, given, embeddings):
-        if threading.current_thread() is text and embeddings.shape[1] == 1:
+    def wait_for_the_picture(*args, **kwargs):
+        is_step = kwargs["inputs_embeds"].shape[1] == 1
+        if threading.current_thread() is text and is_step:
             entered.set()
             # Who waits for its turn doesn't come before this call has ended.
-            picture_done.wait(timeout=2)
+            picture_done.wait(timeout=1)
+        return compute(*args, **kwargs)
 
     found = []
     text = threading.Thread(target=lambda: found.extend(run("qwen", model, 1)))
-    hook = model.get_input_embeddings().register_forward_hook(wait_for_the_picture)
-    try:
-        text.start()
-        assert entered.wait(timeout=60)
-        with torch.no_grad():
-            model(**batch("qwen", *SINGLE))
-        picture_done.set()
-        text.join()
-    finally:
-        hook.remove()
+    monkeypatch.setattr(Qwen2_5_VLModel, "compute_3d_position_ids", wait_for_the_picture)
+    text.start()
+    assert entered.wait(timeout=60)
+    with torch.no_grad():
+        model(**batch("qwen", *SINGLE))
+    picture_done.set()
+    text.join()
     assert torch.equal(found[0], expected)
     torch.testing.assert_close(found[1], second, atol=NOISE, rtol=0)
 

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -26,10 +26,27 @@ from .cache import RoutedCache
 from .decoder import UNROUTED, RoutedDecoder, current_call
 from .prompt import Continuation, Prompt, PromptReader, refuse_gradients, without_grids
 from .reduction import ReducedFeatures
+from .routing import Routing
 from .specialize import specialize
 
 _DYNAMIC_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
 """Names of caches that grow; the decoder says which of them it takes."""
+
+
+class RoutedOutput(Protocol):
+    """What a call of a routed model returns: the model's own output class, with what was routed.
+
+    Attributes:
+        logits: ``[B, S, vocabulary]``.
+        loss: of ``labels``, if they were given.
+        past_key_values: the cache, unless none was wanted.
+        routing: what was selected; there after prompts with visual tokens only.
+    """
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None
+    past_key_values: RoutedCache | None
+    routing: Routing
 
 
 class RoutedModel(torch.nn.Module):
@@ -57,6 +74,11 @@ class RoutedModel(torch.nn.Module):
         tower: the vision tower with the reduction; None without one.
         original: class that it was made from.
     """
+
+    if TYPE_CHECKING:
+        # The class that it was made from has more than type checkers can know of.
+        def __call__(self, *args: Any, **kwargs: Any) -> RoutedOutput: ...
+        def __getattr__(self, name: str) -> Any: ...
 
     original: type
     routing_config: RoutingConfig
@@ -344,14 +366,14 @@ def make_routed_model(
     tower: CapturedTower | None = None,
     images: Executable | TensorRTProgram | None = None,
     with_streams: Callable[[str], Executable | TensorRTProgram] | None = None,
-) -> Any:
+) -> RoutedModel:
     """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed.
 
     `with_streams` makes the program of a name that returns the stream before each layer as well, when hidden states are
     asked for.
     """
     owner = uuid.uuid4().hex
-    routed = copy_sharing_weights(model)
+    routed: Any = copy_sharing_weights(model)
     inner = specialize(text_decoder(routed), RoutedDecoder)
     inner.prefill, inner.continuation = prefill, continuation
     inner.routing_config = report.config
@@ -383,4 +405,5 @@ def make_routed_model(
     routed._programmed = (Fingerprint(inner, "routed"),)
     reduced = () if tower is None else (Fingerprint(routed, "routed"),)
     routed._fingerprints = Fingerprint(model, "model"), *routed._programmed, *reduced
-    return routed
+    done: RoutedModel = routed
+    return done
