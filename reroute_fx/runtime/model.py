@@ -200,8 +200,9 @@ class RoutedModel(torch.nn.Module):
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        known = {name: value for name, value in model_kwargs.items() if name != "visual_mask"}
-        super()._validate_model_kwargs(known)  # type: ignore[misc]
+        if not self._reader.routes_text:
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "visual_mask"}
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
 
     def visualize(
         self, inputs: Mapping[str, Any], path: str | Path, processor: Any = None, **options: Any
