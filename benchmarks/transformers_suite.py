@@ -32,7 +32,9 @@ OUTCOMES = ("pass", "nothing routed", "refusal", "failure")
 DOCUMENTED = (
     "output_attentions",
     "assistant_model or prompt_lookup_num_tokens",
-    "is a StaticCache",
+    "StaticCache",
+    "cache_implementation",
+    "several sequences packed into a row",
     "visual_mask",
     "without position_ids",
     "attention_mask",
