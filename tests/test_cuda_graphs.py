@@ -216,6 +216,15 @@ def test_rounded_sizes():
         assert padded[f"slots_{layer}"].shape[0] % BUCKET == 0
         assert not padded[f"keep_{layer}"][:, 70:].any()
         key = torch.arange(padded[f"slots_{layer}"].shape[0])[None, None, :, None]
-        cut = cut_outputs({f"key.{layer}": key, f"kept.{layer}": padded[f"keep_{layer}"]}, plan, 100)
+        cut = cut_outputs(
+            {
+                f"key.{layer}": key,
+                f"kept.{layer}": padded[f"keep_{layer}"],
+                "stream.0": padded["inputs_embeds"],
+            },
+            plan,
+            100,
+        )
+        assert cut["stream.0"].shape == (2, 100, 4)
         assert cut[f"key.{layer}"].shape[2] == max(lengths)
         assert cut[f"kept.{layer}"].shape == (2, 70)

@@ -171,6 +171,8 @@ def test_embeddings_are_refused_where_nothing_says_what_is_visual(family):
         routed(**given, visual_mask=(inputs["input_ids"] == IMAGE).long())
     with pytest.raises(InputError, match="visual_mask is a list"):
         routed(**given, visual_mask=[True])
+    with pytest.raises(InputError, match="visual_mask marks other tokens"):
+        routed(**inputs, visual_mask=inputs["input_ids"] != IMAGE)
     with pytest.raises(InputError, match="an embedding for each token"):
         routed(**without(given, "inputs_embeds"), input_ids=inputs["input_ids"], inputs_embeds=embeds[:, 1:])
 

@@ -67,6 +67,11 @@ class RoutedModel(torch.nn.Module):
     The key-value cache is a `RoutedCache`. Tokens that follow continue at the rotary position after the
     row's last one, whatever `position_ids` says.
 
+    A prompt may come as ``inputs_embeds`` with its features in place: beside ``input_ids``, or with ``visual_mask``
+    ``[B, S]`` bool, True for visual tokens; without both it is text. ``hidden_states`` are the residual stream before
+    each layer and, last, the final norm's output, ``[B, S, d]`` each: rows that were deferred or deleted as they last
+    ran. Losses of ``labels`` are given without gradients only.
+
     Attributes:
         routing_config: what is routed.
         programs: the routed programs, ``"prefill"`` and ``"continuation"``, and ``"images"`` if the method reduces
@@ -217,8 +222,9 @@ class RoutedModel(torch.nn.Module):
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        known = {name: value for name, value in model_kwargs.items() if name != "visual_mask"}
-        super()._validate_model_kwargs(known)  # type: ignore[misc]
+        if not self._reader.routes_text:
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "visual_mask"}
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
 
     def visualize(
         self, inputs: Mapping[str, Any], path: str | Path, processor: Any = None, **options: Any

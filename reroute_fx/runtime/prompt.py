@@ -175,7 +175,7 @@ class PromptReader:
                 f"pixel_values_videos were given, but method {self.routing_config.method!r} reduces images; expected "
                 f"images only. Use a method without a reduction for videos, such as 'pdrop'."
             )
-        input_ids = self._placeholders(given) if given.get("input_ids") is None else _checked_ids(given)
+        input_ids = self._placeholders(given) if given.get("input_ids") is None else self._checked_ids(given)
         if input_ids is None:
             return None
         is_token = _read_mask(given.get("attention_mask"), input_ids)
@@ -216,6 +216,27 @@ class PromptReader:
         plan = plan_rows(self.routing_config, is_visual.to(device), lengths.tolist(), images)
         return Prompt(plan, places.to(device) if places else None)
 
+    def _checked_ids(self, given: Mapping[str, Any]) -> torch.Tensor:
+        input_ids: torch.Tensor = given["input_ids"]
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise InputError(
+                f"input_ids has shape {list(input_ids.shape)}; expected [batch, length], both above 0."
+            )
+        embeds, mask = given.get("inputs_embeds"), given.get("visual_mask")
+        if embeds is not None and embeds.shape[:2] != input_ids.shape:
+            raise InputError(
+                f"inputs_embeds has shape {list(embeds.shape)}, but input_ids {list(input_ids.shape)}; expected an "
+                f"embedding for each token."
+            )
+        # Without a cache `generate` gives the mask of the prompt again, when there are more tokens.
+        is_of_prompt = isinstance(mask, torch.Tensor) and mask.shape == input_ids.shape
+        if is_of_prompt and not torch.equal(mask.bool(), self.is_visual(input_ids)):
+            raise InputError(
+                "visual_mask marks other tokens than the image tokens in input_ids; expected the same. Leave it out: "
+                "input_ids tell."
+            )
+        return input_ids
+
     def _placeholders(self, given: Mapping[str, Any]) -> torch.Tensor | None:
         """For a prompt that came as embeddings, ids with a placeholder for each visual token and -1 for others.
 
@@ -254,21 +275,6 @@ class PromptReader:
     def is_visual(self, ids: torch.Tensor) -> torch.Tensor:
         """Which ids are placeholders of visual features."""
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
-
-
-def _checked_ids(given: Mapping[str, Any]) -> torch.Tensor:
-    input_ids: torch.Tensor = given["input_ids"]
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise InputError(
-            f"input_ids has shape {list(input_ids.shape)}; expected [batch, length], both above 0."
-        )
-    embeds = given.get("inputs_embeds")
-    if embeds is not None and embeds.shape[:2] != input_ids.shape:
-        raise InputError(
-            f"inputs_embeds has shape {list(embeds.shape)}, but input_ids {list(input_ids.shape)}; expected an "
-            f"embedding for each token."
-        )
-    return input_ids
 
 
 def _check_visual_mask(mask: Any, embeds: torch.Tensor) -> None:
