@@ -23,7 +23,7 @@ def test_a_hook_that_was_renamed_is_told_at_import():
         "del GenerationMixin._prepare_cache_for_generation\n"
         "from reroute_fx import compile"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    told = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True).stderr
     assert f"BackendUnavailableError: transformers is {__version__}, in which GenerationMixin has no" in told
     assert (
         "method _prepare_cache_for_generation; routed models need what they know. Install transformers"
