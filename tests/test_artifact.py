@@ -346,6 +346,14 @@ def test_it_stays_where_it_is(loaded):
             change()
 
 
+def test_it_is_saved_by_copying_its_folder(loaded, tmp_path):
+    model, _ = loaded("llava")
+    with pytest.raises(InputError, match=r"save_pretrained was called on a model from an artifact.*Copy"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="can't be pickled or copied"):
+        copy.deepcopy(model)
+
+
 @torch.no_grad()
 def test_inputs_may_lie_in_memory_as_they_like(loaded, family):
     """Views, other strides, 32-bit ids, doubles: what a caller may pass as well as what a processor returns."""

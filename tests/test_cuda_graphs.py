@@ -104,6 +104,19 @@ def test_a_graph_does_not_keep_caches_alive():
     assert watched() is None
 
 
+def test_parameters_in_other_memory_are_recorded_anew():
+    weight = torch.nn.Parameter(torch.ones(2))
+    run = graphs(lambda w, x: [w * x], ["parameter", "input"])
+    for _ in range(4):
+        run(weight, torch.ones(2))
+    assert run.recorded == 1
+    weight.data = torch.full((2,), 3.0)
+    for _ in range(4):
+        (result,) = run(weight, torch.ones(2))
+        assert result.tolist() == [3, 3]
+    assert run.recorded == 2
+
+
 def test_parameters_are_not_copied():
     weight = torch.ones(2)
     run = graphs(lambda w, x: [w * x], ["parameter", "input"])

@@ -173,7 +173,7 @@ def _write(
         schema=SCHEMA,
         format=format,
         name=_name(routed),
-        model=routed.original.__name__,
+        model=type(routed).__name__.removeprefix("Routed"),
         model_type=routed.config.model_type,
         dtype=dtype,
         routing=routed.routing_config,

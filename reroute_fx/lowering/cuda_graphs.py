@@ -73,9 +73,10 @@ class CudaGraphs:
 
     Args:
         function: runs without waiting for the device, with shapes that follow from those of its inputs.
-        roles: of each input. A ``"parameter"`` is the same tensor in all calls. A ``"cache"`` is read and written in
-            place: a graph is bound to its address and doesn't keep it alive. An ``"input"`` is copied in. Results
-            are copied out, so that they outlive the next call.
+        roles: of each input. A ``"parameter"`` is the same tensor in all calls; when its memory is another (``.data``
+            was assigned) calls are recorded anew. A ``"cache"`` is read and written in place: a graph is bound to its
+            address and doesn't keep it alive. An ``"input"`` is copied in. Results are copied out, so that they outlive
+            the next call.
         recorder: records a call.
     """
 
@@ -116,9 +117,10 @@ class CudaGraphs:
     def _kind(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """What a graph is bound to."""
         return tuple(
-            (x.data_ptr() if role == "cache" else None, x.shape, x.dtype)
+            _address(x)
+            if role == "parameter"
+            else (x.data_ptr() if role == "cache" else None, x.shape, x.dtype)
             for x, role in zip(inputs, self._roles, strict=True)
-            if role != "parameter"
         )
 
     def _record(self, kind: tuple[Any, ...], inputs: Sequence[torch.Tensor]) -> _Recording:
@@ -130,3 +132,9 @@ class CudaGraphs:
         if len(self._recordings) > GRAPHS:
             self._recordings.popitem(last=False)
         return recording
+
+
+def _address(parameter: torch.Tensor) -> int:
+    """Where a parameter lies; packed ones have several places, and are taken to stay there."""
+    is_plain = type(parameter) in (torch.Tensor, torch.nn.Parameter)
+    return parameter.data_ptr() if is_plain else id(parameter)

@@ -77,7 +77,7 @@ class RoutedModel(torch.nn.Module):
         programs: the routed programs, ``"prefill"`` and ``"continuation"``, and ``"images"`` if the method reduces
             pictures.
         tower: the vision tower with the reduction; None without one.
-        original: class that it was made from.
+        original: class that it was made from; None for a model from an artifact.
     """
 
     if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class RoutedModel(torch.nn.Module):
         def __call__(self, *args: Any, **kwargs: Any) -> RoutedOutput: ...
         def __getattr__(self, name: str) -> Any: ...
 
-    original: type
+    original: type | None = None
     routing_config: RoutingConfig
     programs: dict[str, Executable | TensorRTProgram]
     tower: CapturedTower | None
@@ -236,7 +236,12 @@ class RoutedModel(torch.nn.Module):
         return visualize(self, inputs, path, processor, **options)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the model that was routed: what is written is of its class, and loads as it. See `original`."""
+        """Save the model that was routed: what is written is of its class, and loads as it."""
+        if self.original is None:
+            raise InputError(
+                "save_pretrained was called on a model from an artifact, which has no model class. Copy the artifact's "
+                "folder."
+            )
         saved: Any = object.__new__(self.original)
         saved.__dict__.update(self.__dict__)
         return saved.save_pretrained(*args, **kwargs)
