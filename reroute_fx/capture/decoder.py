@@ -121,18 +121,17 @@ def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
             f"The decoder lies on {sorted(map(str, devices))}; expected one device. Load it with "
             f"device_map='cuda' or another single device."
         )
-    hooked = Fingerprint(decoder, "decoder").hooked()
-    if hooked:
+    parts, config = Fingerprint(decoder, "decoder"), decoder.config.to_json_string(use_diff=False)
+    if hooked := parts.hooked():
         raise UnsupportedModelError(
             f"{hooked} has a forward hook, which would not run: the decoder's parts are compiled into programs. Remove "
             f"it, or put it on the decoder itself."
         )
     if decoder not in _captured or not _captured[decoder].is_of(decoder):
-        made = Fingerprint(decoder, "decoder"), decoder.config.to_json_string(use_diff=False)
         captured = _export(decoder)
         if decoder.device.type != "meta":
             _compare_attention(decoder, captured, model)
-        _captured[decoder] = _Capture(*made, captured)
+        _captured[decoder] = _Capture(parts, config, captured)
     return _captured[decoder].decoder
 
 
