@@ -167,11 +167,22 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("demo"),
 ) -> None:
     """Ask a small trained model for a thing in a scene: unrouted, with deleted and with routed tokens."""
+    _quiet_imports()
     from .demo import run
     from .lowering import check_backend
 
     check_backend(backend)
     run(backend, _console, scene, out)
+
+
+def _quiet_imports() -> None:
+    """Show errors only of what torch and torchao log as they are imported: neither is what the demo is about."""
+    import logging
+
+    import torch
+
+    torch._logging.set_logs(all=logging.ERROR)  # type: ignore[attr-defined]
+    logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
 @app.command()

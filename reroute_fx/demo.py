@@ -1,6 +1,5 @@
 """The demo: the model that ships with the package is asked for a thing in a scene that it has never seen."""
 
-import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -45,7 +44,6 @@ def run(backend: str, console: Console, number: int, folder: Path) -> None:
     if number < 0:
         raise ConfigError(f"scene is {number}; expected 0 or more.")
     missing = _missing_for_pictures(folder)
-    torch._logging.set_logs(all=logging.ERROR)  # type: ignore[attr-defined]
     loaded = load_model(DEMO, "cpu", "float32")
     model, processor = loaded.model, loaded.processor
     here = scene("demo", number)
