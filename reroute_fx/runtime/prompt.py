@@ -184,10 +184,11 @@ class PromptReader:
         is_visual = self.is_visual(ids)
         if not is_visual.any():
             if has_features:
+                features = next((n for n in _VISUAL_INPUTS if given.get(n) is not None), "mm_encoder_outputs")
+                where = "visual_mask" if given.get("input_ids") is None else "input_ids"
                 raise InputError(
-                    "pixel_values or features were given but the prompt holds no image token; expected one for each "
-                    "feature. Use "
-                    "the model's processor and put its image placeholder into the prompt."
+                    f"{features} were given but {where} holds no image token; expected one for each feature. Use the "
+                    f"model's processor and put its image placeholder into the prompt."
                 )
             if not self.routes_text:
                 return None

@@ -61,11 +61,12 @@ def routed(model, tower):
 
     def at(action):
         if action not in made:
-            options = {"config": config(0.35)} if action == "enter" else {"tier": 0.25, "action": action}
+            decided = {"method": "nuwa", "tier": 0.25, "action": action}
+            options = {"config": config(0.35)} if action == "enter" else decided
             with pytest.MonkeyPatch.context() as patch:
                 # Its 26 layers are captured once.
                 patch.setattr("reroute_fx.api.capture_vision_tower", lambda _: tower)
-                made[action] = reroute_fx.compile(model, method="nuwa", backend="eager", **options)
+                made[action] = reroute_fx.compile(model, backend="eager", **options)
         return made[action]
 
     return at
