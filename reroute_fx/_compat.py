@@ -18,8 +18,16 @@ _HOOKS = {
     "_prepare_cache_for_generation": ("generation_config", "model_kwargs", "generation_mode"),
     "_prepare_position_ids_for_generation": ("inputs_tensor", "model_kwargs"),
     "_expand_inputs_for_generation": ("expand_size", "is_encoder_decoder", "input_ids", "model_kwargs"),
+    "_maybe_prepare_encoder_kwargs_for_generation": ("inputs_tensor", "model_kwargs"),
+    "_validate_model_kwargs": ("model_kwargs",),
 }
 """Methods that `generate` calls and routed models extend, and the arguments that they read."""
+_REFUSED: dict[str, tuple[str, ...]] = {
+    "generate_batch": ("inputs",),
+    "init_continuous_batching": (),
+    "continuous_batching_context_manager": (),
+}
+"""Other ways to generate, which routed models refuse under these names."""
 _CACHE = {
     "get_seq_length": ("layer_idx",),
     "get_mask_sizes": ("query_length", "layer_idx"),
@@ -51,7 +59,7 @@ def check_transformers() -> None:
     Raises:
         BackendUnavailableError: a method, an argument or an attribute is missing.
     """
-    for kind, methods in ((GenerationMixin, _HOOKS), (DynamicCache, _CACHE)):
+    for kind, methods in ((GenerationMixin, _HOOKS | _REFUSED), (DynamicCache, _CACHE)):
         for name, arguments in methods.items():
             _check_method(kind, name, arguments)
     # Without it rows of a beam search get each other's pictures.

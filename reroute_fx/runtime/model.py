@@ -86,6 +86,7 @@ class RoutedModel(torch.nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
     original: type | None = None
+    _instead_of_moving = "Move or cast the model that was compiled, then compile it again."
     routing_config: RoutingConfig
     programs: dict[str, Executable | TensorRTProgram]
     tower: CapturedTower | None
@@ -263,8 +264,6 @@ class RoutedModel(torch.nn.Module):
                 f"{self._instead_of_moving}"
             )
         return self
-
-    _instead_of_moving = "Move or cast the model that was compiled, then compile it again."
 
     def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
         raise InputError(
