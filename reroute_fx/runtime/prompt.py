@@ -230,8 +230,8 @@ class PromptReader:
                 f"embedding for each token."
             )
         # Without a cache `generate` gives the mask of the prompt again, when there are more tokens.
-        is_of_prompt = isinstance(mask, torch.Tensor) and mask.shape == input_ids.shape
-        if is_of_prompt and not torch.equal(mask.bool(), self.is_visual(input_ids)):
+        of_prompt = mask if isinstance(mask, torch.Tensor) and mask.shape == input_ids.shape else None
+        if of_prompt is not None and not torch.equal(of_prompt.bool(), self.is_visual(input_ids)):
             raise InputError(
                 "visual_mask marks other tokens than the image tokens in input_ids; expected the same. Leave it out: "
                 "input_ids tell."
