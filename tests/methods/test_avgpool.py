@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conversations import SINGLE, batch, new_tokens, unrouted_model
 
 import reroute_fx
-from reroute_fx import RoutingConfig, UnsupportedModelError
+from reroute_fx import InputError, RoutingConfig, UnsupportedModelError
 from reroute_fx.methods.avgpool import reduce
 from reroute_fx.passes import TowerStates
 
@@ -97,6 +97,22 @@ def test_the_decoder_runs_on_what_is_left():
     logits = model.lm_head(wanted.last_hidden_state)
     torch.testing.assert_close(output.logits[:, stays], logits, rtol=1e-4, atol=1e-4)
     assert output.routing.kv_lengths == ((int(stays.sum()),) * model.config.text_config.num_hidden_layers,)
+
+
+@torch.no_grad()
+def test_features_that_were_not_reduced_are_refused():
+    """They would fill the places of tokens that are not there."""
+    model, inputs = unrouted_model("llava"), batch("llava", *SINGLE)
+    routed = reroute_fx.compile(model, 0.5, method="avgpool", backend="eager")
+    expected, pixels = routed(**inputs).logits, inputs.pop("pixel_values")
+    whole, reduced = (
+        {"image": each.get_image_features(pixel_values=pixels)} for each in (model, routed.model)
+    )
+    with pytest.raises(
+        InputError, match=r"came without method 'avgpool' having reduced them; expected pixel_values"
+    ):
+        routed(**inputs, mm_encoder_outputs=whole)
+    assert torch.equal(routed(**inputs, mm_encoder_outputs=reduced).logits, expected)
 
 
 def test_it_compiles_and_generates():
