@@ -1,5 +1,8 @@
 """Decoders that no pass was written for: routed exactly, or refused with the reason."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import (
@@ -289,3 +292,12 @@ def test_report_names_what_the_flops_leave_out():
     assert f"Not counted: {report.uncounted[0]}" in str(report)
     dense, _ = ROUTED["query and key norms"]()
     assert reroute_fx.inspect(dense.eval(), tier=0.6).uncounted == ()
+
+
+def test_no_family_that_was_routed_before_is_refused():
+    """By `benchmarks/families.py`, before layers had to consist of operators that are known, and since."""
+    record = Path(__file__).parents[1] / "benchmarks" / "results" / "families.json"
+    families = json.loads(record.read_text())["families"]
+    before = {name for name, outcome in families.items() if outcome["before"] == "routed"}
+    assert len(before) >= 30
+    assert {name: families[name]["now"] for name in before} == dict.fromkeys(before, "routed")
