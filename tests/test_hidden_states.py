@@ -19,6 +19,14 @@ import reroute_fx
 from reroute_fx import InputError, RoutingConfig
 
 pytestmark = pytest.mark.usefixtures("no_gradients", "one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _no_offset_of_an_earlier_prompt():
+    """Qwen2.5-VL keeps that of its last prompt on the module and adds it to text that follows, in whichever test."""
+    unrouted_model("qwen").model.rope_deltas = None
+
+
 ACTIONS = ("compact_route_stagewise", "compact_route", "physical_delete")
 LAYERS = 4
 
