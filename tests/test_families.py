@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import VISION
 from transformers import (
     CLIPVisionConfig,
     CohereConfig,
@@ -48,14 +49,6 @@ SIZES = {
     "eos_token_id": 2,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import IMAGE, TEXT, llava_config, sharp
+from tiny_models import IMAGE, TEXT, VISION, llava_config, sharp
 from transformers import (
     CLIPVisionConfig,
     GemmaConfig,
@@ -24,14 +24,6 @@ from reroute_fx import RoutingConfig, UnsupportedModelError
 EVERYTHING = RoutingConfig((1,), (1.0,))
 ROUTING = RoutingConfig((1,), (0.5,))
 SIZES = {**TEXT, "num_hidden_layers": 2, "head_dim": 8}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -29,20 +29,20 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 
 
 def llava_config(layers: int, spread: float | None = None, **options: Any) -> LlavaConfig:
     """16 tokens for each image. `spread` is the standard deviation of the initial weights."""
     drawn = {} if spread is None else {"initializer_range": spread}
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-        **drawn,
-    )
+    vision = CLIPVisionConfig(**VISION, **drawn)
     text = LlamaConfig(**TEXT, num_hidden_layers=layers, **drawn)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **options)
     return _spread(config, spread)

@@ -36,6 +36,14 @@ _HARMLESS = {
     "num_items_in_batch",
 }
 """Arguments of a decoder that change nothing about what the routed program computes."""
+_KNOWN = _HARMLESS | {
+    "attention_mask",
+    "input_ids",
+    "inputs_embeds",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+}
 
 
 class RoutedDecoder(torch.nn.Module):
@@ -299,13 +307,11 @@ def _refuse_packed_rows(positions: torch.Tensor | None, position_rank: int) -> N
 
 def _refuse_what_the_programs_lack(**given: Any) -> None:
     """The programs take embeddings and positions, nothing else."""
-    known = {*_HARMLESS, "attention_mask", "input_ids", "inputs_embeds", "position_ids", "past_key_values"}
-    known |= {"use_cache"}
     # A flag that is off, or a weight of zero, asks for nothing.
     asked = {
         name: value
         for name, value in given.items()
-        if name not in known and (isinstance(value, torch.Tensor) or value not in (None, False, 0))
+        if name not in _KNOWN and (isinstance(value, torch.Tensor) or value not in (None, False, 0))
     }
     flags = [name for name, value in asked.items() if value is True]
     if flags:
