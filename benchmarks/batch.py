@@ -30,12 +30,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import reroute_fx
 from reroute_fx import RoutingConfig
 from reroute_fx._compat import settle_cpu_math
+from reroute_fx.analysis.routing_report import RoutingReport
 from reroute_fx.capture import capture_decoder
 from reroute_fx.lowering import Executable, lower
-from reroute_fx.plan import RowPlan, plan_rows
-from reroute_fx.report import RoutingReport
-from reroute_fx.routing import route, unrouted
+from reroute_fx.pipeline import route, unrouted
 from reroute_fx.runtime.rows import Places
+from reroute_fx.selection.row_plan import RowPlan, plan_rows
 
 TIER = 128
 BATCHES = (1, 2, 4, 8)

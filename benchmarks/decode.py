@@ -25,7 +25,7 @@ from reroute_fx import RoutedCache, RoutingConfig
 from reroute_fx._compat import settle_cpu_math
 from reroute_fx.capture import capture_decoder
 from reroute_fx.lowering import lower
-from reroute_fx.routing import continuation, route
+from reroute_fx.pipeline import continuation, route
 from reroute_fx.runtime.cache import CachedRows
 
 VISUAL, TEXT = 576, 40

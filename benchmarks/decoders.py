@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from transformers import DynamicCache, LlamaModel
 
 from reroute_fx import RoutingConfig, Savings
+from reroute_fx.analysis.routing_report import RoutingReport
 from reroute_fx.capture import CapturedDecoder
 from reroute_fx.lowering import lower
-from reroute_fx.plan import plan_rows
-from reroute_fx.report import RoutingReport
-from reroute_fx.routing import route, unrouted
+from reroute_fx.pipeline import route, unrouted
+from reroute_fx.selection.row_plan import plan_rows
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ from reroute_fx.benchmarking.contender import (
     time_first_token,
     time_generate,
 )
+from reroute_fx.benchmarking.expected import theory_of, weight_bytes
 from reroute_fx.benchmarking.machine import peak_bytes
-from reroute_fx.benchmarking.theory import theory_of, weight_bytes
 from reroute_fx.benchmarking.workload import Workload
 
 SECTIONS = ("checks", "rates", "kernels", "models", "artifacts")

@@ -13,7 +13,7 @@ from gpu_golden import CASES, exact_products, load_golden
 import reroute_fx
 from reroute_fx import Limits, RoutingConfig
 from reroute_fx.errors import BackendUnavailableError
-from reroute_fx.lowering.tensorrt import check_tensorrt, coverage
+from reroute_fx.lowering.tensorrt.engines import check_tensorrt, coverage
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from conversations import ROUTING, SINGLE, batch, unrouted_model

@@ -144,7 +144,6 @@ def contenders(model: Any, backend: str) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {"eager": lambda: model}
     found["compiled unrouted"] = ours(method="none")
     found |= {f"routed {tier}": ours(tier=tier) for tier in TIERS}
-    found["routed 128, reused keys"] = ours(tier=128, savings=reroute_fx.Savings(reuse_keys=True))
     if model.device.type == "cuda":
         found["compiled unrouted, graphs"] = ours(method="none", cuda_graphs=True)
         found |= {f"routed {tier}, graphs": ours(tier=tier, cuda_graphs=True) for tier in TIERS}

@@ -19,8 +19,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from reroute_fx.analysis.paper_configs import RELEASED
 from reroute_fx.benchmarking.machine import environment
-from reroute_fx.benchmarking.result import check_file, write_json
+from reroute_fx.common.json_files import check_file, write_json
 from reroute_fx.errors import InputError, RerouteError
 from reroute_fx.evals.tasks import (
     SHAPES_REFER,
@@ -30,9 +31,8 @@ from reroute_fx.evals.tasks import (
     write_tasks,
 )
 from reroute_fx.methods import UNROUTED
-from reroute_fx.paper import RELEASED
+from reroute_fx.methods.tiers import TIERS
 from reroute_fx.passes import ACTIONS
-from reroute_fx.tiers import TIERS
 
 Configuration = tuple[str, str, int | None]
 """Method, action and tier."""

@@ -34,7 +34,6 @@ TIERS = (192, 128, 64)
 COMPILED = ("torch.compile", "compiled unrouted")
 SWITCHED = 128
 SAVINGS = {
-    "keys reused": Savings(reuse_keys=True),
     "not in place": Savings(restore_in_place=False),
 }
 

@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from reroute_fx.benchmarking.machine import environment, peak_bytes
-from reroute_fx.benchmarking.result import write_json
+from reroute_fx.common.json_files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

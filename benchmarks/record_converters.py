@@ -1,7 +1,8 @@
-"""Record which operators a release of Torch-TensorRT converts, from its sources, without importing it.
+r"""Record which operators a release of Torch-TensorRT converts, from its sources, without importing it.
 
 pip download torch-tensorrt==2.13.0 --no-deps --dest wheel && unzip -d wheel wheel/*.whl
-python benchmarks/record_converters.py wheel/torch_tensorrt reroute_fx/lowering/data/torch_tensorrt_converters.json
+python benchmarks/record_converters.py wheel/torch_tensorrt \
+    reroute_fx/lowering/tensorrt/data/torch_tensorrt_converters.json
 """
 
 import argparse

@@ -25,7 +25,7 @@ from lmms_eval.tasks.pope import utils as pope
 from lmms_eval.tasks.refcoco import utils_rec as refcoco
 
 from reroute_fx.benchmarking.machine import environment
-from reroute_fx.benchmarking.result import write_json
+from reroute_fx.common.json_files import write_json
 from reroute_fx.evals.tasks import SHAPES_REFER, SHAPES_YES_NO, shapes_scores, write_tasks
 
 ROOT = Path(__file__).parents[1]

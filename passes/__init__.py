@@ -1,33 +1,32 @@
-"""Graph passes: each takes a `DecoderGraph` and returns it with a `PassResult`.
+"""Graph passes: each takes a `ModelGraph` and returns it with a `PassResult`.
 
 They know graphs and operators, not models. In the order in which a decoder is routed:
 `RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `InsertSelection`,
-`RouteStages`, `ReuseKeys`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages` and
+`RouteStages`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages` and
 `AttendToCache`; `ExposeStreams` last, where hidden states are asked for. On the vision tower `FindStates`,
 `CanonicalizeAttention`, and `ReduceFeatures` for pictures of one size, `ReduceGrids` for those of any.
 """
 
 from .. import kernels  # noqa: F401 - it registers torch.ops.reroute
 from .attend_to_cache import AttendToCache
+from .base_errors import MatchError, RerouteError
+from .base_pass import Pass, PassResult, Rejection
 from .canonicalize_attention import CanonicalizeAttention
-from .decoder_graph import Decision, DecoderGraph, Layer, LayerSizes
-from .errors import MatchError, RerouteError
 from .expose_outputs import ExposeOutputs
 from .expose_streams import ExposeStreams
 from .find_layers import FindLayers
 from .find_states import FindStates
 from .insert_selection import SCORING, InsertSelection
-from .interface import Pass, PassResult, Rejection
+from .model_graph import Decision, Layer, LayerSizes, ModelGraph
 from .number_stages import NumberStages
-from .pipeline import DUMP_VARIABLE, run_passes, to_program
 from .prove_causal import ProveCausal
 from .ranking import Candidates, Rank, by_attention
 from .reduce_features import GONE, Reduce, ReduceFeatures, TowerStates
 from .reduce_grids import GridInputs, GridStates, ReduceGrid, ReduceGrids
 from .remove_no_ops import RemoveNoOps
 from .restore_in_place import RestoreInPlace
-from .reuse_keys import ReuseKeys
 from .route_stages import ACTIONS, POSITIONS, RouteStages
+from .run_passes import DUMP_VARIABLE, run_passes, to_program
 
 __all__ = [
     "ACTIONS",
@@ -39,7 +38,6 @@ __all__ = [
     "Candidates",
     "CanonicalizeAttention",
     "Decision",
-    "DecoderGraph",
     "ExposeOutputs",
     "ExposeStreams",
     "FindLayers",
@@ -50,6 +48,7 @@ __all__ = [
     "Layer",
     "LayerSizes",
     "MatchError",
+    "ModelGraph",
     "NumberStages",
     "Pass",
     "PassResult",
@@ -63,7 +62,6 @@ __all__ = [
     "RemoveNoOps",
     "RerouteError",
     "RestoreInPlace",
-    "ReuseKeys",
     "RouteStages",
     "TowerStates",
     "by_attention",

@@ -22,9 +22,9 @@ from itertools import pairwise
 import torch
 from torch import fx
 
+from .base_errors import MatchError
+from .base_pass import Pass, PassResult, Rejection, refuse
 from .canonicalize_attention import attention_arguments
-from .decoder_graph import DecoderGraph, Layer
-from .errors import MatchError
 from .graph_edit import (
     Editor,
     add_input,
@@ -36,7 +36,7 @@ from .graph_edit import (
     shape,
     value,
 )
-from .interface import Pass, PassResult, Rejection, refuse
+from .model_graph import Layer, ModelGraph
 from .token_mixing import TokenMixing, numbers_tokens
 
 LAYERS_PER_REGION = 4
@@ -54,7 +54,7 @@ class AttendToCache(Pass):
     def __init__(self, stage_starts: Sequence[int] = ()) -> None:
         self.starts = (0, *stage_starts)
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         deepest, found = self.starts[-1], len(graph.layers)
         if deepest >= found:
             raise MatchError(
@@ -83,7 +83,7 @@ class AttendToCache(Pass):
         return PassResult(self.name, matched=found, rewritten=found, detail=f"{len(stages)} stages")
 
 
-def _join_regions(graph: DecoderGraph, stage: Sequence[Layer]) -> None:
+def _join_regions(graph: ModelGraph, stage: Sequence[Layer]) -> None:
     """Name the regions of each four layers of a stage alike."""
     names: dict[str | None, str] = {}
     for first in range(0, len(stage) - LAYERS_PER_REGION + 1, LAYERS_PER_REGION):
@@ -94,7 +94,7 @@ def _join_regions(graph: DecoderGraph, stage: Sequence[Layer]) -> None:
         node.meta["region"] = names.get(region, region)
 
 
-def _what_depends_on_earlier_tokens(graph: DecoderGraph) -> Iterator[Rejection]:
+def _what_depends_on_earlier_tokens(graph: ModelGraph) -> Iterator[Rejection]:
     length = expression(shape(graph.layers[0].start)[1])
     mixing = TokenMixing(graph.fx_graph.nodes, graph.layers[0].start)
     for node in graph.fx_graph.nodes:
@@ -110,7 +110,7 @@ def _reads_sizes_alone(node: fx.Node) -> bool:
     return all(isinstance(value(n), torch.SymInt) for n in node.all_input_nodes)
 
 
-def _add_inputs(graph: DecoderGraph, stage: Sequence[Layer]) -> tuple[fx.Node, list[tuple[fx.Node, ...]]]:
+def _add_inputs(graph: ModelGraph, stage: Sequence[Layer]) -> tuple[fx.Node, list[tuple[fx.Node, ...]]]:
     first = stage[0].index
     cached = add_input(graph, f"cached_{first}", shape(stage[0].start)[:1], torch.int64)
     caches = []
@@ -147,7 +147,7 @@ class _Slots:
         self.mask = edit.call(aten.le.Tensor, count(edit.size(cache, 2)), own)
 
 
-def _attend(graph: DecoderGraph, layer: Layer, keys: fx.Node, values: fx.Node, slots: _Slots) -> None:
+def _attend(graph: ModelGraph, layer: Layer, keys: fx.Node, values: fx.Node, slots: _Slots) -> None:
     given = attention_arguments(layer.attention)
     with edit_after(graph, layer.attention.prev, region=f"layer.{layer.index}") as edit:
         keys, values = (

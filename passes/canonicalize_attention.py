@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import fx
 
-from .decoder_graph import DecoderGraph
+from .base_pass import Pass, PassResult, Rejection, refuse
 from .graph_edit import aten, is_op, is_tensor, named_arguments, same_size, shape, value
-from .interface import Pass, PassResult, Rejection, refuse
+from .model_graph import ModelGraph
 
 _SOFTMAX = (aten.softmax, aten._softmax)
 _MATMUL = (aten.matmul, aten.bmm)
@@ -51,7 +51,7 @@ def attention_arguments(node: fx.Node) -> Attention:
 class CanonicalizeAttention(Pass):
     provides = ("canonical attention",)
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         matched, rejected = [], []
         for node in list(graph.fx_graph.nodes):
             if node in matched:
@@ -201,6 +201,6 @@ def _only_user(node: fx.Node) -> fx.Node:
     return next(iter(node.users))
 
 
-def attentions(graph: DecoderGraph) -> Iterator[fx.Node]:
+def attentions(graph: ModelGraph) -> Iterator[fx.Node]:
     """Canonical attention nodes in graph order."""
     yield from (n for n in graph.fx_graph.nodes if is_op(n, aten.scaled_dot_product_attention))

@@ -2,14 +2,14 @@
 
 Before: ``return (%hidden,)``
 After:  ``return (%hidden, key.0, value.0, ..., scores.7, kept.7, ...)``; the names are in
-        `DecoderGraph.outputs`. Keys are rotated, [B, Hkv, S', D], with the rows that ran through
+        `ModelGraph.outputs`. Keys are rotated, [B, Hkv, S', D], with the rows that ran through
         the layer.
 """
 
+from .base_errors import MatchError
+from .base_pass import Pass, PassResult
 from .canonicalize_attention import attention_arguments, attentions
-from .decoder_graph import DecoderGraph
-from .errors import MatchError
-from .interface import Pass, PassResult
+from .model_graph import ModelGraph
 
 
 class ExposeOutputs(Pass):
@@ -17,7 +17,7 @@ class ExposeOutputs(Pass):
     provides = ("outputs",)
     excludes = ("outputs", "caches")
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         blocks = list(attentions(graph))
         if len(blocks) != len(graph.layers):
             raise MatchError(

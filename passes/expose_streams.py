@@ -7,8 +7,8 @@ After:  ``return (%hidden, ..., stream.0, ..., stream.31)``, each ``[B, S, d]``.
 The streams inside stages are those that `RouteStages` kept; where nothing was routed they are there already.
 """
 
-from .decoder_graph import DecoderGraph
-from .interface import Pass, PassResult
+from .base_pass import Pass, PassResult
+from .model_graph import ModelGraph
 
 
 class ExposeStreams(Pass):
@@ -16,7 +16,7 @@ class ExposeStreams(Pass):
     provides = ("streams",)
     excludes = ("streams",)
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         streams = graph.streams or tuple(layer.start for layer in graph.layers)
         graph.outputs |= {f"stream.{index}": stream for index, stream in enumerate(streams)}
         output = graph.fx_graph.output_node()

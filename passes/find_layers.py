@@ -1,7 +1,7 @@
 """Find the decoder layers: one region of the residual stream around each attention.
 
 Before: a flat graph.
-After:  the same graph; `DecoderGraph.layers` holds a `Layer` for each attention and its nodes carry
+After:  the same graph; `ModelGraph.layers` holds a `Layer` for each attention and its nodes carry
         ``meta["region"] = "layer.<index>"``.
 
 The residual stream is found by dataflow. A value that every path from the stream's source to the
@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
+from .base_errors import MatchError
+from .base_pass import Pass, PassResult, Rejection, refuse
 from .canonicalize_attention import attention_arguments, attentions
-from .decoder_graph import DecoderGraph, Layer, LayerSizes
-from .errors import MatchError
 from .graph_edit import (
     ancestors,
     aten,
@@ -29,7 +29,7 @@ from .graph_edit import (
     shape,
     value,
 )
-from .interface import Pass, PassResult, Rejection, refuse
+from .model_graph import Layer, LayerSizes, ModelGraph
 from .token_mixing import TokenMixing, numbers_tokens
 
 
@@ -45,7 +45,7 @@ class FindLayers(Pass):
     def __init__(self, num_layers: int | None = None) -> None:
         self.num_layers = num_layers
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         blocks = list(attentions(graph))
         expected = f"{self.num_layers} decoder layers" if self.num_layers else "at least one decoder layer"
         if not blocks:
@@ -81,7 +81,7 @@ def _refuse_fixed_length(source: fx.Node) -> None:
         )
 
 
-def _residual_stream(graph: DecoderGraph, blocks: Sequence[fx.Node]) -> list[fx.Node] | None:
+def _residual_stream(graph: ModelGraph, blocks: Sequence[fx.Node]) -> list[fx.Node] | None:
     """Cuts of the stream that all attentions hang on, from its source to the output."""
     output = graph.fx_graph.output_node()
     for source in graph.fx_graph.nodes:
@@ -95,7 +95,7 @@ def _residual_stream(graph: DecoderGraph, blocks: Sequence[fx.Node]) -> list[fx.
     return None
 
 
-def _cuts(graph: DecoderGraph, source: fx.Node, output: fx.Node) -> list[fx.Node]:
+def _cuts(graph: ModelGraph, source: fx.Node, output: fx.Node) -> list[fx.Node]:
     """Nodes that every path from `source` to `output` runs through, in graph order.
 
     In topological order these are the nodes that no edge spans.
@@ -131,7 +131,7 @@ def _adds_to(node: fx.Node, earlier: set[fx.Node]) -> bool:
 
 
 def _split(
-    graph: DecoderGraph, cuts: Sequence[fx.Node], blocks: Sequence[fx.Node]
+    graph: ModelGraph, cuts: Sequence[fx.Node], blocks: Sequence[fx.Node]
 ) -> tuple[list[Layer], list[Rejection]]:
     """Assign to each attention the stretch of the stream that it updates."""
     updates = _updates(cuts)
@@ -153,7 +153,7 @@ def _split(
     return layers, rejected
 
 
-def _measure(graph: DecoderGraph, start: fx.Node, block: fx.Node, nodes: Sequence[fx.Node]) -> LayerSizes:
+def _measure(graph: ModelGraph, start: fx.Node, block: fx.Node, nodes: Sequence[fx.Node]) -> LayerSizes:
     given = attention_arguments(block)
     query, key = shape(given.query), shape(given.key)
     inside = set(nodes)
@@ -173,7 +173,7 @@ def _multiply_adds(nodes: Iterable[fx.Node]) -> int:
     return sum(int(rows) * int(columns) for rows, columns in weights)
 
 
-def _uncounted(graph: DecoderGraph, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+def _uncounted(graph: ModelGraph, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
     """Operators other than a linear map that read a weight matrix, as mixtures of experts have."""
     matrices: set[fx.Node] = set()
     names = set()
@@ -250,7 +250,7 @@ def _why_not_closed(layer: Layer, mixing: TokenMixing) -> Rejection | None:
     return None
 
 
-def _why_no_stream(graph: DecoderGraph, blocks: Sequence[fx.Node]) -> Rejection:
+def _why_no_stream(graph: ModelGraph, blocks: Sequence[fx.Node]) -> Rejection:
     output = graph.fx_graph.output_node()
     candidates = [
         n for n in graph.inputs if is_tensor(n) and value(n).is_floating_point() and len(shape(n)) == 3

@@ -1,15 +1,15 @@
 """Find the states of a vision tower: what enters its first layer and what leaves each layer.
 
 Before: a flat graph whose nodes carry ``meta["region"] = "layer.<index>"``, as the capture names them.
-After:  the same graph; `DecoderGraph.states` holds them, which keeps layers alive that only a reduction reads.
+After:  the same graph; `ModelGraph.states` holds them, which keeps layers alive that only a reduction reads.
 """
 
 from torch import fx
 
-from .decoder_graph import DecoderGraph
-from .errors import MatchError
+from .base_errors import MatchError
+from .base_pass import Pass, PassResult
 from .graph_edit import is_tensor, shape
-from .interface import Pass, PassResult
+from .model_graph import ModelGraph
 
 
 class FindStates(Pass):
@@ -23,7 +23,7 @@ class FindStates(Pass):
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         inside: dict[str, list[fx.Node]] = {}
         for node in graph.fx_graph.nodes:
             region = str(node.meta.get("region", ""))
@@ -44,6 +44,6 @@ class FindStates(Pass):
         return PassResult(self.name, matched=len(layers))
 
 
-def _entering(graph: DecoderGraph, layer: list[fx.Node]) -> fx.Node:
+def _entering(graph: ModelGraph, layer: list[fx.Node]) -> fx.Node:
     read = (node for inner in layer for node in inner.all_input_nodes)
     return next(n for n in read if n not in layer and n.name not in graph.parameters and is_tensor(n))

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from .decoder_graph import DecoderGraph
+from .model_graph import ModelGraph
 
 aten = torch.ops.aten
 NO_TOKEN = 2**63 - 1
@@ -69,7 +69,7 @@ def named_arguments(node: Any) -> dict[str, Any]:
 class Editor:
     """Emits nodes at one place of the graph, each with its fake value and region."""
 
-    def __init__(self, graph: DecoderGraph, region: str) -> None:
+    def __init__(self, graph: ModelGraph, region: str) -> None:
         self.graph = graph
         self.region = region
         self.emitted: list[fx.Node] = []
@@ -114,13 +114,13 @@ class Editor:
 
 
 @contextmanager
-def edit_after(graph: DecoderGraph, node: fx.Node, region: str) -> Iterator[Editor]:
+def edit_after(graph: ModelGraph, node: fx.Node, region: str) -> Iterator[Editor]:
     """An `Editor` that emits right after `node`, in order."""
     with graph.fx_graph.inserting_before(node.next):
         yield Editor(graph, region)
 
 
-def add_input(graph: DecoderGraph, name: str, size: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+def add_input(graph: ModelGraph, name: str, size: Sequence[Any], dtype: torch.dtype) -> fx.Node:
     """A new input of the graph after all others, on the device of the stream.
 
     `size` holds fixed sizes, symbolic ones that other inputs have, and strings: a string is the name of a new
@@ -137,7 +137,7 @@ def add_input(graph: DecoderGraph, name: str, size: Sequence[Any], dtype: torch.
     return node
 
 
-def _new_size(graph: DecoderGraph, name: str, like: torch.SymInt) -> torch.SymInt:
+def _new_size(graph: ModelGraph, name: str, like: torch.SymInt) -> torch.SymInt:
     """The symbolic size `name`, made when it is first asked for."""
     if name not in graph.new_sizes:
         env = graph.fake_mode.shape_env

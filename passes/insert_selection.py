@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from .base_errors import MatchError
+from .base_pass import Pass, PassResult
 from .canonicalize_attention import attention_arguments
-from .decoder_graph import Decision, DecoderGraph, Layer
-from .errors import MatchError
+from .emit_traced import emit
 from .graph_edit import (
     Editor,
     add_input,
@@ -37,10 +38,9 @@ from .graph_edit import (
     shape,
     value,
 )
-from .interface import Pass, PassResult
+from .model_graph import Decision, Layer, ModelGraph
 from .ranking import Candidates, Rank, by_attention
 from .replay import AllRows, LastTokens, Replay
-from .traced import emit
 
 SCORING = ("own", "previous")
 
@@ -71,7 +71,7 @@ class InsertSelection(Pass):
         self.rank, self.seed = rank, seed
         self.distance = SCORING.index(scoring)
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         if not self.decision_layers:
             raise MatchError(
                 "decision_layers is empty; expected at least one. Leave the pass out to route nothing."
@@ -104,7 +104,7 @@ class InsertSelection(Pass):
 
     def _insert(
         self,
-        graph: DecoderGraph,
+        graph: ModelGraph,
         layer: Layer,
         visual_index: fx.Node,
         lengths: fx.Node,

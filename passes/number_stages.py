@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from .decoder_graph import DecoderGraph, Layer
-from .errors import MatchError
+from .base_errors import MatchError
+from .base_pass import Pass, PassResult
 from .graph_edit import add_input, ancestors, descendants, edit_after, shape, value
-from .interface import Pass, PassResult
+from .model_graph import Layer, ModelGraph
 from .replay import sequence_inputs
 
 POSITION_INPUT = "position_ids"
@@ -34,7 +34,7 @@ class NumberStages(Pass):
     def __init__(self, stage_starts: Sequence[int]) -> None:
         self.stage_starts = tuple(stage_starts)
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         given = position_input(graph)
         ends = (*self.stage_starts[1:], len(graph.layers))
         if any(start >= end for start, end in zip(self.stage_starts, ends, strict=True)):
@@ -56,7 +56,7 @@ class NumberStages(Pass):
         return PassResult(self.name, matched=len(self.stage_starts), rewritten=len(self.stage_starts))
 
 
-def position_input(graph: DecoderGraph) -> fx.Node:
+def position_input(graph: ModelGraph) -> fx.Node:
     """The input that holds rotary positions."""
     for node in graph.inputs:
         if node.name == POSITION_INPUT:

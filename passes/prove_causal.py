@@ -3,7 +3,7 @@
 Before: ``attention(q, k, v, %mask)`` with %mask computed from ``arange <= arange``, and-ed with a
         [B, S] padding input when the decoder was exported with one.
 After:  ``attention(q, k, v, None, is_causal=True)``. A padding input is not read any more and is
-        named in `DecoderGraph.unused_inputs`: the program holds for rows without padding.
+        named in `ModelGraph.unused_inputs`: the program holds for rows without padding.
 
 The mask is evaluated symbolically: each node becomes a formula over (batch, query, key). A mask
 that is not exactly the conjunction of ``key <= query`` and padding is refused, with the first node
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from .base_pass import Pass, PassResult, Rejection, refuse
 from .canonicalize_attention import Attention, attention_arguments, attentions
-from .decoder_graph import DecoderGraph
 from .graph_edit import aten, is_op, same_size, shape, value
-from .interface import Pass, PassResult, Rejection, refuse
+from .model_graph import ModelGraph
 
 QUERY, KEY, BATCH = -2, -1, -4
 
@@ -76,7 +76,7 @@ class ProveCausal(Pass):
     def __init__(self, padding: Sequence[str] = ("attention_mask",)) -> None:
         self.padding = frozenset(padding)
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         proved, rejected, dropped = [], [], 0
         padding: set[str] = set()
         for node in list(attentions(graph)):
@@ -111,7 +111,7 @@ def _drop_mask(node: fx.Node) -> None:
     node.args = (query, key, values, None, dropout, True)
 
 
-def _read_sizes_elsewhere(graph: DecoderGraph, name: str) -> None:
+def _read_sizes_elsewhere(graph: ModelGraph, name: str) -> None:
     """Let nodes that only want the batch or the length read it from another input."""
     dropped = next(n for n in graph.inputs if n.name == name)
     for user in [u for u in dropped.users if is_op(u, aten.sym_size)]:

@@ -16,12 +16,12 @@ from functools import partial
 import torch
 from torch import fx
 
+from .base_errors import MatchError
+from .base_pass import Pass, PassResult
 from .canonicalize_attention import attention_arguments, attentions
-from .decoder_graph import DecoderGraph
-from .errors import MatchError
+from .emit_traced import emit
 from .graph_edit import Editor, ancestors, aten, descendants, edit_after, is_tensor, shape
-from .interface import Pass, PassResult
-from .traced import emit
+from .model_graph import ModelGraph
 
 GONE = -torch.inf
 """What the features of a patch hold that was dropped before the decoder."""
@@ -67,7 +67,7 @@ class ReduceFeatures(Pass):
     def __init__(self, reduce: Reduce, tokens: int, count: int) -> None:
         self.reduce, self.tokens, self.count = reduce, tokens, count
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         blocks, states = list(attentions(graph)), graph.states
         if not blocks or len(blocks) != len(states) - 1:
             raise MatchError(
@@ -104,7 +104,7 @@ class ReduceFeatures(Pass):
             self.name, matched=1, rewritten=1, detail=f"{self.count} of {self.tokens} patches stay"
         )
 
-    def _projector(self, graph: DecoderGraph, states: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    def _projector(self, graph: ModelGraph, states: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
         """The value that is picked from a state, and what it has become just before the pictures are joined."""
         (features,) = graph.fx_graph.output_node().all_input_nodes
         after = descendants(states[-1]) | set().union(*(descendants(state) for state in states[1:]))

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from .base_errors import MatchError
+from .base_pass import Pass, PassResult
 from .canonicalize_attention import attention_arguments, attentions
-from .decoder_graph import DecoderGraph
-from .errors import MatchError
+from .emit_traced import emit
 from .graph_edit import Editor, add_input, aten, edit_after, same_size, shape
-from .interface import Pass, PassResult
+from .model_graph import ModelGraph
 from .reduce_features import GONE, copy_between
-from .traced import emit
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ReduceGrids(Pass):
     ) -> None:
         self.reduce, self.share, self.compared, self.edge, self.inputs = reduce, share, compared, edge, inputs
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         blocks, states = list(attentions(graph)), graph.states
         given = {node.name: node for node in graph.inputs}
         frames, places = given[self.inputs.frames], given[self.inputs.places]

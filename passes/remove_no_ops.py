@@ -7,15 +7,15 @@ After:  users of %c read %x. The chain of residual values that `FindLayers` look
 
 import torch
 
-from .decoder_graph import DecoderGraph
+from .base_pass import Pass, PassResult
 from .graph_edit import aten, is_op, is_tensor, named_arguments, same_size, value
-from .interface import Pass, PassResult
+from .model_graph import ModelGraph
 
 _IDENTITY_CANDIDATES = (aten.to, aten._to_copy, aten.slice, aten.expand, aten.alias, aten.detach)
 
 
 class RemoveNoOps(Pass):
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         removed = 0
         for node in list(graph.fx_graph.nodes):
             if is_op(node, aten._assert_tensor_metadata):

@@ -12,8 +12,7 @@ import sympy
 import torch
 from torch import fx
 
-from .decoder_graph import Layer
-from .errors import MatchError
+from .base_errors import MatchError
 from .graph_edit import (
     Editor,
     aten,
@@ -24,6 +23,7 @@ from .graph_edit import (
     shape,
     value,
 )
+from .model_graph import Layer
 
 
 class TokenSet(Protocol):

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
-from .decoder_graph import DecoderGraph
+from .base_pass import Pass, PassResult, Rejection
 from .graph_edit import edit_after
-from .interface import Pass, PassResult, Rejection
 from .memory import may_share_memory
+from .model_graph import ModelGraph
 
 restore = torch.ops.reroute.restore_tokens.default
 restore_ = torch.ops.reroute.restore_tokens_.default
@@ -25,7 +25,7 @@ restore_ = torch.ops.reroute.restore_tokens_.default
 class RestoreInPlace(Pass):
     requires = ("stages",)
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         restores = graph.fx_graph.find_nodes(op="call_function", target=restore)
         rejected = []
         for node in restores:
@@ -58,7 +58,7 @@ def _maker(node: fx.Node) -> fx.Node:
     return node.all_input_nodes[0] if node.target is operator.getitem else node
 
 
-def _write_in_place(graph: DecoderGraph, node: fx.Node) -> None:
+def _write_in_place(graph: ModelGraph, node: fx.Node) -> None:
     stream = node.args[0]
     with edit_after(graph, node, region=node.meta.get("region", "")) as edit:
         edit.call(restore_, *node.args)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .decoder_graph import Decision, DecoderGraph, Layer
+from .base_pass import Pass, PassResult
 from .graph_edit import (
     NO_TOKEN,
     Editor,
@@ -37,7 +37,7 @@ from .graph_edit import (
     sequence_dims,
     shape,
 )
-from .interface import Pass, PassResult
+from .model_graph import Decision, Layer, ModelGraph
 from .number_stages import position_input
 from .replay import Replay, compact, sequence_inputs
 
@@ -97,7 +97,7 @@ class RouteStages(Pass):
     """Args:
     action: one of `ACTIONS`.
     positions: one of `POSITIONS`.
-    keep_streams: restore the input of every layer and keep it in `DecoderGraph.streams`.
+    keep_streams: restore the input of every layer and keep it in `ModelGraph.streams`.
     """
 
     requires = ("layers", "decisions")
@@ -107,7 +107,7 @@ class RouteStages(Pass):
     def __init__(self, action: str, positions: str = "original", keep_streams: bool = False) -> None:
         self.action, self.positions, self.keep_streams = action, positions, keep_streams
 
-    def apply(self, graph: DecoderGraph) -> PassResult:
+    def apply(self, graph: ModelGraph) -> PassResult:
         renumbered = descendants(position_input(graph)) if self.positions == "contiguous" else set()
         if self.action == "physical_delete":
             streams = _delete(graph, renumbered, self.keep_streams)
@@ -120,13 +120,13 @@ class RouteStages(Pass):
         return PassResult(self.name, matched=len(graph.decisions), rewritten=routed, detail=self.action)
 
 
-def _stages(graph: DecoderGraph) -> list[tuple[Decision, tuple[Layer, ...]]]:
+def _stages(graph: ModelGraph) -> list[tuple[Decision, tuple[Layer, ...]]]:
     ends = [d.layer for d in graph.decisions[1:]] + [len(graph.layers)]
     return [(d, graph.layers[d.layer : end]) for d, end in zip(graph.decisions, ends, strict=True)]
 
 
 def _route(
-    graph: DecoderGraph, renumbered: set[fx.Node], stagewise: bool, keep_streams: bool
+    graph: ModelGraph, renumbered: set[fx.Node], stagewise: bool, keep_streams: bool
 ) -> dict[fx.Node, fx.Node]:
     """Returns what stands in the place of streams between layers."""
     restored = {}
@@ -152,7 +152,7 @@ def _route(
     return restored
 
 
-def _delete(graph: DecoderGraph, renumbered: set[fx.Node], keep_streams: bool) -> dict[fx.Node, fx.Node]:
+def _delete(graph: ModelGraph, renumbered: set[fx.Node], keep_streams: bool) -> dict[fx.Node, fx.Node]:
     """Returns what stands in the place of streams between layers, if they are to be kept."""
     last = graph.layers[-1].end
     stream = graph.layers[graph.decisions[0].layer].start

@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import kernels, passes
+    from .analysis.paper_configs import PaperConfig, paper_configs
+    from .analysis.routing_report import RoutingReport
     from .api import compile, inspect
     from .artifact import export, load
     from .benchmarking import BenchmarkResult, benchmark
-    from .config import RoutingConfig
+    from .config.limits import Limits
+    from .config.routing_config import RoutingConfig
+    from .config.savings import Savings
     from .errors import (
         ArtifactError,
         BackendUnavailableError,
@@ -29,13 +33,11 @@ if TYPE_CHECKING:
         RerouteError,
         UnsupportedModelError,
     )
-    from .limits import Limits
     from .methods import Method, Schedule, register_method
-    from .paper import PaperConfig, paper_configs
-    from .plan import RowPlan, plan_rows
-    from .report import RoutingReport
-    from .routing import Savings, route
-    from .runtime import LoadedModel, RoutedCache, RoutedModel, Routing
+    from .pipeline import route
+    from .runtime import LoadedModel, RoutedCache, RoutedModel
+    from .selection.row_plan import RowPlan, plan_rows
+    from .selection.selection_result import Routing
     from .visualizing.visualize import visualize
 
     __version__: str
@@ -44,7 +46,9 @@ _NAMES = {
     "api": ("compile", "inspect"),
     "artifact": ("export", "load"),
     "benchmarking": ("BenchmarkResult", "benchmark"),
-    "config": ("RoutingConfig",),
+    "config.limits": ("Limits",),
+    "config.routing_config": ("RoutingConfig",),
+    "config.savings": ("Savings",),
     "errors": (
         "ArtifactError",
         "BackendUnavailableError",
@@ -56,13 +60,13 @@ _NAMES = {
         "RerouteError",
         "UnsupportedModelError",
     ),
-    "limits": ("Limits",),
     "methods": ("Method", "Schedule", "register_method"),
-    "paper": ("PaperConfig", "paper_configs"),
-    "plan": ("RowPlan", "plan_rows"),
-    "report": ("RoutingReport",),
-    "routing": ("Savings", "route"),
-    "runtime": ("LoadedModel", "RoutedCache", "RoutedModel", "Routing"),
+    "analysis.paper_configs": ("PaperConfig", "paper_configs"),
+    "selection.row_plan": ("RowPlan", "plan_rows"),
+    "analysis.routing_report": ("RoutingReport",),
+    "pipeline": ("route",),
+    "runtime": ("LoadedModel", "RoutedCache", "RoutedModel"),
+    "selection.selection_result": ("Routing",),
     "visualizing.visualize": ("visualize",),
 }
 """What each module gives to the package: the imports above, once more for Python."""

@@ -9,12 +9,15 @@ from rich.console import Console
 from torch.export import ExportedProgram
 
 from ._compat import settle_cpu_math
+from .analysis.routing_report import RoutingReport
 from .capture import CapturedDecoder, capture_decoder, find_visual_token_ids, text_decoder
 from .capture.vision_tower import capture_vision_tower, has_grids, tower_facts
 from .capture.wrappers import unwrap
-from .config import RoutingConfig
+from .common.turns import one_at_a_time
+from .config.limits import Limits
+from .config.routing_config import RoutingConfig
+from .config.savings import Savings
 from .errors import ConfigError, UnsupportedModelError
-from .limits import Limits
 from .lowering import (
     CudaRecorder,
     Executable,
@@ -26,10 +29,8 @@ from .lowering import (
     lower,
 )
 from .methods import Method, register_method
-from .report import RoutingReport
-from .routing import Savings, continuation, reduce_tower, route
+from .pipeline import continuation, reduce_tower, route
 from .runtime import RoutedModel, make_routed_model
-from .turns import one_at_a_time
 
 
 @one_at_a_time

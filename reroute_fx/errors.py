@@ -1,6 +1,6 @@
 """Errors of reroute_fx. Each message says what was wrong, what was expected and what to do."""
 
-from .passes.errors import MatchError, RerouteError
+from .passes.base_errors import MatchError, RerouteError
 
 __all__ = [
     "ArtifactError",

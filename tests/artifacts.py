@@ -18,8 +18,8 @@ from reroute_fx import Limits
 from reroute_fx.artifact import manifest
 from reroute_fx.artifact.exporting import trace
 from reroute_fx.artifact.files import list_files
-from reroute_fx.lowering import ahead
-from reroute_fx.lowering.ahead import schedule
+from reroute_fx.lowering.inductor import aot_regions as ahead
+from reroute_fx.lowering.inductor.aot_regions import schedule
 
 TIERS = (0.6, 0.5, 0.4)
 LIMITS = Limits(batch=9, length=96, image_tokens=32)

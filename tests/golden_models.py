@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditional
 
 from reroute_fx import RoutingConfig
 from reroute_fx.capture import CapturedDecoder
-from reroute_fx.plan import plan_rows
+from reroute_fx.selection.row_plan import plan_rows
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES = {"llava": LlavaForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}

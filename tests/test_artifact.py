@@ -28,7 +28,7 @@ from transformers import DynamicCache, TextStreamer
 import reroute_fx
 from reroute_fx import InputError, RoutedCache
 from reroute_fx.artifact import ArtifactReport
-from reroute_fx.runtime.loaded import PROGRAMS
+from reroute_fx.runtime.loaded_model import PROGRAMS
 
 TIER = TIERS[0]
 CONVERSATIONS = {**BATCHES, "text": TEXT, "right": MIXED}

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from reroute_fx.artifact import folders
-from reroute_fx.artifact.folders import whole_folder
+from reroute_fx.artifact import atomic_folder as folders
+from reroute_fx.artifact.atomic_folder import whole_folder
 from reroute_fx.errors import ArtifactError
 
 FILES = {
@@ -95,7 +95,9 @@ def test_a_file_system_that_can_not_exchange_is_said(tmp_path, monkeypatch):
     target = tmp_path / "llava-128"
     with whole_folder(target) as folder:
         fill(folder, b"1")
-    monkeypatch.setattr("reroute_fx.artifact.folders._EXCHANGE", 0xFF)  # as one that doesn't know the flag
+    monkeypatch.setattr(
+        "reroute_fx.artifact.atomic_folder._EXCHANGE", 0xFF
+    )  # as one that doesn't know the flag
     with pytest.raises(ArtifactError, match="can't exchange"), whole_folder(target, overwrite=True) as folder:
         fill(folder, b"2")
     assert mark_of(target) == b"1"
@@ -191,9 +193,9 @@ def test_without_fcntl_artifacts_are_written_and_locked(tmp_path):
     code = (
         "import sys; sys.modules['fcntl'] = None\n"
         "from pathlib import Path\n"
-        "import reroute_fx, reroute_fx.cli\n"
+        "import reroute_fx, reroute_fx.command_line.main\n"
         "from reroute_fx import compile, export, load\n"
-        "from reroute_fx.artifact.folders import whole_folder\n"
+        "from reroute_fx.artifact.atomic_folder import whole_folder\n"
         f"target = Path({str(tmp_path)!r}, 'llava')\n"
         "with whole_folder(target) as first:\n"
         "    with whole_folder(target) as second:\n"

@@ -15,14 +15,16 @@ from PIL import Image
 
 import reroute_fx
 from reroute_fx import BackendUnavailableError, ConfigError, InputError, ParityError, UnsupportedModelError
-from reroute_fx.benchmarking import MEASURES, ContenderResult, Timing, check_plot, plot_results, write_json
+from reroute_fx.benchmarking import MEASURES, ContenderResult, Timing, check_plot, plot_results
 from reroute_fx.benchmarking.contender import Contender, TowerFeatures, alternate, time_decoder
+from reroute_fx.benchmarking.expected import Theory, weight_bytes
 from reroute_fx.benchmarking.machine import peak_bytes
 from reroute_fx.benchmarking.parity import Computed, Parity, check_parity
-from reroute_fx.benchmarking.theory import Theory, weight_bytes
 from reroute_fx.benchmarking.workload import needed_bytes, read_workload
-from reroute_fx.plan import plan_rows
-from reroute_fx.runtime import RoutedCache, Routing
+from reroute_fx.common.json_files import write_json
+from reroute_fx.runtime import RoutedCache
+from reroute_fx.selection.row_plan import plan_rows
+from reroute_fx.selection.selection_result import Routing
 
 SCHEMA = json.loads((Path(__file__).parent / "bench.schema.json").read_text())
 CPU = torch.device("cpu")

@@ -19,12 +19,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from typer.testing import CliRunner
 
 import reroute_fx
-from reroute_fx import artifact, cli, config, lowering
-from reroute_fx.cli import app
+from reroute_fx import artifact, lowering
+from reroute_fx.command_line import main as cli
+from reroute_fx.command_line.main import app
+from reroute_fx.config import routing_config as config
 from reroute_fx.errors import ConfigError, InputError
-from reroute_fx.named_models import check_device, load_model
-from reroute_fx.pictures import picture
-from reroute_fx.prompts import make_batch, read_image
+from reroute_fx.loading.models_by_name import check_device, load_model
+from reroute_fx.loading.prompts import make_batch, read_image
+from reroute_fx.loading.sample_picture import picture
 
 PUBLISHED = Path(__file__).parent / "published"
 GIB = 2**30
@@ -43,7 +45,14 @@ def run(*arguments):
     ],
 )
 def test_inspect_needs_no_weights(name, layers, decision_layers, teraflops):
-    command = [sys.executable, "-m", "reroute_fx.cli", "inspect", str(PUBLISHED / f"{name}.json"), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "reroute_fx.command_line.main",
+        "inspect",
+        str(PUBLISHED / f"{name}.json"),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)
     assert len(report["tokens_per_layer"]) == layers
@@ -128,7 +137,7 @@ def modules_after(code):
 def test_help_does_not_wait_for_torch(arguments):
     """Computing for less than a second: how long that takes depends on who else computes."""
     modules, seconds = modules_after(
-        f"from reroute_fx.cli import app; app({arguments}, standalone_mode=False)"
+        f"from reroute_fx.command_line.main import app; app({arguments}, standalone_mode=False)"
     )
     assert not {"torch", "transformers", "numpy"} & modules
     _, bare = modules_after("pass")
@@ -252,7 +261,7 @@ def test_demo_succeeds_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_demo_refuses_before_it_loads_anything(tmp_path, monkeypatch):
-    monkeypatch.setattr("reroute_fx.demo.load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("reroute_fx.command_line.demo.load_model", lambda *a: pytest.fail("loaded"))
     (tmp_path / "file").write_text("mine")
     for arguments, message in (
         (["--scene", "-1"], "ConfigError: scene is -1; expected 0 or more."),
@@ -323,7 +332,7 @@ def test_broken_pictures(tmp_path):
     ],
 )
 def test_bench_refuses_before_it_loads_anything(checkpoint, monkeypatch, arguments, message):
-    monkeypatch.setattr("reroute_fx.named_models.load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("reroute_fx.loading.models_by_name.load_model", lambda *a: pytest.fail("loaded"))
     result = run("bench", str(checkpoint), *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
@@ -365,7 +374,7 @@ def test_bench_needs_weights_and_an_existing_model(checkpoint, tmp_path):
 )
 def test_export_refuses_before_it_loads_anything(checkpoint, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.setattr("reroute_fx.named_models.load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("reroute_fx.loading.models_by_name.load_model", lambda *a: pytest.fail("loaded"))
     result = run("export", str(checkpoint), str(tmp_path / "out"), *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
@@ -403,7 +412,7 @@ def test_visualize_draws_a_prompt(checkpoint, tmp_path):
     ],
 )
 def test_visualize_refuses_before_it_loads_anything(checkpoint, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("reroute_fx.named_models.load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("reroute_fx.loading.models_by_name.load_model", lambda *a: pytest.fail("loaded"))
     picture(0).save(tmp_path / "cat.png")
     needed = ["--prompt", "What?", "--image", str(tmp_path / "cat.png")]
     result = run("visualize", str(checkpoint), str(tmp_path / "out"), *needed, *arguments)

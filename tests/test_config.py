@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reroute_fx.config import RoutingConfig
+from reroute_fx.config.routing_config import RoutingConfig
 from reroute_fx.errors import ConfigError, RerouteError
 
 METHODS = ("fastv", "pdrop")

@@ -14,10 +14,10 @@ from reroute_fx.api import _named
 from reroute_fx.capture import capture_decoder, find_visual_token_ids, text_decoder
 from reroute_fx.lowering import cuda_graphs, lower
 from reroute_fx.lowering.cuda_graphs import CudaGraphs
-from reroute_fx.plan import plan_rows
-from reroute_fx.routing import continuation, route
+from reroute_fx.pipeline import continuation, route
 from reroute_fx.runtime import make_routed_model
 from reroute_fx.runtime.buckets import BUCKET, cut_outputs, pad_inputs
+from reroute_fx.selection.row_plan import plan_rows
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

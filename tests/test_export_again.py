@@ -8,7 +8,7 @@ from torch.export import Dim
 from reroute_fx import RoutingConfig
 from reroute_fx.capture import capture_decoder
 from reroute_fx.passes import ACTIONS
-from reroute_fx.routing import route
+from reroute_fx.pipeline import route
 
 
 @pytest.mark.parametrize("action", ACTIONS)

@@ -22,7 +22,7 @@ from reroute_fx import ArtifactError, BackendUnavailableError, CaptureError, Con
 from reroute_fx.artifact import exporting
 from reroute_fx.artifact.manifest import NAME
 from reroute_fx.lowering import weights
-from reroute_fx.runtime.loaded import _routed
+from reroute_fx.runtime.loaded_model import _routed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_gradients")
 FAMILY = "llava"
@@ -333,8 +333,10 @@ def test_a_missing_compiler_is_named(tmp_path):
 
 def test_a_disk_that_is_too_small_is_told_before_compiling(good, copied, monkeypatch, answers):
     usage = shutil.disk_usage(copied)._replace(free=1000)
-    monkeypatch.setattr("reroute_fx.artifact.folders.shutil.disk_usage", lambda path: usage)
-    monkeypatch.setattr("reroute_fx.artifact.aot.package_region", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr("reroute_fx.artifact.atomic_folder.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(
+        "reroute_fx.artifact.compiled_programs.package_region", lambda *_: pytest.fail("compiled")
+    )
     with pytest.raises(ArtifactError, match="the disk is full"):
         reroute_fx.export(routed_at(FAMILY, TIERS[1]), copied, overwrite=True)
     expect_works(copied, answers)

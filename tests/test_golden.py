@@ -57,9 +57,8 @@ def test_unrouted_model_matches(model, request):
 
 
 @pytest.mark.parametrize(("model", "case"), CASES)
-def test_eager_with_every_saving_matches_the_release(model, case, request):
-    savings = Savings(reuse_keys=True, restore_in_place=True)
-    check(request.getfixturevalue(MODELS[model]), case, "eager", savings)
+def test_eager_matches_the_release(model, case, request):
+    check(request.getfixturevalue(MODELS[model]), case, "eager")
 
 
 SELECTION = [
@@ -76,10 +75,8 @@ SELECTION = [
 
 
 @pytest.mark.parametrize(("model", "case"), SELECTION)
-@pytest.mark.parametrize(
-    "savings", [Savings(False, False), Savings(True, False), Savings(False, True)], ids=str
-)
-def test_eager_without_a_saving_matches_the_release(model, case, savings, request):
+def test_eager_without_savings_matches_the_release(model, case, request):
+    savings = Savings(restore_in_place=False)
     check(request.getfixturevalue(MODELS[model]), case, "eager", savings)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from reroute_fx import api
 from reroute_fx.errors import ConfigError
-from reroute_fx.named_models import load_model
+from reroute_fx.loading.models_by_name import load_model
 
 OFFERED = {
     "api.instance": ("GenerationResult", "Instance", "TokenCounts"),

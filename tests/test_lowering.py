@@ -11,7 +11,7 @@ from reroute_fx import ConfigError, RoutingConfig
 from reroute_fx.capture import capture_decoder
 from reroute_fx.lowering import lower
 from reroute_fx.lowering.regions import share_regions
-from reroute_fx.routing import route, unrouted
+from reroute_fx.pipeline import route, unrouted
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen"])

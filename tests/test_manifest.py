@@ -10,7 +10,7 @@ from reroute_fx import ArtifactError, Limits, RoutingConfig
 from reroute_fx.artifact.files import FileEntry
 from reroute_fx.artifact.manifest import NAME, SCHEMA, InputSpec, Manifest, ProgramFiles, _checksum
 from reroute_fx.artifact.requirements import Requirements
-from reroute_fx.capture.images import FixedImages, GridImages
+from reroute_fx.capture.image_layout import FixedImages, GridImages
 from reroute_fx.capture.positions import GridPositions
 
 MANIFEST = Manifest(

@@ -36,7 +36,7 @@ from reroute_fx import RoutingConfig, kernels
 from reroute_fx.capture import capture_decoder, find_visual_token_ids
 from reroute_fx.lowering import lower
 from reroute_fx.passes import ACTIONS
-from reroute_fx.routing import Savings, continuation, route
+from reroute_fx.pipeline import Savings, continuation, route
 from reroute_fx.runtime import RoutedCache, make_routed_model
 
 aten = torch.ops.aten
@@ -155,15 +155,14 @@ def no_host_sync():
 
 @pytest.fixture(scope="module")
 def programs(llava, qwen):
-    """A function ``(family, action, pool) -> (captured, config, routed program)``, each made once with all savings."""
+    """A function ``(family, action, pool) -> (captured, config, routed program)``, each made once."""
     models = {"llava": llava.model, "qwen": qwen.model}
 
     @functools.cache
     def get(family, action, pool="row"):
         captured = capture_decoder(models[family])
         config = RoutingConfig(DECISIONS, (0.5, 0.3, 0.1), action, pool=pool)
-        savings = Savings(reuse_keys=True, restore_in_place=True)
-        return captured, config, route(captured.program, config, savings=savings)[0]
+        return captured, config, route(captured.program, config)[0]
 
     return get
 
@@ -174,7 +173,7 @@ def small_program(family="llava", action="compact_route_stagewise", pool="row", 
     captured = capture_decoder(unrouted_model(family))
     config = RoutingConfig((1, 3), (0.5, 0.25), action, pool=pool)
     inputs = decoder_inputs(captured, config, batch=2) | {"inputs_embeds": torch.randn(2, 90, 32)}
-    savings = Savings(reuse_keys=False, restore_in_place=restore_in_place)
+    savings = Savings(restore_in_place=restore_in_place)
     return route(captured.program, config, savings=savings)[0], inputs
 
 

@@ -14,7 +14,8 @@ from transformers import (
 
 import reroute_fx
 from reroute_fx import InputError, RerouteError, RoutingConfig, UnsupportedModelError
-from reroute_fx.capture import capture_decoder, decoder
+from reroute_fx.capture import capture_decoder
+from reroute_fx.capture import captured_decoder as decoder
 
 EVERYTHING = RoutingConfig((1,), (1.0,))
 ROUTING = RoutingConfig((1,), (0.5,))

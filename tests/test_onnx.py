@@ -30,9 +30,9 @@ from reroute_fx import RoutingConfig
 from reroute_fx.capture import text_decoder
 from reroute_fx.errors import ArtifactError, BackendUnavailableError, CaptureError
 from reroute_fx.kernels import select_tokens_reference
-from reroute_fx.lowering.onnx import OPSET, WEIGHTS, OnnxProgram, operators, write_onnx
-from reroute_fx.lowering.onnx_operators import select_tokens_by_counting, supported_operators
-from reroute_fx.runtime.loaded import PROGRAMS
+from reroute_fx.lowering.onnx.onnx_operators import select_tokens_by_counting, supported_operators
+from reroute_fx.lowering.onnx.onnx_program import OPSET, WEIGHTS, OnnxProgram, operators, write_onnx
+from reroute_fx.runtime.loaded_model import PROGRAMS
 
 DIVIDENDS = {
     "whole": torch.tensor([-7, -6, -1, 0, 1, 6, 7]),

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from reroute_fx.paper import paper_configs
-from reroute_fx.theory import LayerCost, prefill_cost
+from reroute_fx.analysis.paper_configs import paper_configs
+from reroute_fx.analysis.theory import LayerCost, prefill_cost
 
 CONFIGS = {entry.name: entry for entry in paper_configs()}
 VARIANTS = {

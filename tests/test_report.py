@@ -5,10 +5,10 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from reroute_fx.config import RoutingConfig
+from reroute_fx.analysis.routing_report import RoutingReport
+from reroute_fx.analysis.theory import LayerCost, prefill_cost
+from reroute_fx.config.routing_config import RoutingConfig
 from reroute_fx.passes import PassResult, Rejection
-from reroute_fx.report import RoutingReport
-from reroute_fx.theory import LayerCost, prefill_cost
 
 LAYER = LayerCost.dense(4096, 32, 32, 11008)
 PASSES = (

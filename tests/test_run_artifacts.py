@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import reroute_fx
 from reroute_fx.artifact import exporting
-from reroute_fx.cli import app
-from reroute_fx.prompts import make_batch, read_image
-from reroute_fx.runtime.loaded import PROGRAMS
+from reroute_fx.command_line.main import app
+from reroute_fx.loading.prompts import make_batch, read_image
+from reroute_fx.runtime.loaded_model import PROGRAMS
 
 TIER = str(TIERS[0])
 
@@ -79,7 +79,7 @@ def test_from_a_folder_to_an_answer(model_folder, made, picture, tmp_path, forma
 def test_running_imports_no_model(made, picture):
     """Neither the command nor what it calls."""
     code = (
-        "import sys; from reroute_fx.cli import app\n"
+        "import sys; from reroute_fx.command_line.main import app\n"
         "try: app()\n"
         "finally: print([m for m in sys.modules if '.models.' in m and '.modeling_' in m and '.auto.' not in m])"
     )

@@ -35,14 +35,16 @@ import reroute_fx
 from reroute_fx import BackendUnavailableError, ConfigError, InputError, RoutingConfig, api, kernels
 from reroute_fx.artifact import exporting
 from reroute_fx.capture import capture_decoder, find_visual_token_ids, text_decoder
+from reroute_fx.config.limits import Limits
 from reroute_fx.errors import ArtifactError, CaptureError
-from reroute_fx.limits import Limits
-from reroute_fx.lowering import tensorrt, tensorrt_coverage, tensorrt_decompose
-from reroute_fx.lowering.tensorrt import coverage, coverage_of, decompose, lower_tensorrt
-from reroute_fx.lowering.tensorrt_coverage import coverage_of_decomposed
-from reroute_fx.lowering.tensorrt_decompose import Size
+from reroute_fx.lowering.tensorrt import decompositions as tensorrt_decompose
+from reroute_fx.lowering.tensorrt import engine_coverage as tensorrt_coverage
+from reroute_fx.lowering.tensorrt import engines as tensorrt
+from reroute_fx.lowering.tensorrt.decompositions import Size
+from reroute_fx.lowering.tensorrt.engine_coverage import coverage_of_decomposed
+from reroute_fx.lowering.tensorrt.engines import coverage, coverage_of, decompose, lower_tensorrt
 from reroute_fx.passes import ACTIONS
-from reroute_fx.routing import route
+from reroute_fx.pipeline import route
 from reroute_fx.runtime import make_routed_model
 
 RECORDER = Path(__file__).parents[1] / "benchmarks" / "record_converters.py"

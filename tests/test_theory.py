@@ -9,10 +9,10 @@ from transformers import LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
-from reroute_fx.config import RoutingConfig
+from reroute_fx.analysis.theory import REFERENCE_TEXT, LayerCost, PrefillCost, prefill_cost
+from reroute_fx.config.routing_config import RoutingConfig
 from reroute_fx.kernels import visual_scores_reference
 from reroute_fx.passes import LayerSizes
-from reroute_fx.theory import REFERENCE_TEXT, LayerCost, PrefillCost, prefill_cost
 
 LLAVA = (4096, 32, 32, 11008)
 QWEN = (3584, 28, 4, 18944)

@@ -15,8 +15,8 @@ from reroute_fx import Limits, LoadedModel
 from reroute_fx.artifact.exporting import trace
 from reroute_fx.capture import find_visual_token_ids
 from reroute_fx.lowering import lower
-from reroute_fx.lowering.schedule import by_name
-from reroute_fx.runtime.loaded import Parts
+from reroute_fx.lowering.call_schedule import by_name
+from reroute_fx.runtime.loaded_model import Parts
 
 THREADS = 8
 GREEDY = {"max_new_tokens": 2, "do_sample": False}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import llava_config, qwen2_vl
 from transformers import LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from reroute_fx.capture.images import FixedImages, GridImages
+from reroute_fx.capture.image_layout import FixedImages, GridImages
 from reroute_fx.capture.segments import attend_in_segments, segments
 from reroute_fx.capture.vision_tower import capture_vision_tower
 from reroute_fx.errors import CaptureError, InputError, UnsupportedModelError

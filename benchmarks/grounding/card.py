@@ -11,7 +11,7 @@ from evaluate import RESULTS
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from summary import Records, first_answers, kinds_table, score
 
-from reroute_fx.named_models import CHECKPOINT
+from reroute_fx.loading.models_by_name import CHECKPOINT
 
 FIRST = 100
 """Prompts of each kind on which everyone can check the checkpoint in a minute."""

@@ -21,12 +21,12 @@ from rich.progress import Progress
 from summary import markdown_table, plot_accuracy, plot_recovery
 
 from reroute_fx.benchmarking.machine import environment
-from reroute_fx.benchmarking.result import write_json
+from reroute_fx.common.json_files import write_json
 from reroute_fx.errors import UnsupportedModelError
 from reroute_fx.grounding.questions import KINDS, Question, collect
 from reroute_fx.grounding.scenes import SIDE, Scene
 from reroute_fx.grounding.scoring import overlap, read_box
-from reroute_fx.named_models import CHECKPOINT, load_model
+from reroute_fx.loading.models_by_name import CHECKPOINT, load_model
 
 RESULTS = Path(__file__).parent.parent / "results"
 Asked = tuple[Scene, Question]

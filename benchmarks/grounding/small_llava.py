@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from reroute_fx.grounding.questions import NUMBERS, RELATIONS
 from reroute_fx.grounding.scenes import COLOURS, SHAPES, SIDE, SIZES, TEXTURES
-from reroute_fx.named_models import CHECKPOINT
+from reroute_fx.loading.models_by_name import CHECKPOINT
 
 IMAGE = "<image>"
 PATCH = 14

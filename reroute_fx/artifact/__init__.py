@@ -1,8 +1,8 @@
 """Artifacts: what `compile` made, on disk."""
 
+from .artifact_report import ArtifactReport
 from .exporting import check_export, default_limits, export
 from .loading import load
 from .manifest import FORMATS
-from .report import ArtifactReport
 
 __all__ = ["FORMATS", "ArtifactReport", "check_export", "default_limits", "export", "load"]

@@ -13,26 +13,26 @@ from torch.export import ExportedProgram
 
 from .._compat import package_version
 from ..capture import find_visual_token_ids, text_decoder
-from ..capture.images import FixedImages, GridImages
+from ..capture.image_layout import FixedImages, GridImages
 from ..capture.positions import GridPositions, find_positions
 from ..capture.vision_tower import capture_vision_tower
 from ..capture.vocabulary import capture_embeddings, capture_head
+from ..config.limits import Limits
 from ..errors import ConfigError
-from ..limits import Limits
 from ..lowering import check_tensorrt
-from ..lowering.ahead import check_compiler
-from ..lowering.onnx import check_libraries
+from ..lowering.inductor.aot_regions import check_compiler
+from ..lowering.onnx.onnx_program import check_libraries
 from ..runtime import LoadedModel, RoutedModel
-from .aot import write_aot
+from .atomic_folder import whole_folder
 from .checking import check_answers, check_pictures
+from .compiled_programs import write_aot
 from .files import list_files
-from .folders import whole_folder
-from .inputs import input_contract
+from .input_contract import input_contract
 from .loading import read_model
 from .manifest import FORMATS, PROCESSOR, SCHEMA, Manifest
-from .onnx import write_onnx_programs
+from .onnx_programs import write_onnx_programs
 from .requirements import Requirements
-from .tensorrt import write_tensorrt
+from .tensorrt_programs import write_tensorrt
 
 _PACKAGES = (
     "reroute-fx",

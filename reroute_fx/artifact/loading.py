@@ -10,14 +10,14 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig
 from .._compat import settle_cpu_math
 from ..errors import ArtifactError, ConfigError, first_line
 from ..lowering.weights import WEIGHTS
-from ..runtime.loaded import PROGRAMS, LoadedModel, Parts, Program
-from .aot import load_aot, read_weights
+from ..runtime.loaded_model import PROGRAMS, LoadedModel, Parts, Program
+from .artifact_report import ArtifactReport
+from .compiled_programs import load_aot, read_weights
 from .files import check_files
 from .manifest import PROCESSOR, Manifest, ProgramFiles
-from .onnx import load_onnx_program
-from .report import ArtifactReport
+from .onnx_programs import load_onnx_program
 from .requirements import check_memory
-from .tensorrt import load_tensorrt_program
+from .tensorrt_programs import load_tensorrt_program
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> LoadedModel:

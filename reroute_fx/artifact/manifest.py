@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..capture.images import FixedImages, GridImages
+from ..capture.image_layout import FixedImages, GridImages
 from ..capture.positions import GridPositions
-from ..config import RoutingConfig
+from ..config.limits import Limits
+from ..config.routing_config import RoutingConfig
 from ..errors import ArtifactError
-from ..limits import Limits
 from ..lowering.weights import WEIGHTS
 from ..methods import remember
 from .files import FileEntry, check_name

@@ -1,8 +1,9 @@
 """The latency comparison: a model in eager mode, compiled without routing, and routed, in one run."""
 
 from .comparison import benchmark, check_benchmark
+from .measures import MEASURES
 from .plot import check_plot, plot_results
-from .result import MEASURES, BenchmarkResult, ContenderResult, Timing, check_file, write_json
+from .result import BenchmarkResult, ContenderResult, Timing
 
 __all__ = [
     "MEASURES",
@@ -11,8 +12,6 @@ __all__ = [
     "Timing",
     "benchmark",
     "check_benchmark",
-    "check_file",
     "check_plot",
     "plot_results",
-    "write_json",
 ]

@@ -12,10 +12,10 @@ from rich.progress import track
 from ..api import compile
 from ..methods import UNROUTED
 from .contender import MEASUREMENTS, Contender, TowerFeatures, alternate, timed
+from .expected import theory_of
 from .machine import environment, peak_bytes
 from .parity import Computed, Parity, check_parity
 from .result import BenchmarkResult, ContenderResult, Timing
-from .theory import theory_of
 from .workload import Workload, check_count, check_memory, check_models, read_workload
 
 _baselines: "WeakKeyDictionary[torch.nn.Module, Any]" = WeakKeyDictionary()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ParityError
-from ..runtime import Routing
+from ..selection.selection_result import Routing
 
 _NOISE = 32
 """Most noise of two right programs, in units of eps * sqrt(layers).

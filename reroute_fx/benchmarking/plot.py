@@ -1,16 +1,50 @@
 """The measured times as bars, with what theory leaves of the compiled model's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from ..common.json_files import check_file
+from ..config.routing_config import RoutingConfig
 from ..errors import BackendUnavailableError, InputError
-from .result import MEASURES, BenchmarkResult, check_file
+from .measures import MEASURES
 
 _COLOURS = {"eager": "#9aa0a6", "compiled": "#4878a8", "routed": "#e07b39"}
 _WIDTH, _HEIGHT = 11.0, 3.4
 """Inches of the figure, and of each batch."""
 _BAR = 0.7
+
+
+class Timed(Protocol):
+    """Seconds of one contender in one measure."""
+
+    @property
+    def p50(self) -> float: ...
+    def percentile(self, percent: float) -> float: ...
+
+
+class Measured(Protocol):
+    """What is drawn of a `BenchmarkResult`, whose attributes it has."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def config(self) -> RoutingConfig: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def new_tokens(self) -> int: ...
+    @property
+    def contenders(self) -> Mapping[str, Any]: ...
+    def timing(self, name: str, measure: str) -> Timed: ...
+    def speedup(self, measure: str) -> float: ...
+    def theoretical_seconds(self, measure: str) -> float: ...
 
 
 def check_plot(path: str | Path) -> Path:
@@ -30,7 +64,7 @@ def check_plot(path: str | Path) -> Path:
     return target
 
 
-def plot_results(results: Sequence[BenchmarkResult], path: str | Path) -> None:
+def plot_results(results: Sequence[Measured], path: str | Path) -> None:
     """Draw one row of charts for each result; errors are those of `BenchmarkResult.plot`."""
     target = check_plot(path)
     from matplotlib.figure import Figure
@@ -51,7 +85,7 @@ def plot_results(results: Sequence[BenchmarkResult], path: str | Path) -> None:
     figure.savefig(target)
 
 
-def _draw(chart: Any, result: BenchmarkResult, measure: str) -> None:
+def _draw(chart: Any, result: Measured, measure: str) -> None:
     names = list(result.contenders)
     timings = [result.timing(name, measure) for name in names]
     heights = [1e3 * timing.p50 for timing in timings]
@@ -75,6 +109,6 @@ def _number(milliseconds: float) -> str:
     return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:,.0f}"
 
 
-def _title(result: BenchmarkResult, measure: str) -> str:
+def _title(result: Measured, measure: str) -> str:
     title = MEASURES[measure].replace(" without", "\nwithout")
     return f"{title} {result.new_tokens} tokens" if measure == "generate" else title

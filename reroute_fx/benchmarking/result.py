@@ -12,19 +12,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..config import RoutingConfig
-from ..errors import InputError
-from ..tables import as_text
+from ..common.json_files import write_json
+from ..common.tables import as_text
+from ..config.routing_config import RoutingConfig
+from .expected import Theory
+from .measures import MEASURES
 from .parity import Parity
-from .theory import Theory
-
-MEASURES = {
-    "first_token": "first token",
-    "first_token_without_tower": "first token without vision tower",
-    "decode_step": "decode, per token",
-    "generate": "generate",
-}
-"""What is measured, and how it is called on screen."""
 
 _HEADINGS = ("p50", "p10", "p90", "p99", "x eager", "x compiled", "theory", "efficiency")
 
@@ -257,31 +250,6 @@ class BenchmarkResult:
         if fewest < 100:
             lines.append(f"With {fewest} samples p99 is close to the largest one.")
         return Text("\n".join(lines))
-
-
-def write_json(path: str | Path, record: Any) -> None:
-    """Write whole or not at all.
-
-    Raises:
-        InputError: the folder doesn't exist, or `path` is one.
-    """
-    target = check_file(path)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_file(path: str | Path) -> Path:
-    """Raise `InputError` unless a file can be made there."""
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        raise InputError(
-            f"path is {str(path)!r}; expected the name of a file in an existing folder. Make the folder first."
-        )
-    return target
 
 
 def _contender_dict(result: ContenderResult) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ..analysis.routing_report import RoutingReport
 from ..capture import text_decoder
 from ..errors import ConfigError, InputError, UnsupportedModelError
-from ..report import RoutingReport
 from ..runtime import RoutedModel
 from ..runtime.prompt import Prompt
 

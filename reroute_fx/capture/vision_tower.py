@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CaptureError, UnsupportedModelError, first_line
 from .copies import copy_sharing_weights
-from .images import FixedImages, GridImages
+from .image_layout import FixedImages, GridImages
 from .segments import SEGMENTS
 from .tracing import first_output, quiet
 from .visual_tokens import has_fixed_size

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from .. import api
 from ..errors import ConfigError, InputError
-from ..named_models import check_device, load_model, read_config
-from ..prompts import render_chat
+from ..loading.models_by_name import check_device, load_model, read_config
+from ..loading.prompts import render_chat
 
 _MAX_NEW_TOKENS = 1024
 

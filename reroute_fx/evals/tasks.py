@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.folders import check_folder
 from ..errors import BackendUnavailableError, ConfigError
-from ..folders import check_folder
 from ..grounding.questions import KINDS, Question, collect
 from ..grounding.scenes import SIDE, Scene
 from ..grounding.scoring import THRESHOLD, overlap, read_box, yes_no_scores

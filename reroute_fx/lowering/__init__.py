@@ -1,10 +1,10 @@
 """Lowering: an exported program in, something that runs fast out. Knows backends only."""
 
+from .call_schedule import HIDDEN, Schedule, ScheduledProgram, as_executable
 from .cuda_graphs import CudaRecorder
 from .device import check_device, describe_operators
 from .executable import BACKENDS, Executable, check_backend, lower
-from .schedule import HIDDEN, Schedule, ScheduledProgram, as_executable
-from .tensorrt import TensorRTProgram, check_tensorrt
+from .tensorrt.engines import TensorRTProgram, check_tensorrt
 
 __all__ = [
     "BACKENDS",

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from ..turns import one_at_a_time
+from ..common.turns import one_at_a_time
 
 GRAPHS = 32
 """Graphs that are kept for a program; the one that was used longest ago makes room."""

@@ -15,13 +15,13 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from .._compat import compilation_settings
+from ..common.turns import one_at_a_time
+from ..config.limits import Limits
 from ..errors import ConfigError
-from ..limits import Limits
-from ..turns import one_at_a_time
-from . import inductor
 from .cuda_graphs import CudaGraphs, Recorder, Role
 from .device import program_device
-from .tensorrt import TensorRTProgram, lower_tensorrt
+from .inductor import compiled_regions as inductor
+from .tensorrt.engines import TensorRTProgram, lower_tensorrt
 
 BACKENDS = ("inductor", "eager", "tensorrt")
 logger = logging.getLogger(__name__)

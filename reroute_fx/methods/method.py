@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..passes import POSITIONS, SCORING, Rank, Reduce, ReduceGrid, by_attention
-from ..tiers import tier_share
+from .tiers import tier_share
 
 REFERENCE_LAYERS = 32
 """Layers of the decoder in which methods count their decision layers."""

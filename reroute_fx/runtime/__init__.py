@@ -2,10 +2,9 @@
 
 from .._compat import check_transformers
 from .cache import RoutedCache
-from .loaded import LoadedModel
-from .model import RoutedModel, make_routed_model
-from .routing import Routing
+from .loaded_model import LoadedModel
+from .routed_model import RoutedModel, make_routed_model
 
-__all__ = ["LoadedModel", "RoutedCache", "RoutedModel", "Routing", "make_routed_model"]
+__all__ = ["LoadedModel", "RoutedCache", "RoutedModel", "make_routed_model"]
 
 check_transformers()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from ..plan import RowPlan
+from ..selection.row_plan import RowPlan
 
 BUCKET = 64
 """Places to whose multiples the stream, the visual tokens and the stages are rounded up."""

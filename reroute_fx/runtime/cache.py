@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..config import RoutingConfig
+from ..config.routing_config import RoutingConfig
 from ..errors import InputError
 
 

@@ -8,14 +8,14 @@ import torch
 from transformers import Cache, StaticCache
 
 from ..capture import tokens_per_image
-from ..config import RoutingConfig
+from ..config.limits import Limits
+from ..config.routing_config import RoutingConfig
 from ..errors import InputError
-from ..limits import Limits
-from ..plan import RowPlan, plan_rows
+from ..selection.row_plan import RowPlan, plan_rows
+from ..selection.selection_result import Routing
 from .cache import RoutedCache
-from .images import split_images
-from .reduction import ReducedFeatures, Reduction, plan_entry
-from .routing import Routing
+from .prompt_reduction import ReducedFeatures, Reduction, plan_entry
+from .row_images import split_images
 from .rows import Places
 
 _VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..errors import InputError, UnsupportedModelError
-from ..runtime import Routing
+from ..selection.selection_result import Routing
 
 Array = np.ndarray[Any, Any]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..common.folders import check_folder
 from ..errors import BackendUnavailableError, ConfigError, InputError
-from ..folders import check_folder
 from .views import PictureView, check_views, view_rows
 
 PAGE = "index.html"

@@ -17,8 +17,8 @@ from transformers import AutoProcessor
 from reroute_fx.evals.tasks import shapes_scores
 from reroute_fx.grounding.questions import KINDS, collect
 from reroute_fx.grounding.scenes import SIDE
-from reroute_fx.named_models import CHECKPOINT, load_model
-from reroute_fx.prompts import render_chat
+from reroute_fx.loading.models_by_name import CHECKPOINT, load_model
+from reroute_fx.loading.prompts import render_chat
 
 README = Path(__file__).parents[2] / "README.md"
 LMMS_EVAL = json.loads((RESULTS / "lmms_eval.json").read_text())

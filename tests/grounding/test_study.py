@@ -124,7 +124,7 @@ def test_recovery_is_counted():
 
 def test_chance_selects_by_chance(checkpoint):
     """Other tokens with another seed, the same with the same; as many as by score."""
-    loaded = reroute_fx.named_models.load_model(str(checkpoint), "cpu", "float32")
+    loaded = reroute_fx.loading.models_by_name.load_model(str(checkpoint), "cpu", "float32")
     routed = reroute_fx.compile(loaded.model, 2 / 9, method="fastv", backend="eager")
     inputs = make_inputs(loaded.processor, collect("test", 0, 2, "refer"))
 
@@ -142,7 +142,7 @@ def test_chance_selects_by_chance(checkpoint):
 
 
 def test_pooling_to_every_token_is_the_unrouted_model(checkpoint, monkeypatch):
-    loaded = reroute_fx.named_models.load_model(str(checkpoint), "cpu", "float32")
+    loaded = reroute_fx.loading.models_by_name.load_model(str(checkpoint), "cpu", "float32")
     monkeypatch.setattr("contenders.TIERS", {128: 2 / 9})
     monkeypatch.setattr("contenders.POOLED", {128: (12, 12)})
     everyone = {contender.name: contender for contender in contenders(loaded.model, 0)}

@@ -13,10 +13,10 @@ from reroute_fx import InputError, MatchError, RoutingConfig, UnsupportedModelEr
 from reroute_fx.artifact.exporting import trace
 from reroute_fx.capture.vision_tower import capture_vision_tower
 from reroute_fx.lowering import lower
-from reroute_fx.lowering.onnx import OnnxProgram, write_onnx
+from reroute_fx.lowering.onnx.onnx_program import OnnxProgram, write_onnx
 from reroute_fx.methods.nuwa import reduce
 from reroute_fx.passes import CanonicalizeAttention, FindStates, ReduceFeatures, TowerStates, run_passes
-from reroute_fx.routing import reduce_tower
+from reroute_fx.pipeline import reduce_tower
 
 FOLDER = GOLDEN / "nuwa"
 CASES = json.loads((FOLDER / "cases.json").read_text())["cases"]

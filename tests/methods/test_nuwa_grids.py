@@ -14,7 +14,7 @@ import reroute_fx
 from reroute_fx import InputError, MatchError, RoutingConfig, UnsupportedModelError
 from reroute_fx.capture.vision_tower import capture_vision_tower
 from reroute_fx.lowering import lower
-from reroute_fx.lowering.onnx import OnnxProgram, write_onnx
+from reroute_fx.lowering.onnx.onnx_program import OnnxProgram, write_onnx
 from reroute_fx.methods.nuwa import reduce_grid
 from reroute_fx.passes import (
     CanonicalizeAttention,
@@ -24,7 +24,7 @@ from reroute_fx.passes import (
     run_passes,
     to_program,
 )
-from reroute_fx.routing import reduce_tower
+from reroute_fx.pipeline import reduce_tower
 
 GRIDS = torch.tensor([[1, 8, 10], [1, 6, 14], [1, 12, 12]])
 """Of patches: even and odd grids of 4 x 5, 3 x 7 and 6 x 6 features."""

@@ -8,11 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from reroute_fx import RoutingConfig
-from reroute_fx.cli import app
+from reroute_fx.analysis.method_overview import compare_methods
+from reroute_fx.analysis.paper_configs import FAMILIES
+from reroute_fx.analysis.theory import prefill_cost
+from reroute_fx.command_line.main import app
 from reroute_fx.methods import all_methods
-from reroute_fx.overview import compare_methods
-from reroute_fx.paper import FAMILIES
-from reroute_fx.theory import prefill_cost
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

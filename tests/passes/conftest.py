@@ -13,7 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 from reroute_fx.passes import CanonicalizeAttention, FindLayers, ProveCausal, RemoveNoOps
-from reroute_fx.plan import plan_rows
+from reroute_fx.selection.row_plan import plan_rows
 
 WIDTH, HEADS, HEAD_DIM = 32, 4, 8
 

@@ -5,7 +5,7 @@ import torch
 
 from reroute_fx.lowering import lower
 from reroute_fx.passes import AttendToCache, MatchError, run_passes
-from reroute_fx.routing import continuation, unrouted
+from reroute_fx.pipeline import continuation, unrouted
 
 aten = torch.ops.aten
 STAGES = {

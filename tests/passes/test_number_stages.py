@@ -13,7 +13,7 @@ from reroute_fx.passes import (
     run_passes,
     to_program,
 )
-from reroute_fx.routing import find_passes
+from reroute_fx.pipeline import find_passes
 
 
 def numbered(golden, starts):

@@ -22,12 +22,11 @@ from reroute_fx.passes import (
     ReduceFeatures,
     RemoveNoOps,
     RestoreInPlace,
-    ReuseKeys,
     RouteStages,
     run_passes,
     to_program,
 )
-from reroute_fx.routing import continuation, unrouted
+from reroute_fx.pipeline import continuation, unrouted
 
 CONFIG = RoutingConfig((1,), (0.4,), "compact_route_stagewise")
 DELETING = RoutingConfig((1,), (0.7,), "physical_delete")
@@ -330,7 +329,6 @@ WRONG_ORDERS = {
         "requires decisions",
         "InsertSelection",
     ),
-    "keys before stages": ([*DECIDE, ReuseKeys()], "ReuseKeys requires stages", "RouteStages"),
     "in place before stages": ([*FIND, RestoreInPlace()], "RestoreInPlace requires stages", "RouteStages"),
     "outputs before layers": ([*FIND[:3], ExposeOutputs()], "ExposeOutputs requires layers", "FindLayers"),
     "cache before layers": (

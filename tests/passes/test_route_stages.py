@@ -8,8 +8,8 @@ import torch
 
 from reroute_fx import RoutingConfig, route
 from reroute_fx.passes import ACTIONS, InsertSelection, MatchError, RouteStages, run_passes
-from reroute_fx.plan import plan_rows
-from reroute_fx.routing import unrouted
+from reroute_fx.pipeline import unrouted
+from reroute_fx.selection.row_plan import plan_rows
 
 aten = torch.ops.aten
 reroute = torch.ops.reroute

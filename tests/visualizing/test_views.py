@@ -8,7 +8,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import reroute_fx
 from reroute_fx.errors import InputError, UnsupportedModelError
-from reroute_fx.pictures import picture
+from reroute_fx.loading.sample_picture import picture
 from reroute_fx.visualizing.views import view_rows
 from reroute_fx.visualizing.visualize import find_boxes
 

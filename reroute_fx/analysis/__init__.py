@@ -1,0 +1,1 @@
+"""What routing costs and saves, by theory, and what a compilation did."""

@@ -1,0 +1,23 @@
+"""The contract of a call: names, kinds and sizes of its inputs."""
+
+from ..capture.image_layout import FixedImages, GridImages
+from .manifest import InputSpec
+
+_TEXT = {
+    "input_ids": InputSpec("int64", ("batch", "length"), required=True),
+    "attention_mask": InputSpec("int64", ("batch", "length"), required=False),
+}
+
+
+def input_contract(images: FixedImages | GridImages, dtype: str) -> dict[str, InputSpec]:
+    """Inputs of a model that takes such pictures and has weights of such a dtype."""
+    if isinstance(images, FixedImages):
+        size = images.channels, images.height, images.width
+        return {**_TEXT, "pixel_values": InputSpec(dtype, ("pictures", *size), required=True)}
+    return _TEXT | {
+        "pixel_values": InputSpec(dtype, ("patches", images.values), required=False),
+        "image_grid_thw": InputSpec("int64", ("pictures", 3), required=False),
+        "pixel_values_videos": InputSpec(dtype, ("patches", images.values), required=False),
+        "video_grid_thw": InputSpec("int64", ("videos", 3), required=False),
+        "second_per_grid_ts": InputSpec("float32", ("videos",), required=False),
+    }

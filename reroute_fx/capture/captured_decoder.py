@@ -1,0 +1,216 @@
+"""Export the text decoder of a vision-language model, once."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.export import Dim, ExportedProgram
+from transformers import PreTrainedModel
+
+from .._compat import dynamo_export
+from ..common.turns import one_at_a_time
+from ..errors import CaptureError, RerouteError, UnsupportedModelError, first_line
+from .copies import copy_sharing_weights
+from .fingerprint import Fingerprint
+from .tracing import first_output, quiet
+from .visual_tokens import find_visual_token_ids
+
+_SAMPLE_BATCH, _SAMPLE_LENGTH = 2, 1024
+_COMPARED_TOKENS = 9
+
+
+@dataclass(frozen=True)
+class CapturedDecoder:
+    """An exported decoder.
+
+    Attributes:
+        program: from ``inputs_embeds [B, S, d]``, ``attention_mask [B, S]`` and ``position_ids`` to hidden
+            states, B and S symbolic, no cache.
+        num_layers: layers that the config promises.
+        position_rank: dimensions of ``position_ids``: 2 for ``[B, S]``, 3 for ``[3, B, S]``.
+        seconds: wall-clock seconds of the export.
+    """
+
+    program: ExportedProgram
+    num_layers: int
+    position_rank: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Capture:
+    """A captured decoder and what it was made from."""
+
+    parts: Fingerprint
+    config: str
+    decoder: CapturedDecoder
+
+    def is_of(self, decoder: PreTrainedModel) -> bool:
+        return self.config == decoder.config.to_json_string(use_diff=False) and self.parts.changed() is None
+
+
+_captured: "WeakKeyDictionary[torch.nn.Module, _Capture]" = WeakKeyDictionary()
+
+
+def text_decoder(model: torch.nn.Module) -> PreTrainedModel:
+    """The text decoder inside a vision-language model.
+
+    Raises:
+        UnsupportedModelError: the model is no Hugging Face vision-language model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"model is a {type(model).__name__}; expected a Hugging Face vision-language model such as "
+            f"LlavaForConditionalGeneration."
+        )
+    find_visual_token_ids(model.config)
+    decoder = model.get_decoder()
+    if decoder is None or decoder is model or not hasattr(decoder.config, "num_hidden_layers"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no text decoder under get_decoder(); expected a vision-language model "
+            f"with a separate language model."
+        )
+    _refuse_replaced_forwards(model, decoder)
+    return decoder
+
+
+def _refuse_replaced_forwards(model: PreTrainedModel, decoder: torch.nn.Module) -> None:
+    """What runs the decoder, and the decoder, run their class's forward: another one would run past the routing."""
+    if not isinstance(decoder, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"The text decoder is a {type(decoder).__name__}; expected the Hugging Face module itself, which "
+            f"reroute_fx compiles. Put back what torch.compile or another wrapper was given."
+        )
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    names = path.split(".")
+    for end in range(len(names) + 1):
+        name = ".".join(["model", *names[:end]])
+        module = model.get_submodule(".".join(names[:end]))
+        if not _runs_its_class(module):
+            raise UnsupportedModelError(
+                f"{name}.forward was replaced on the instance, by torch.compile or by a hook of accelerate, say; "
+                f"expected the forward of {type(module).__name__}, through which routing runs. Take it off "
+                f"(`del {name}.forward`, accelerate.hooks.remove_hook_from_module({name}, recurse=True)) and compile "
+                f"again: reroute_fx compiles the model itself."
+            )
+
+
+def _runs_its_class(module: torch.nn.Module) -> bool:
+    """Whether `module` runs its class's forward, which hooks of accelerate leave on it when they are removed."""
+    own = module.__dict__.get("forward")
+    return own is None or (getattr(own, "__self__", None) is module and own.__func__ is type(module).forward)
+
+
+@one_at_a_time
+def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
+    """Export the text decoder of `model`; once, as long as its parts and its config stay what they are.
+
+    Works on the meta device, where no memory is needed. The model is not changed.
+
+    Raises:
+        UnsupportedModelError: no vision-language model, or one spread over several devices, or a decoder that attends
+            in another way than the program.
+        CaptureError: torch.export failed; the cause is chained.
+    """
+    decoder = text_decoder(model)
+    devices = {p.device for p in decoder.parameters()}
+    if len(devices) != 1:
+        raise UnsupportedModelError(
+            f"The decoder lies on {sorted(map(str, devices))}; expected one device. Load it with "
+            f"device_map='cuda' or another single device."
+        )
+    parts, config = Fingerprint(decoder, "decoder"), decoder.config.to_json_string(use_diff=False)
+    if hooked := parts.hooked():
+        raise UnsupportedModelError(
+            f"{hooked} has a forward hook, which would not run: the decoder's parts are compiled into programs. Remove "
+            f"it, or put it on the decoder itself."
+        )
+    if decoder not in _captured or not _captured[decoder].is_of(decoder):
+        captured = _export(decoder)
+        if decoder.device.type != "meta":
+            _compare_attention(decoder, captured, model)
+        _captured[decoder] = _Capture(parts, config, captured)
+    return _captured[decoder].decoder
+
+
+def _export(decoder: PreTrainedModel) -> CapturedDecoder:
+    start = time.perf_counter()
+    inputs, shapes = _sample_inputs(decoder)
+    traced = copy_sharing_weights(decoder)
+    traced.config._attn_implementation = "sdpa"
+    # What is asked for besides comes from programs of its own.
+    traced.config.output_attentions = traced.config.output_hidden_states = False
+    try:
+        with quiet():
+            program = dynamo_export(traced, inputs, shapes)
+    except RerouteError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export can't trace {type(decoder).__name__}: {first_line(error)}. Expected a decoder that "
+            f"transformers.exporters supports; check that the architecture works with DynamoExporter."
+        ) from error
+    seconds = time.perf_counter() - start
+    return CapturedDecoder(program, decoder.config.num_hidden_layers, inputs["position_ids"].ndim, seconds)
+
+
+@torch.no_grad()
+def _compare_attention(decoder: PreTrainedModel, captured: CapturedDecoder, model: Any) -> None:
+    """Raise unless the program computes what the decoder does with the attention that the model uses.
+
+    Capturing forces one implementation of attention. What that one doesn't know of (attention sinks, tokens that see
+    what comes after them) is not in the program.
+    """
+    ids = torch.arange(_COMPARED_TOKENS, device=decoder.device) * 7 % decoder.config.vocab_size
+    positions = torch.arange(_COMPARED_TOKENS, device=decoder.device)[None]
+    if captured.position_rank == 3:
+        positions = positions.expand(3, 1, -1).contiguous()
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids[None]), "position_ids": positions}
+    expected = decoder(**inputs, use_cache=False).last_hidden_state[0].double()
+    mask = torch.ones(1, _COMPARED_TOKENS, dtype=torch.long, device=decoder.device)
+    found = first_output(captured.program, inputs | {"attention_mask": mask})[0].double()
+    # Half of the digits, of most tokens: now and then rounding sends one to another expert. Attention that is spelt out
+    # computes its softmax in float32.
+    noise = max(torch.finfo(dtype).eps for dtype in (decoder.dtype, torch.float32)) ** 0.5
+    # Of a token without a state of its own, as padding has, the size is 0.
+    error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=noise)).median()
+    if not error <= noise:
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} attends in another way (implementation "
+            f"{decoder.config._attn_implementation!r}) than plain causal scaled-dot-product attention: on "
+            f"{_COMPARED_TOKENS} tokens its states differ by {float(error):.2g} of their size, expected at most "
+            f"{noise:.1g}. Decoders with attention sinks, or whose tokens see later ones, can't be routed."
+        )
+
+
+def _sample_inputs(decoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs to trace with and their dynamic dimensions."""
+    batch, length = Dim("batch", min=1), Dim("length", min=1)
+    size = (_SAMPLE_BATCH, _SAMPLE_LENGTH)
+    on = {"device": decoder.device}
+    embeds = torch.zeros(*size, decoder.config.hidden_size, dtype=decoder.dtype, **on)
+    positions = torch.arange(_SAMPLE_LENGTH, **on).expand(size)
+    position_shape: dict[int, Any] = {0: batch, 1: length}
+    if _has_multimodal_rope(decoder.config):
+        positions = positions.expand(3, *size)
+        position_shape = {1: batch, 2: length}
+    inputs = {
+        "inputs_embeds": embeds,
+        "attention_mask": torch.ones(size, dtype=torch.long, **on),
+        "position_ids": positions.contiguous(),
+        "use_cache": False,
+    }
+    shapes = {
+        "inputs_embeds": {0: batch, 1: length},
+        "attention_mask": {0: batch, 1: length},
+        "position_ids": position_shape,
+    }
+    return inputs, shapes
+
+
+def _has_multimodal_rope(config: Any) -> bool:
+    """Whether positions have a temporal, a vertical and a horizontal part."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return "mrope_section" in parameters

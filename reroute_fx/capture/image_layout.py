@@ -1,0 +1,202 @@
+"""How a model takes pictures: what its vision tower needs to know of them, and whether it can take them."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.export import Dim
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+
+from ..errors import InputError
+from ..methods.tiers import entering
+from .segments import segments
+
+
+class Images(Protocol):
+    """How a model takes pictures: ``"fixed"`` or ``"grid"``."""
+
+    kind: str
+
+    @property
+    def shapes(self) -> dict[str, dict[int, Any]]:
+        """Dynamic dimensions of the inputs of the program."""
+
+    def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Inputs of the program that `capture_vision_tower` returns; `grid` is on the host."""
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Two pictures, of different sizes if they may have any: `pixel_values` in float32, and their grid."""
+
+    def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
+        """Raise InputError unless the model can take such pictures."""
+
+    def sizes(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> list[int]:
+        """Features of each picture."""
+
+    def repeat(
+        self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
+    ) -> dict[str, torch.Tensor]:
+        """The pictures of each row `times` times.
+
+        Args:
+            given: pixels, grids and what else has an entry for each picture.
+            names: those of `given`, in that order.
+            tokens: placeholders of each row.
+            times: at least 1.
+        """
+
+
+@dataclass(frozen=True)
+class FixedImages:
+    """Pictures of one size, ``pixel_values [n, channels, height, width]``.
+
+    Attributes:
+        tokens: features of each.
+    """
+
+    channels: int
+    height: int
+    width: int
+    tokens: int
+    kind: Literal["fixed"] = "fixed"
+
+    @property
+    def shapes(self) -> dict[str, dict[int, Any]]:
+        return {"pixel_values": {0: Dim.DYNAMIC}}
+
+    def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        return {"pixel_values": pixel_values}
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _pixels(2, self.channels, self.height, self.width), None
+
+    def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
+        expected = self.channels, self.height, self.width
+        if tuple(pixel_values.shape[1:]) != expected:
+            raise InputError(
+                f"pixel_values has shape {list(pixel_values.shape)}; expected pictures of size {list(expected)}. Pass "
+                f"what the model's processor returns."
+            )
+
+    def sizes(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> list[int]:
+        return [self.tokens] * len(pixel_values)
+
+    def repeat(
+        self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
+    ) -> dict[str, torch.Tensor]:
+        (pixels,) = given.values()
+        order = _repeated([row // self.tokens for row in tokens], times)
+        return {names[0]: pixels[order]}
+
+
+@dataclass(frozen=True)
+class GridImages:
+    """Pictures and videos of any size as patches, ``pixel_values [patches, values]``, with a grid ``[n, 3]`` of each.
+
+    Attributes:
+        values: of a patch.
+        merge: patches along an edge that become one feature.
+        patch: pixels along the edge of a patch.
+        window: pixels along the edge of an attention window; None if every layer sees whole frames.
+        share: of each picture's features that stay; then the program is told the features of each frame, and how many
+            of them stay. None if all do.
+    """
+
+    values: int
+    merge: int
+    patch: int
+    window: int | None
+    share: float | None = None
+    kind: Literal["grid"] = "grid"
+
+    @property
+    def shapes(self) -> dict[str, dict[int, Any]]:
+        features = Dim("features", min=2)
+        patches = {0: self.merge**2 * features}
+        segments = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+        return {
+            "pixel_values": patches,
+            "position_ids": patches,
+            "window_order": {0: features},
+            "frames": segments,
+            "windows": segments,
+        }
+
+    def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        assert grid is not None
+        bounds = get_vision_cu_seqlens(grid)
+        given = {"position_ids": get_vision_position_ids(grid, self.merge), "frames": segments(bounds)}
+        if self.window is not None:
+            order, edges = get_vision_window_index(grid, self.merge, self.window, self.patch)
+            given |= {"window_order": order, "windows": segments(edges)}
+        if self.share is not None:
+            ends = bounds // self.merge**2
+            given["feature_frames"] = segments(ends)
+            given["feature_counts"] = torch.tensor([entering(n, self.share) for n in ends.diff().tolist()])
+        placed = {name: tensor.to(pixel_values.device) for name, tensor in given.items()}
+        return {"pixel_values": pixel_values, **placed}
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        grid = torch.tensor([[1, 4 * self.merge, 5 * self.merge], [2, 2 * self.merge, 3 * self.merge]])
+        return _pixels(int(grid.prod(dim=-1).sum()), self.values), grid
+
+    def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
+        if grid is None or grid.ndim != 2 or grid.shape[1] != 3:
+            raise InputError(
+                "Pictures came without their grids; expected image_grid_thw or video_grid_thw, [pictures, 3], as the "
+                "processor returns them."
+            )
+        expected = int(grid.prod(dim=-1).sum()), self.values
+        if tuple(pixel_values.shape) != expected:
+            raise InputError(
+                f"pixel_values has shape {list(pixel_values.shape)}, but the grids have {expected[0]} patches of "
+                f"{expected[1]} values. Pass what the model's processor returns."
+            )
+        if (grid < 1).any() or (grid[:, 1:] % self.merge).any():
+            raise InputError(
+                f"A grid is {grid.tolist()}; expected heights and widths in multiples of {self.merge}. Pass what the "
+                f"model's processor returns."
+            )
+        if expected[0] == self.merge**2:
+            raise InputError(
+                "The only picture is a single visual token; expected two or more. Pass it larger."
+            )
+
+    def sizes(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> list[int]:
+        assert grid is not None
+        return [int(patches) // self.merge**2 for patches in grid.prod(dim=-1)]
+
+    def repeat(
+        self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
+    ) -> dict[str, torch.Tensor]:
+        patches = given[names[1]].prod(dim=-1).tolist()
+        order = _repeated(_per_row(tokens, [count // self.merge**2 for count in patches]), times)
+        pixels = given[names[0]].split(patches)
+        rest = {name: given[name][order] for name in names[1:] if name in given}
+        return {names[0]: torch.cat([pixels[i] for i in order]), **rest}
+
+
+def _pixels(*shape: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+
+
+def _per_row(tokens: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Pictures of each row, from the placeholders of the rows and the features of the pictures."""
+    ends = list(accumulate(sizes))
+    upto = [bisect_right(ends, end) for end in accumulate(tokens)]
+    return [after - before for before, after in pairwise([0, *upto])]
+
+
+def _repeated(counts: Sequence[int], times: int) -> list[int]:
+    """Pictures in order, those of each row `times` times."""
+    ends = list(accumulate(counts))
+    return [
+        i
+        for end, count in zip(ends, counts, strict=True)
+        for _ in range(times)
+        for i in range(end - count, end)
+    ]

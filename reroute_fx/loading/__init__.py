@@ -1,0 +1,1 @@
+"""Models and prompts by name, for the command line and for evaluations."""

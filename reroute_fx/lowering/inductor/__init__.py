@@ -1,0 +1,1 @@
+"""Regions on Inductor: compiled at their first call, or ahead of time."""

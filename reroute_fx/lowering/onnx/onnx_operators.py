@@ -1,0 +1,188 @@
+"""Which ONNX operators TensorRT's importer takes, as data, and what stands for those that it does not take."""
+
+import functools
+import importlib
+import importlib.resources
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ...errors import BackendUnavailableError, CaptureError
+
+_TYPES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "FP8", "FLOAT4E2M1": "FP4"}
+"""What the list calls a type of ONNX, where it has another name for it."""
+
+
+def library(name: str) -> Any:
+    """Import a library of the extra `onnx`.
+
+    Raises:
+        BackendUnavailableError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"{name} is not installed; ONNX files need it. Run: pip install 'reroute-fx[onnx]'."
+        ) from error
+
+
+@functools.cache
+def supported_operators() -> dict[str, dict[str, Any]]:
+    """What the importer says of each operator: ``supported``, and where it is, ``types``, ``restriction`` and
+    ``constant_inputs``, the numbers of the inputs that must not be computed.
+    """
+    data = importlib.resources.files(__package__) / "data" / "tensorrt_onnx_operators.json"
+    operators: dict[str, dict[str, Any]] = json.loads(data.read_text())["operators"]
+    return operators
+
+
+def nodes(model: Any) -> Iterator[Any]:
+    """All nodes of an `onnx_ir.Model`, those of inner graphs and of functions included."""
+    for graph in (model.graph, *model.functions.values()):
+        yield from graph.all_nodes()
+
+
+def operator_name(node: Any) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else str(node.op_type)
+
+
+def check_operators(model: Any, name: str) -> None:
+    """Check an `onnx_ir.Model`.
+
+    Args:
+        model: of the opset whose operators are checked.
+        name: of the program, in messages.
+
+    Raises:
+        CaptureError: an operator, or the type that it is used with, is not in the list.
+    """
+    found = [f"{what} at {node.name}" for node in nodes(model) for what in _objections(node, model)]
+    if found:
+        others = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise CaptureError(
+            f"The program {name!r} uses what TensorRT's ONNX importer does not take: {', '.join(found[:8])}{others}; "
+            f"expected operators and types of its list. Use the eager or inductor backend for this model."
+        )
+
+
+def _objections(node: Any, model: Any) -> Iterator[str]:
+    operator = operator_name(node)
+    rules = supported_operators().get(operator, {"supported": False})
+    if not rules["supported"]:
+        yield operator
+        return
+    wrong = {_type(value) for value in _typed_values(node, model) if value.dtype} - {*rules["types"]}
+    yield from (f"{operator} on {type_name}" for type_name in sorted(wrong))
+    for i in rules.get("constant_inputs", ()):
+        if i < len(node.inputs) and node.inputs[i] is not None and node.inputs[i].const_value is None:
+            yield f"{operator} with a computed input {i}"
+
+
+def _typed_values(node: Any, model: Any) -> Iterator[Any]:
+    """The values that an operator works on; indices, shapes and conditions have a type of their own."""
+    schema = library("onnx").defs.get_schema(node.op_type, model.opset_imports[node.domain], node.domain)
+    for values, parameters in ((node.inputs, schema.inputs), (node.outputs, schema.outputs)):
+        for i, value in enumerate(values):
+            # The last parameter may stand for several values.
+            if value is not None and parameters[min(i, len(parameters) - 1)].type_str == "T":
+                yield value
+
+
+def _type(value: Any) -> str:
+    name: str = value.dtype.name
+    return _TYPES.get(name, name)
+
+
+def select_tokens_by_counting(
+    scores: torch.Tensor,
+    visual_index: torch.Tensor,
+    lengths: torch.Tensor,
+    keep: torch.Tensor,
+    pools: torch.Tensor | None,
+    length: int,
+    slots: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `reroute_fx.kernels.select_tokens` computes, without sorting and without scattering booleans.
+
+    TensorRT sorts less than 3840 values and scatters numbers only. A token's place in the ranking is the number of
+    tokens before it, so memory grows with the square of their number.
+    """
+    token = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = scores[:, :, None], scores[:, None]
+    is_before = (other > mine) | ((other == mine) & (token < token[:, None]))  # [B, N, N]
+    if pools is not None:
+        mine, other = pools[:, :, None], pools[:, None]
+        is_before = (other < mine) | ((other == mine) & is_before)
+    kept = keep.gather(1, is_before.sum(dim=2, dtype=torch.int32).long())
+
+    # One place more than the stream and the stage have takes the entries that stand for no token.
+    position = torch.arange(length + 1, device=scores.device)
+    active = (position < lengths[:, None]).long()  # [B, S + 1]
+    active = active.scatter(1, visual_index.clamp(max=length), kept.long())
+    slot = torch.where(active > 0, active.cumsum(dim=1) - 1, slots)
+    positions = torch.full((scores.shape[0], slots + 1), length, device=scores.device)
+    positions = positions.scatter(1, slot, position.expand_as(slot))
+    return positions[:, :slots].contiguous(), kept
+
+
+def _clamp(value: Any, min: Any = None, max: Any = None) -> Any:
+    """``aten.clamp``; TensorRT's Clip takes floating point only."""
+    op = library("onnxscript").opset18
+    if min is not None:
+        value = op.Max(value, op.CastLike(min, value))
+    if max is not None:
+        value = op.Min(value, op.CastLike(max, value))
+    return value
+
+
+def _cumulative_sum(value: Any, dim: int, dtype: Any = None) -> Any:
+    """``aten.cumsum`` of numbers and of booleans, which it counts; TensorRT's CumSum takes floating point only.
+
+    float32 counts exactly up to 16 million.
+    """
+    op, types = library("onnxscript").opset18, library("onnx_ir").DataType
+    if value.dtype.is_floating_point():
+        return op.CumSum(value, op.Constant(value_int=dim))
+    counts = op.CumSum(op.Cast(value, to=types.FLOAT), op.Constant(value_int=dim))
+    return op.Cast(counts, to=types.INT64)
+
+
+def _convolution_3d(
+    value: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+    dilation: Sequence[int] = (1, 1, 1),
+    groups: int = 1,
+) -> Any:
+    """``aten.conv3d``; onnxscript 0.7 puts zeros of a wrong shape in the place of a missing bias."""
+    op = library("onnxscript").opset18
+    given = (value, weight) if bias is None else (value, weight, bias)
+    pads = [*padding, *padding]
+    return op.Conv(*given, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
+
+
+def _floor_divide(value: Any, other: Any) -> Any:
+    """``aten.floor_divide``; onnxscript 0.7 compares booleans, which TensorRT's Equal does not take."""
+    op = library("onnxscript").opset18
+    other = op.CastLike(other, value)
+    quotient = op.Div(value, other)
+    if value.dtype.is_floating_point():
+        return op.Floor(quotient)
+    zero = op.CastLike(op.Constant(value_int=0), value)
+    rest = op.Sub(value, op.Mul(quotient, other))
+    is_above = op.And(op.Not(op.Equal(rest, zero)), op.Xor(op.Less(rest, zero), op.Less(other, zero)))
+    return op.Sub(quotient, op.CastLike(is_above, value))
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.clamp.default: _clamp,
+    torch.ops.aten.conv3d.default: _convolution_3d,
+    torch.ops.aten.cumsum.default: _cumulative_sum,
+    torch.ops.aten.floor_divide.default: _floor_divide,
+}
+"""Functions of onnxscript for ATen operators."""

@@ -1,0 +1,178 @@
+"""Route an exported decoder: the pipeline of passes on its own."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch.export import ExportedProgram
+
+from .analysis.routing_report import RoutingReport
+from .analysis.theory import LayerCost
+from .capture.image_layout import FixedImages, GridImages
+from .capture.vision_tower import CapturedTower
+from .config.routing_config import RoutingConfig
+from .config.savings import Savings
+from .passes import (
+    AttendToCache,
+    CanonicalizeAttention,
+    ExposeOutputs,
+    ExposeStreams,
+    FindLayers,
+    FindStates,
+    GridInputs,
+    InsertSelection,
+    ModelGraph,
+    NumberStages,
+    Pass,
+    PassResult,
+    ProveCausal,
+    ReduceFeatures,
+    ReduceGrids,
+    RemoveNoOps,
+    RestoreInPlace,
+    RouteStages,
+    run_passes,
+    to_program,
+)
+
+
+def route(
+    exported_program: ExportedProgram,
+    config: RoutingConfig,
+    *,
+    num_layers: int | None = None,
+    savings: Savings | None = None,
+    streams: bool = False,
+) -> tuple[ExportedProgram, RoutingReport]:
+    """Rewrite an exported text decoder so that it runs on routed visual tokens.
+
+    Args:
+        exported_program: a decoder as `torch.export.export` returns it, from embeddings or token ids
+            ``[B, S, ...]`` to hidden states ``[B, S, d]``, with symbolic B and S and without a cache. It is
+            not changed, and its parameters are shared.
+        config: what to route.
+        num_layers: layers that the decoder has, if known: finding another number is then an error.
+        savings: rewrites that save work; None for those that were measured to pay.
+        streams: return the residual stream before each layer as well.
+
+    Returns:
+        The routed program and its report. The program takes the inputs of `exported_program`, less a
+        padding mask, and what `RowPlan.inputs` holds. Shorter rows are padded at their end; the last token
+        of each row is a text token. The program returns ``{"output": ..., "routing": ...}``: what the
+        original returns, and a dictionary with ``key.<layer>`` and ``value.<layer>`` ``[B, Hkv, S', D]``,
+        ``scores.<layer>`` ``[B, N]`` float32 (-inf for tokens that were no candidates) and
+        ``kept.<layer>`` ``[B, N]`` bool, with `streams` also ``stream.<layer>`` ``[B, S, d]``. Tokens that were
+        deferred or deleted keep the hidden state with which they left.
+
+    Raises:
+        ConfigError: a decision layer beyond the decoder.
+        MatchError: the graph is no decoder that can be routed; the message names the nearest miss.
+    """
+    if num_layers is not None:
+        config.check_depth(num_layers)
+    passes = [
+        *find_passes(num_layers),
+        *_stage_passes(config, savings or Savings(), streams),
+        ExposeOutputs(),
+        *_stream_passes(streams),
+    ]
+    graph, results = run_passes(exported_program, passes)
+    report = make_report(graph, results, config)
+    return to_program(graph, exported_program), report
+
+
+def _stream_passes(streams: bool) -> list[Pass]:
+    return [ExposeStreams()] if streams else []
+
+
+def _stage_passes(config: RoutingConfig, savings: Savings, keep_streams: bool) -> list[Pass]:
+    if not config.decision_layers:
+        return []
+    return [
+        InsertSelection(
+            config.decision_layers,
+            several_pools=config.pool == "image",
+            rank=config.definition.rank,
+            scoring=config.scoring,
+            seed=config.seed,
+        ),
+        RouteStages(config.action, config.positions, keep_streams),
+        *([RestoreInPlace()] if savings.restore_in_place else []),
+    ]
+
+
+def reduce_tower(tower: CapturedTower, layers: int, config: RoutingConfig) -> CapturedTower:
+    """A vision tower of so many layers, of which the features are reduced as the method of `config` says.
+
+    Its program returns features of all patches still, rows of -inf for those that are gone.
+    """
+    passes = [FindStates(layers), CanonicalizeAttention(), _reduction_pass(tower.images, config)]
+    graph, _ = run_passes(tower.program, passes)
+    images = (
+        replace(tower.images, share=config.entry_ratio)
+        if isinstance(tower.images, GridImages)
+        else tower.images
+    )
+    return CapturedTower(to_program(graph, tower.program, as_original=True), images)
+
+
+def _reduction_pass(images: FixedImages | GridImages, config: RoutingConfig) -> Pass:
+    method = config.definition
+    if isinstance(images, FixedImages):
+        assert method.reduction is not None
+        return ReduceFeatures(method.reduction.reduce, images.tokens, config.entering(images.tokens))
+    assert method.grids is not None
+    order = "window_order" if images.window is not None else None
+    inputs = GridInputs("frames", "position_ids", order, "feature_frames", "feature_counts")
+    return ReduceGrids(method.grids.reduce, config.entry_ratio, method.grids.compared, images.merge, inputs)
+
+
+def find_passes(num_layers: int | None) -> list[Pass]:
+    """The passes that find the decoder's layers and change nothing about what it computes."""
+    return [RemoveNoOps(), CanonicalizeAttention(), ProveCausal(), FindLayers(num_layers)]
+
+
+def make_report(graph: ModelGraph, results: tuple[PassResult, ...], config: RoutingConfig) -> RoutingReport:
+    layers = tuple(LayerCost.of(layer.sizes) for layer in graph.layers)
+    stream = graph.layers[0].start.meta["val"]
+    return RoutingReport(config, results, layers, stream.element_size())
+
+
+def continuation(
+    exported_program: ExportedProgram,
+    stage_starts: Sequence[int] = (),
+    num_layers: int | None = None,
+    *,
+    positions: str = "original",
+    streams: bool = False,
+) -> ExportedProgram:
+    """The program for tokens that follow a prompt: each layer attends to its own key-value cache.
+
+    Args:
+        exported_program: as for `route`.
+        stage_starts: decision layers; the layers from one to the next cached the same tokens.
+        num_layers: layers that the decoder has, if known.
+        positions: see `RoutingConfig`.
+        streams: see `route`.
+
+    Returns:
+        A program that takes the inputs of `exported_program` for Q new tokens, less a padding mask, and those
+        that `AttendToCache` adds, and `NumberStages` for contiguous positions. It writes into the caches.
+
+    Raises:
+        MatchError: the graph is no decoder that can be routed.
+    """
+    numbering: list[Pass] = [NumberStages(stage_starts)] if positions == "contiguous" else []
+    passes = [
+        *find_passes(num_layers),
+        *numbering,
+        AttendToCache(stage_starts),
+        *_stream_passes(streams),
+    ]
+    graph, _ = run_passes(exported_program, passes)
+    return to_program(graph, exported_program)
+
+
+def unrouted(exported_program: ExportedProgram, num_layers: int | None = None) -> ExportedProgram:
+    """The program as `route` returns it, without routing: the baseline on the same compiler."""
+    graph, _ = run_passes(exported_program, [*find_passes(num_layers), ExposeOutputs()])
+    return to_program(graph, exported_program)

@@ -1,0 +1,275 @@
+"""A routed model that needs no model class: programs, and Hugging Face's generation around them."""
+
+import functools
+import inspect
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..capture.image_layout import FixedImages, GridImages
+from ..capture.positions import GridPositions
+from ..config.limits import Limits
+from ..config.routing_config import RoutingConfig
+from ..errors import InputError
+from ..lowering import HIDDEN, as_executable
+from .prompt import PromptReader
+from .routed_decoder import RoutedDecoder
+from .routed_model import RoutedModel
+
+Program = Callable[..., dict[str, torch.Tensor]]
+PROGRAMS = {
+    "embeddings": "inputs_embeds",
+    "images": "features",
+    "prefill": HIDDEN,
+    "continuation": HIDDEN,
+    "head": "logits",
+}
+"""What each program returns, besides what `route` exposes."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a routed model is made of.
+
+    Attributes:
+        config: of the vision-language model.
+        generation_config: its own, for what `generate` is not told.
+        routing_config: what is routed.
+        limits: of a call.
+        dtype: of the weights.
+        device: where they lie.
+        images: how the model takes pictures.
+        positions: how rotary positions follow from a prompt; None if they count its tokens.
+        visual_ids: placeholders of visual features.
+        programs: by the names in `PROGRAMS`.
+    """
+
+    config: Any
+    generation_config: GenerationConfig
+    routing_config: RoutingConfig
+    limits: Limits
+    dtype: torch.dtype
+    device: torch.device
+    images: FixedImages | GridImages
+    positions: GridPositions | None
+    visual_ids: tuple[int, ...]
+    programs: Mapping[str, Program]
+
+
+def _signature_of(template: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a function the signature of another, which `generate` inspects."""
+    return functools.wraps(template, assigned=("__doc__",))
+
+
+class LoadedModel(RoutedModel, GenerationMixin):
+    """A routed model from an artifact.
+
+    It takes what a processor returns and generates as the model it was exported from: `forward` returns logits, a
+    `RoutedCache` and ``.routing``; `generate` is Hugging Face's. All prompts run the routed programs, those without
+    pictures too. Positions follow from the prompt and are not taken. For inference only.
+
+    Attributes:
+        limits: the largest call.
+        report: what the artifact holds.
+        processor: of the model; None if the artifact has none.
+    """
+
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    base_model_prefix = ""
+    _is_stateful = False
+    _instead_of_moving = "Pass device= to reroute_fx.load, or export the model in the dtype that you need."
+    hf_quantizer = None
+
+    def __init__(self, parts: Parts, report: Any = None, processor: Any = None) -> None:
+        super().__init__()
+        owner = uuid.uuid4().hex
+        self.config, self.generation_config = parts.config, parts.generation_config
+        self.device, self.dtype = parts.device, parts.dtype
+        self.limits, self.routing_config = parts.limits, parts.routing_config
+        self.processor, self._loaded_report = processor, report
+        self._parts = parts
+        self._decoder = RoutedDecoder()
+        self._decoder.prefill = _routed(parts.programs["prefill"])
+        self._decoder.continuation = _routed(parts.programs["continuation"])
+        self._decoder.routing_config = parts.routing_config
+        self._decoder.position_rank = 2 if parts.positions is None else 3
+        self._decoder.owner = owner
+        self._decoder.uses_buckets = False
+        self._decoder.config = parts.config.get_text_config(decoder=True)
+        self._signature = inspect.signature(type(self)._run)
+        self._reader = PromptReader(
+            parts.config, parts.routing_config, parts.visual_ids, owner, routes_text=True, limits=parts.limits
+        )
+        self._first_call_seconds = {}
+        self.eval()
+
+    @property
+    def base_model(self) -> "LoadedModel":
+        return self
+
+    @property
+    def report(self) -> Any:
+        return self._loaded_report
+
+    def can_generate(self) -> bool:
+        return True
+
+    def is_remote_code(self) -> bool:
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """`generate` asks for it; the programs are compiled as they are."""
+        return {}
+
+    def _run(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+    ) -> Any:
+        """Logits of a prompt or of what follows it.
+
+        Args:
+            input_ids: ``[B, S]`` int64.
+            attention_mask: ``[B, S]``, or ``[B, all columns]`` on a cache; 0 for padding.
+            past_key_values: a `RoutedCache` of this model, or an empty `DynamicCache`.
+            pixel_values: of images, as the processor returns it; only without tokens in the cache.
+            pixel_values_videos: of videos.
+            image_grid_thw: patches of each image in time, height and width, ``[n, 3]`` int64.
+            video_grid_thw: those of each video.
+            second_per_grid_ts: seconds between the frames of each video; None for 1.
+            mm_token_type_ids: taken because processors return it; the ids tell what it says.
+            use_cache: whether to return a cache; None for what the config says.
+            return_dict: False for a tuple.
+            output_attentions: refused if True.
+            output_hidden_states: refused if True.
+            logits_to_keep: how many columns from the end get logits, all for 0, or which ones.
+
+        Raises:
+            InputError: inputs that don't fit the model, its limits or the cache.
+        """
+        assert input_ids is not None  # PromptReader refuses calls without
+        # Compiled programs read memory as it was laid out when they were made.
+        input_ids = input_ids.long().contiguous()
+        embeds = self._parts.programs["embeddings"](given=input_ids)["inputs_embeds"]
+        grids: dict[int, torch.Tensor] = {}
+        for kind, pixels, grid in (
+            ("image", pixel_values, image_grid_thw),
+            ("video", pixel_values_videos, video_grid_thw),
+        ):
+            if pixels is not None:
+                token = _placeholder(self.config, kind)
+                if grid is not None:
+                    grids[token] = grid.cpu()
+                embeds = self._put_features(embeds, input_ids == token, pixels, grids.get(token))
+        output = self._decoder.routed_forward(
+            _no_other_program,
+            inputs_embeds=embeds,
+            position_ids=self._positions(input_ids, attention_mask, grids, second_per_grid_ts),
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = output.last_hidden_state[:, kept].contiguous()
+        result = CausalLMOutputWithPast(
+            logits=self._parts.programs["head"](given=hidden)["logits"],
+            past_key_values=output.past_key_values,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    @_signature_of(_run)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.routed_forward(functools.partial(type(self)._run, self), *args, **kwargs)
+
+    def _put_features(
+        self, embeds: torch.Tensor, is_here: torch.Tensor, pixels: torch.Tensor, grid: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`embeds` with the features of pictures in the places that `is_here` marks."""
+        images = self._parts.images
+        images.check(pixels, grid)
+        inputs = images.inputs(pixels.to(self.dtype).contiguous(), grid)
+        features = self._parts.programs["images"](**inputs)["features"]
+        places = is_here[..., None].expand_as(embeds)
+        if (tokens := int(is_here.sum())) != len(features):
+            raise InputError(
+                f"input_ids holds {tokens} placeholders, but the pictures have {len(features)} features; they do not "
+                f"match. Pass input_ids and pixel_values as the processor returned them."
+            )
+        return embeds.masked_scatter(places, features.to(embeds.dtype))
+
+    def _positions(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        grids: Mapping[int, torch.Tensor],
+        seconds: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        positions = self._parts.positions
+        if positions is None or not grids:
+            return None
+        is_token = torch.ones_like(ids) if mask is None else mask
+        video = getattr(self.config, "video_token_id", None)
+        return positions(ids.cpu(), is_token.cpu().bool(), grids, video, seconds).to(self.device)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> None:
+        """Called by `generate` before anything runs."""
+        if generation_config.max_length - 1 > self.limits.length:
+            raise InputError(
+                f"generate was asked for rows of up to {generation_config.max_length} tokens, prompt and answer; "
+                f"expected at most limits.length={self.limits.length} and the last one. Ask for fewer with "
+                f"max_new_tokens, or export the model with larger limits."
+            )
+        super()._prepare_cache_for_generation(generation_config, *args)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **given: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeat rows for beams and samples, and with each row its pictures."""
+        pictures: dict[str, Any] = {}
+        if expand_size > 1 and input_ids is not None:
+            for kind, names in PICTURES.items():
+                held = {name: given.pop(name) for name in names if given.get(name) is not None}
+                if held:
+                    tokens = (input_ids == _placeholder(self.config, kind)).sum(dim=1).tolist()
+                    pictures |= self._parts.images.repeat(held, names, tokens, expand_size)
+        ids, more = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **given)
+        return ids, {**more, **pictures}
+
+
+PICTURES = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
+}
+"""Inputs of each kind of pictures: pixels, grids and what else has an entry for each."""
+
+
+def _placeholder(config: Any, kind: str) -> int:
+    token = getattr(config, f"{kind}_token_id", None)
+    if token is None:
+        raise InputError(f"The call has {kind}s, but the model takes none. Leave them out.")
+    return int(token)
+
+
+def _routed(program: Program) -> Callable[..., Any]:
+    return lambda **inputs: as_executable(program(**inputs))
+
+
+def _no_other_program(*_: Any, **__: Any) -> Any:
+    raise InputError("past_key_values was made by another model; expected a RoutedCache of this one.")

@@ -1,0 +1,429 @@
+"""The routed model that users hold."""
+
+import inspect
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation import GenerationMode
+
+from ..analysis.routing_report import RoutingReport
+from ..capture import text_decoder
+from ..capture.copies import copy_sharing_weights
+from ..capture.fingerprint import Fingerprint
+from ..capture.vision_tower import CapturedTower
+from ..common.turns import one_at_a_time
+from ..config.limits import Limits
+from ..config.routing_config import RoutingConfig
+from ..errors import InputError, RerouteError
+from ..lowering import Executable, TensorRTProgram
+from ..selection.selection_result import Routing
+from .cache import RoutedCache
+from .prompt import Continuation, Prompt, PromptReader, refuse_gradients, without_grids
+from .prompt_reduction import ReducedFeatures
+from .routed_decoder import UNROUTED, RoutedDecoder, current_call
+from .specialize import specialize
+
+_generating: ContextVar[Any] = ContextVar("_generating", default=None)
+"""The model whose `generate` is running."""
+_DYNAMIC_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
+"""Names of caches that grow; the decoder says which of them it takes."""
+
+
+class RoutedOutput(Protocol):
+    """What a call of a routed model returns: the model's own output class, with what was routed.
+
+    Attributes:
+        logits: ``[B, S, vocabulary]``.
+        loss: of ``labels``, if they were given.
+        past_key_values: the cache, unless none was wanted.
+        routing: what was selected; there after prompts with visual tokens only.
+    """
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None
+    past_key_values: RoutedCache | None
+    routing: Routing
+
+
+class RoutedModel(torch.nn.Module):
+    """A Hugging Face vision-language model with a routed decoder.
+
+    It is an instance of the class it was made from, takes the same inputs and returns the same output
+    class; `generate` is Hugging Face's. Rows of a batch may have different lengths, padded on either side,
+    and different images, or none. After a batch with visual tokens the output also has ``.routing``, a
+    `Routing`. Batches without any visual token run unrouted. Parameters are shared with the original model,
+    which stays as it was; hooks, configs and flags are the routed model's own. It is bound to the parts that it was
+    compiled from: when a parameter or a module is replaced, here or in the original, the next call raises. For
+    inference only: outputs carry no gradients.
+
+    Threads may share a routed model, each with caches of its own. All that is compiled or routed in a process takes
+    turns: a forward, each step of `generate` and `reroute_fx.compile` wait for the one that is running. `generate` as a
+    whole doesn't, so that answers grow side by side.
+
+    The key-value cache is a `RoutedCache`. Tokens that follow continue at the rotary position after the
+    row's last one, whatever `position_ids` says.
+
+    A prompt may come as ``inputs_embeds`` with its features in place: beside ``input_ids``, or with ``visual_mask``
+    ``[B, S]`` bool, True for visual tokens; without both it is text. ``hidden_states`` are the residual stream before
+    each layer and, last, the final norm's output, ``[B, S, d]`` each: rows that were deferred or deleted as they last
+    ran. Losses of ``labels`` are given without gradients only.
+
+    Attributes:
+        routing_config: what is routed.
+        programs: the routed programs, ``"prefill"`` and ``"continuation"``, and ``"images"`` if the method reduces
+            pictures.
+        tower: the vision tower with the reduction; None without one.
+        original: class that it was made from; None for a model from an artifact.
+    """
+
+    if TYPE_CHECKING:
+        # The class that it was made from has more than type checkers can know of.
+        def __call__(self, *args: Any, **kwargs: Any) -> RoutedOutput: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+    original: type | None = None
+    _instead_of_moving = "Move or cast the model that was compiled, then compile it again."
+    routing_config: RoutingConfig
+    programs: dict[str, Executable | TensorRTProgram]
+    tower: CapturedTower | None
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    _signature: inspect.Signature
+    _reader: PromptReader
+    _report: RoutingReport
+    _first_call_seconds: dict[str, float]
+    _stream_programs: dict[str, Executable | TensorRTProgram]
+    _fingerprints: tuple[Fingerprint, ...] = ()
+    _programmed: tuple[Fingerprint, ...] = ()
+
+    @property
+    def report(self) -> RoutingReport:
+        """What was matched and rewritten, what it saves, and how often it was compiled so far."""
+        programs = {**self.programs, **self._stream_programs}
+        compiling = {
+            f"compiling {name}": program.compile_seconds
+            for name, program in programs.items()
+            if program.compilations
+        }
+        seconds = {**self._report.seconds, **compiling, **self._first_call_seconds}
+        compilations = {name: program.compilations for name, program in programs.items()}
+        return replace(self._report, seconds=seconds, compilations=compilations)
+
+    @one_at_a_time
+    def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if _generating.get() is not self:
+            self.check_parts()
+        bound = self._signature.bind(self, *args, **kwargs).arguments
+        more = bound.pop("kwargs", {})
+        del bound["self"]
+        given = {**bound, **more}
+        refuse_gradients(given)
+        with torch.no_grad():
+            return self._run_call(unrouted, given)
+
+    def _run_call(self, unrouted: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        call = self._reader.read(given, self.device)
+        self._forget_position_offset()
+        arguments = self._arguments(given, call)
+        start = time.perf_counter()
+        token = current_call.set(call or UNROUTED)
+        try:
+            output = unrouted(**arguments)
+        except ValueError as error:
+            if "do not match" in str(error):
+                raise InputError(
+                    f"{error}. Pass input_ids and pixel_values as the processor returned them."
+                ) from error
+            raise
+        finally:
+            current_call.reset(token)
+        if call is None:
+            return output
+        if not call.is_done:
+            raise RerouteError(
+                f"The call ended without running the routed decoder of {type(self).__name__}; expected the model's "
+                f"forward to run it. Was a forward inside the routed model replaced? Take that off."
+            )
+        if call.commit:
+            call.commit()
+        self._first_call_seconds.setdefault(
+            f"first {'prefill' if isinstance(call, Prompt) else 'continuation'}", time.perf_counter() - start
+        )
+        if isinstance(call, Prompt) and not isinstance(output, tuple):
+            output.routing = call.routing
+        return output
+
+    def check_parts(self) -> None:
+        """Raise InputError unless the model and the one that it was made from consist of what was compiled."""
+        changed = next((path for held in self._fingerprints if (path := held.changed())), None)
+        if changed:
+            raise InputError(
+                f"{changed} is no longer what it was when the model was compiled (replaced, moved, cast, or another "
+                f"adapter); the compiled programs still have the old one. Call reroute_fx.compile again."
+            )
+        hooked = next((path for held in self._programmed if (path := held.hooked())), None)
+        if hooked:
+            raise InputError(
+                f"{hooked} got a forward hook, which does not run: the decoder's parts are compiled into programs. "
+                f"Remove it; hidden states come with output_hidden_states=True."
+            )
+
+    def _arguments(self, given: Mapping[str, Any], call: Prompt | Continuation | None) -> dict[str, Any]:
+        """What the model itself takes of a call; it wants either ids or embeddings."""
+        arguments = {name: value for name, value in given.items() if name != "visual_mask"}
+        if isinstance(call, Continuation):
+            # The cache knows the positions behind its pictures.
+            arguments = without_grids(arguments)
+        if given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
+            if isinstance(call, Prompt) and given.get("position_ids") is None:
+                arguments["position_ids"] = self._positions_of(given)
+            arguments["input_ids"] = None
+        return arguments
+
+    def _positions_of(self, given: Mapping[str, Any]) -> torch.Tensor | None:
+        """Rotary positions of a prompt that the model will not see the ids of; None if they count its tokens."""
+        if self._reader.position_rank == 2:
+            return None
+        compute = getattr(self.base_model, "compute_3d_position_ids", None)
+        positions = None
+        if compute is not None:
+            names = inspect.signature(compute).parameters
+            positions = compute(**{name: given.get(name) for name in names})
+        if positions is None:
+            raise InputError(
+                "The prompt came as inputs_embeds, and its positions in time, height and width don't follow from what "
+                "was given; expected the grids and mm_token_type_ids that the processor returned, or position_ids."
+            )
+        self._forget_position_offset()
+        return positions  # type: ignore[no-any-return]
+
+    def _forget_position_offset(self) -> None:
+        """Let no call see the positions of the prompt before it.
+
+        Qwen2.5-VL keeps the offset of its last image prompt on the module and adds it to whatever follows, be it
+        another conversation. Here the cache knows its positions.
+        """
+        if hasattr(self.base_model, "rope_deltas"):
+            self.base_model.rope_deltas = None
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See the model's own `generate`. Bad inputs are refused before the images are encoded."""
+        # Once for all steps: looking at every part of a 7B takes half a millisecond.
+        self.check_parts()
+        given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
+        self._reader.check_generate(given, self.device)
+        cache = given.get("past_key_values")
+        if isinstance(cache, RoutedCache) and cache.rows:
+            kwargs = without_grids(kwargs)
+        elif given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
+            # The prompt's forward gets the embeddings alone.
+            kwargs = {**kwargs, "visual_mask": self._reader.is_visual(given["input_ids"])}
+        token = _generating.set(self)
+        try:
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            _generating.reset(token)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        if not self._reader.routes_text:
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "visual_mask"}
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+
+    def visualize(
+        self, inputs: Mapping[str, Any], path: str | Path, processor: Any = None, **options: Any
+    ) -> Path:
+        """Draw which visual tokens of each prompt ran through each stage: see `reroute_fx.visualize`."""
+        # Drawing comes after the runtime; this is a shorter way to it for those who hold a model.
+        from ..visualizing import visualize
+
+        return visualize(self, inputs, path, processor, **options)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model that was routed: what is written is of its class, and loads as it."""
+        if self.original is None:
+            raise InputError(
+                "save_pretrained was called on a model from an artifact, which has no model class. Copy the artifact's "
+                "folder."
+            )
+        saved: Any = object.__new__(self.original)
+        saved.__dict__.update(self.__dict__)
+        return saved.save_pretrained(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "RoutedModel":
+        if mode:
+            raise InputError(
+                "train() was called on a routed model, which is for inference only. Train the model that was compiled, "
+                "then compile it again."
+            )
+        return super().train(False)
+
+    def _apply(self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RoutedModel":
+        """Called by `to` and its like."""
+        changed = change(torch.empty(0, dtype=self.dtype, device=self.device))
+        if (changed.dtype, changed.device) != (self.dtype, self.device):
+            raise InputError(
+                f"A routed model can't be moved or cast: it is {self.dtype} on {self.device}, as its programs are. "
+                f"{self._instead_of_moving}"
+            )
+        return self
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+        raise InputError(
+            "resize_token_embeddings was called on a routed model, whose parameters are those of another. Resize the "
+            "model that was compiled, then compile it again."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "A routed model can't be pickled or copied: its programs are compiled code. Write it with "
+            "reroute_fx.export and load that, or compile the model again where it is needed."
+        )
+
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        raise InputError(
+            "generate_batch was called on a routed model; expected generate: continuous batching keeps a paged cache, "
+            "and a routed model one of its own. Pass a padded batch to generate."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    @one_at_a_time
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by `generate` to encode pictures."""
+        return super()._maybe_prepare_encoder_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+    @one_at_a_time
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._forget_position_offset()
+        return super()._prepare_position_ids_for_generation(*args, **kwargs)  # type: ignore[misc, no-any-return]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any
+    ) -> None:
+        """Called by `generate` before anything runs."""
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise InputError(
+                "generate was asked for assisted generation (assistant_model or prompt_lookup_num_tokens); expected "
+                "one token at a time: a guess behind the prompt would change what is selected. Leave it out."
+            )
+        if generation_config.prefill_chunk_size is not None:
+            raise InputError(
+                "generate was asked for prefill_chunk_size; expected the whole prompt at once: its last token selects. "
+                "Leave it out."
+            )
+        if generation_config.cache_implementation not in _DYNAMIC_CACHES:
+            raise InputError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; expected none: the layers of a "
+                f"routed model cache different numbers of tokens, in a RoutedCache. Leave it out, and set it to None "
+                f"in the generation_config."
+            )
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, *args
+        )
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, DynamicCache) and not cache.offloading:
+            # The last token is generated but not cached.
+            RoutedCache.adopt(cache).expected_length = generation_config.max_length - 1
+
+
+class _ImageFeatures:
+    """Stands in for `get_image_features` of a model whose pictures are reduced.
+
+    Features that are gone are rows of -inf, so that there is one for each placeholder still.
+    """
+
+    def __init__(self, tower: CapturedTower, program: Executable | TensorRTProgram, config: Any) -> None:
+        self.tower, self.program, self.config = tower, program, config
+
+    def __call__(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **given: Any
+    ) -> ReducedFeatures:
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            expected = getattr(self.config, name, None)
+            if given.get(name) not in (None, expected):
+                raise InputError(
+                    f"{name} is {given[name]!r}; expected {expected!r}, with which the vision tower was compiled. "
+                    f"Leave it out."
+                )
+        images, grid = self.tower.images, None if image_grid_thw is None else image_grid_thw.cpu()
+        images.check(pixel_values, grid)
+        features = self.program(**images.inputs(pixel_values.contiguous(), grid))["features"]
+        return ReducedFeatures(pooler_output=list(features.split(images.sizes(pixel_values, grid))))  # type: ignore[arg-type]
+
+
+def _kept_with(
+    programs: dict[str, Executable | TensorRTProgram], make: Callable[[str], Executable | TensorRTProgram]
+) -> Callable[[str], Executable | TensorRTProgram]:
+    """`make` that is called once for each name, and keeps what it made in `programs`."""
+
+    def program(name: str) -> Executable | TensorRTProgram:
+        title = f"{name} with hidden states"
+        if title not in programs:
+            programs[title] = make(name)
+        return programs[title]
+
+    return program
+
+
+def make_routed_model(
+    model: PreTrainedModel,
+    decoder: PreTrainedModel,
+    prefill: Executable | TensorRTProgram,
+    continuation: Executable | TensorRTProgram,
+    report: RoutingReport,
+    *,
+    position_rank: int,
+    visual_ids: tuple[int, ...],
+    limits: Limits | None = None,
+    tower: CapturedTower | None = None,
+    images: Executable | TensorRTProgram | None = None,
+    with_streams: Callable[[str], Executable | TensorRTProgram] | None = None,
+) -> RoutedModel:
+    """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed.
+
+    `with_streams` makes the program of a name that returns the stream before each layer as well, when hidden states are
+    asked for.
+    """
+    owner = uuid.uuid4().hex
+    routed: Any = copy_sharing_weights(model)
+    inner = specialize(text_decoder(routed), RoutedDecoder)
+    inner.prefill, inner.continuation = prefill, continuation
+    inner.routing_config = report.config
+    inner.position_rank = position_rank
+    inner.owner = owner
+    inner.uses_buckets = prefill.cuda_graphs is not None
+    specialize(routed, RoutedModel)
+    routed.routing_config = report.config
+    routed._signature = inspect.signature(type(model).forward)
+    routed._reader = PromptReader(
+        routed.config,
+        report.config,
+        visual_ids,
+        owner,
+        limits=limits,
+        has_streams=with_streams is not None,
+        position_rank=position_rank,
+    )
+    routed._report = report
+    routed.programs = {"prefill": prefill, "continuation": continuation}
+    routed._stream_programs = {}
+    if with_streams is not None:
+        inner.with_streams = _kept_with(routed._stream_programs, with_streams)
+    routed.tower = tower
+    if tower is not None and images is not None:
+        routed.programs["images"] = images
+        routed.base_model.get_image_features = _ImageFeatures(tower, images, routed.config)
+    routed._first_call_seconds = {}
+    routed._programmed = (Fingerprint(inner, "routed"),)
+    reduced = () if tower is None else (Fingerprint(routed, "routed"),)
+    routed._fingerprints = Fingerprint(model, "model"), *routed._programmed, *reduced
+    done: RoutedModel = routed
+    return done

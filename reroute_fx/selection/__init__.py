@@ -1,0 +1,1 @@
+"""Which tokens a call keeps: planned before it runs, and found in what it returned."""
