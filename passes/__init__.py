@@ -26,7 +26,7 @@ from .reduce_grids import GridInputs, GridStates, ReduceGrid, ReduceGrids
 from .remove_no_ops import RemoveNoOps
 from .restore_in_place import RestoreInPlace
 from .route_stages import ACTIONS, POSITIONS, RouteStages
-from .run_passes import DUMP_VARIABLE, run_passes, to_program
+from .run_passes import DUMP_VARIABLE, edit_graph, run_passes, to_program
 
 __all__ = [
     "ACTIONS",
@@ -65,6 +65,7 @@ __all__ = [
     "RouteStages",
     "TowerStates",
     "by_attention",
+    "edit_graph",
     "run_passes",
     "to_program",
 ]

@@ -1,6 +1,6 @@
 """The graph that the passes edit: an exported decoder with what the passes have learnt about it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -119,9 +119,7 @@ class ModelGraph:
     @classmethod
     def from_program(cls, program: ExportedProgram) -> "ModelGraph":
         """Copy the graph of `program`; the program itself is never changed."""
-        graph = fx.Graph()
-        output = graph.graph_copy(program.graph, {})
-        graph.output(output).meta = dict(program.graph.output_node().meta)  # type: ignore[arg-type]
+        graph = _copy(program.graph, {})
         values = [n.meta["val"] for n in graph.nodes if "val" in n.meta]
         fake_mode = detect_fake_mode(values)
         if fake_mode is None:
@@ -136,6 +134,15 @@ class ModelGraph:
         )
         _functionalize(graph, fake_mode)
         return cls(fx.GraphModule(program.graph_module, graph), parameters, fake_mode)
+
+    def copy(self) -> "ModelGraph":
+        """The same graph, open for other edits; fake tensors and symbolic sizes are shared."""
+        copies: dict[fx.Node, fx.Node] = {}
+        module = fx.GraphModule(self.module, _copy(self.fx_graph, copies))
+        known = {
+            f.name: _of_copies(getattr(self, f.name), copies) for f in fields(self) if f.name != "module"
+        }
+        return ModelGraph(module, **known)
 
     @property
     def fx_graph(self) -> fx.Graph:
@@ -160,6 +167,27 @@ class ModelGraph:
     def to_text(self) -> str:
         """The graph in static single assignment form with shapes and dtypes."""
         return "\n".join(_line(node) for node in self.fx_graph.nodes) + "\n"
+
+
+def _copy(graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> fx.Graph:
+    """A copy of a graph; `copies` is filled with the copy of each node."""
+    copy = fx.Graph()
+    returned: Any = copy.graph_copy(graph, copies)
+    copy.output(returned).meta = dict(graph.output_node().meta)
+    return copy
+
+
+def _of_copies(known: Any, copies: dict[fx.Node, fx.Node]) -> Any:
+    """What is known about a graph, about its copy: `known` with copies of the nodes in it."""
+    if isinstance(known, fx.Node):
+        return copies[known]
+    if isinstance(known, tuple):
+        return tuple(_of_copies(part, copies) for part in known)
+    if isinstance(known, dict):
+        return {name: _of_copies(part, copies) for name, part in known.items()}
+    if is_dataclass(known) and not isinstance(known, type):
+        return replace(known, **{f.name: _of_copies(getattr(known, f.name), copies) for f in fields(known)})
+    return known
 
 
 def _functionalize(graph: fx.Graph, fake_mode: FakeTensorMode) -> None:

@@ -38,11 +38,12 @@ def run_passes(program: ExportedProgram, passes: Sequence[Pass]) -> tuple[ModelG
         MatchError: from the first pass whose pattern is not there.
     """
     graph = ModelGraph.from_program(program)
-    results = []
-    for step in passes:
-        graph, result = step(graph, dump=_dump_prefix(step))
-        results.append(result)
-    return graph, tuple(results)
+    return graph, edit_graph(graph, passes)
+
+
+def edit_graph(graph: ModelGraph, passes: Sequence[Pass]) -> tuple[PassResult, ...]:
+    """Run `passes` on `graph` in place, as `run_passes` does."""
+    return tuple(step(graph, dump=_dump_prefix(step))[1] for step in passes)
 
 
 def _dump_prefix(step: Pass) -> Path | None:

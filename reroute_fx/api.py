@@ -29,7 +29,7 @@ from .lowering import (
     lower,
 )
 from .methods import Method, register_method
-from .pipeline import continuation, reduce_tower, route
+from .pipeline import DecoderPrograms, reduce_tower
 from .runtime import RoutedModel, make_routed_model
 
 
@@ -115,10 +115,9 @@ def compile(
         captured = capture_decoder(model)
     _check_positions(config, captured)
     with _status(progress, "routing"):
-        program, report = route(captured.program, config, num_layers=captured.num_layers, savings=savings)
-        following = continuation(
-            captured.program, config.decision_layers, captured.num_layers, positions=config.positions
-        )
+        programs = DecoderPrograms(captured)
+        program, report = programs.prompt(config, savings)
+        following = programs.following(config)
 
     def lowered(source: ExportedProgram, name: str) -> Executable | TensorRTProgram:
         return lower(
@@ -132,7 +131,10 @@ def compile(
         )
 
     def with_streams(name: str) -> Executable | TensorRTProgram:
-        source = _with_streams(name, captured, config, savings)
+        if name == "prefill":
+            source, _ = programs.prompt(config, savings, streams=True)
+        else:
+            source = programs.following(config, streams=True)
         return lowered(source, f"{name} with hidden states")
 
     tower, images = None, None
@@ -156,19 +158,6 @@ def compile(
         with_streams=with_streams,
         prefill=lowered(program, "prefill"),
         continuation=lowered(following, "continuation"),
-    )
-
-
-def _with_streams(
-    name: str, captured: CapturedDecoder, config: RoutingConfig, savings: Savings | None
-) -> ExportedProgram:
-    """The program for prompts or for what follows that returns the stream before each layer as well."""
-    layers = captured.num_layers
-    if name == "prefill":
-        program, _ = route(captured.program, config, num_layers=layers, savings=savings, streams=True)
-        return program
-    return continuation(
-        captured.program, config.decision_layers, layers, positions=config.positions, streams=True
     )
 
 
@@ -208,7 +197,7 @@ def inspect(
     _check_tower(model, config)
     captured = capture_decoder(model)
     _check_positions(config, captured)
-    _, report = route(captured.program, config, num_layers=captured.num_layers)
+    _, report = DecoderPrograms(captured).prompt(config)
     return _named(report, model, source, "", captured.seconds)
 
 

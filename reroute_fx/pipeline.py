@@ -1,17 +1,22 @@
 """Route an exported decoder: the pipeline of passes on its own."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from torch.export import ExportedProgram
 
 from .analysis.routing_report import RoutingReport
 from .analysis.theory import LayerCost
+from .capture.captured_decoder import CapturedDecoder
 from .capture.image_layout import FixedImages, GridImages
+from .capture.structure import with_weights_of
 from .capture.vision_tower import CapturedTower
 from .config.routing_config import RoutingConfig
 from .config.savings import Savings
 from .passes import (
+    DUMP_VARIABLE,
     AttendToCache,
     CanonicalizeAttention,
     ExposeOutputs,
@@ -30,6 +35,7 @@ from .passes import (
     RemoveNoOps,
     RestoreInPlace,
     RouteStages,
+    edit_graph,
     run_passes,
     to_program,
 )
@@ -69,15 +75,13 @@ def route(
     """
     if num_layers is not None:
         config.check_depth(num_layers)
-    passes = [
-        *find_passes(num_layers),
-        *_stage_passes(config, savings or Savings(), streams),
-        ExposeOutputs(),
-        *_stream_passes(streams),
-    ]
-    graph, results = run_passes(exported_program, passes)
-    report = make_report(graph, results, config)
-    return to_program(graph, exported_program), report
+    graph, found = run_passes(exported_program, find_passes(num_layers))
+    results = edit_graph(graph, _prompt_passes(config, savings or Savings(), streams))
+    return to_program(graph, exported_program), make_report(graph, (*found, *results), config)
+
+
+def _prompt_passes(config: RoutingConfig, savings: Savings, streams: bool) -> list[Pass]:
+    return [*_stage_passes(config, savings, streams), ExposeOutputs(), *_stream_passes(streams)]
 
 
 def _stream_passes(streams: bool) -> list[Pass]:
@@ -161,18 +165,72 @@ def continuation(
     Raises:
         MatchError: the graph is no decoder that can be routed.
     """
-    numbering: list[Pass] = [NumberStages(stage_starts)] if positions == "contiguous" else []
-    passes = [
-        *find_passes(num_layers),
-        *numbering,
-        AttendToCache(stage_starts),
-        *_stream_passes(streams),
-    ]
-    graph, _ = run_passes(exported_program, passes)
+    graph, _ = run_passes(exported_program, find_passes(num_layers))
+    edit_graph(graph, _following_passes(stage_starts, positions, streams))
     return to_program(graph, exported_program)
+
+
+def _following_passes(stage_starts: Sequence[int], positions: str, streams: bool) -> list[Pass]:
+    numbering: list[Pass] = [NumberStages(stage_starts)] if positions == "contiguous" else []
+    return [*numbering, AttendToCache(stage_starts), *_stream_passes(streams)]
 
 
 def unrouted(exported_program: ExportedProgram, num_layers: int | None = None) -> ExportedProgram:
     """The program as `route` returns it, without routing: the baseline on the same compiler."""
     graph, _ = run_passes(exported_program, [*find_passes(num_layers), ExposeOutputs()])
     return to_program(graph, exported_program)
+
+
+class DecoderPrograms:
+    """Programs of a captured decoder. Its layers are found once, and the programs that were asked for last are kept.
+
+    Decoders that are alike have the programs in common, each on its own weights.
+    """
+
+    def __init__(self, captured: CapturedDecoder) -> None:
+        self._captured = captured
+        is_alone = captured.trace is captured.program or os.environ.get(DUMP_VARIABLE)
+        make = _Programs if is_alone else _programs
+        self._made = make(captured.trace, captured.num_layers)
+
+    def prompt(
+        self, config: RoutingConfig, savings: Savings | None = None, *, streams: bool = False
+    ) -> tuple[ExportedProgram, RoutingReport]:
+        """See `route`."""
+        config.check_depth(self._captured.num_layers)
+        # Configurations are equal by the names of their methods, which don't say what the methods are. As long as one
+        # is kept its method is, so that no other has its number.
+        method = id(config.definition) if config.decision_layers else 0
+        program, report = self._made.prompt(config, method, savings or Savings(), streams)
+        return with_weights_of(program, self._captured.program), report
+
+    def following(self, config: RoutingConfig, *, streams: bool = False) -> ExportedProgram:
+        """See `continuation`."""
+        program = self._made.following(config.decision_layers, config.positions, streams)
+        return with_weights_of(program, self._captured.program)
+
+
+class _Programs:
+    """Programs that are made of one trace."""
+
+    def __init__(self, trace: ExportedProgram, num_layers: int) -> None:
+        self._trace = trace
+        self._graph, self._found = run_passes(trace, find_passes(num_layers))
+        self.prompt = lru_cache(_KEPT)(self._prompt)
+        self.following = lru_cache(_KEPT)(self._following)
+
+    def _prompt(
+        self, config: RoutingConfig, method: int, savings: Savings, streams: bool
+    ) -> tuple[ExportedProgram, RoutingReport]:
+        graph = self._graph.copy()
+        results = edit_graph(graph, _prompt_passes(config, savings, streams))
+        return to_program(graph, self._trace), make_report(graph, (*self._found, *results), config)
+
+    def _following(self, stage_starts: tuple[int, ...], positions: str, streams: bool) -> ExportedProgram:
+        graph = self._graph.copy()
+        edit_graph(graph, _following_passes(stage_starts, positions, streams))
+        return to_program(graph, self._trace)
+
+
+_KEPT = 8
+_programs = lru_cache(_KEPT)(_Programs)

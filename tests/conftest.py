@@ -1,10 +1,7 @@
 """Fixtures that several test files share."""
 
-import functools
 import gc
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
 
 # There is no GPU to run Triton's kernels on: they are interpreted, which Triton settles as it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -16,7 +13,6 @@ import pytest
 import torch
 from golden_models import Golden, load_golden
 
-from reroute_fx import RoutingConfig, api
 from reroute_fx._compat import settle_cpu_math
 
 # Graphs are many small objects that live long: looking through them again and again takes a tenth of the time.
@@ -29,31 +25,6 @@ def _exact_math() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Every core has a worker already.
         torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _routed_once() -> Iterator[None]:
-    """Let `compile` take what it made of the same program and arguments before; tests of passes call them directly."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("route", "continuation"):
-            patch.setattr(api, name, _once(getattr(api, name)))
-        yield
-
-
-def _once(function: Callable[..., Any]) -> Callable[..., Any]:
-    made: dict[Any, Any] = {}
-
-    @functools.wraps(function)
-    def call(program: Any, *given: Any, **named: Any) -> Any:
-        # Configurations are equal by the names of their methods, which don't say what the methods are.
-        rules = [id(vars(each).get("definition")) for each in given if isinstance(each, RoutingConfig)]
-        key = (id(program), given, *sorted(named.items()), *rules)
-        if key not in made:
-            # The program stays alive, so that no other one has its number.
-            made[key] = program, function(program, *given, **named)
-        return made[key][1]
-
-    return call
 
 
 @pytest.fixture(scope="session")

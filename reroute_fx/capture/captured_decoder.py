@@ -1,7 +1,9 @@
 """Export the text decoder of a vision-language model, once."""
 
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,14 +16,17 @@ from ..common.turns import one_at_a_time
 from ..errors import CaptureError, RerouteError, UnsupportedModelError, first_line
 from .copies import copy_sharing_weights
 from .fingerprint import Fingerprint
+from .structure import structure_of, with_weights, without_weights
 from .tracing import first_output, quiet
 from .visual_tokens import find_visual_token_ids
 
 _SAMPLE_BATCH, _SAMPLE_LENGTH = 2, 1024
+_KINDS = 8
+"""Kinds of decoders whose traces are kept for others that are alike."""
 _COMPARED_TOKENS = 9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CapturedDecoder:
     """An exported decoder.
 
@@ -30,13 +35,15 @@ class CapturedDecoder:
             states, B and S symbolic, no cache.
         num_layers: layers that the config promises.
         position_rank: dimensions of ``position_ids``: 2 for ``[B, S]``, 3 for ``[3, B, S]``.
-        seconds: wall-clock seconds of the export.
+        seconds: wall-clock seconds of the export, or of taking that of a decoder that is alike.
+        trace: the same program without weights, one for all decoders that are alike.
     """
 
     program: ExportedProgram
     num_layers: int
     position_rank: int
     seconds: float
+    trace: ExportedProgram
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class _Capture:
 
 
 _captured: "WeakKeyDictionary[torch.nn.Module, _Capture]" = WeakKeyDictionary()
+_alike: "OrderedDict[Hashable, CapturedDecoder]" = OrderedDict()
+"""The latest capture of each kind of decoder, on no weights, by `structure_of`."""
 
 
 def text_decoder(model: torch.nn.Module) -> PreTrainedModel:
@@ -128,11 +137,35 @@ def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
             f"it, or put it on the decoder itself."
         )
     if decoder not in _captured or not _captured[decoder].is_of(decoder):
-        captured = _export(decoder)
-        if decoder.device.type != "meta":
-            _compare_attention(decoder, captured, model)
-        _captured[decoder] = _Capture(parts, config, captured)
+        _captured[decoder] = _Capture(parts, config, _capture(model, decoder))
     return _captured[decoder].decoder
+
+
+def _capture(model: Any, decoder: PreTrainedModel) -> CapturedDecoder:
+    """Take the trace of a decoder that is alike, or trace it."""
+    if decoder.device.type == "meta":
+        return _export(decoder)
+    structure = structure_of(decoder)
+    if structure in _alike:
+        start, alike = time.perf_counter(), _alike[structure]
+        _alike.move_to_end(structure)
+        captured = replace(
+            alike, program=with_weights(alike.trace, decoder), seconds=time.perf_counter() - start
+        )
+        try:
+            _compare_attention(decoder, captured, model)
+        except UnsupportedModelError:
+            # A function that it runs was replaced since.
+            del _alike[structure]
+        else:
+            return captured
+    captured = _export(decoder)
+    _compare_attention(decoder, captured, model)
+    if structure is not None and captured.trace is not captured.program:
+        _alike[structure] = replace(captured, program=captured.trace)
+        if len(_alike) > _KINDS:
+            _alike.popitem(last=False)
+    return captured
 
 
 def _export(decoder: PreTrainedModel) -> CapturedDecoder:
@@ -153,7 +186,10 @@ def _export(decoder: PreTrainedModel) -> CapturedDecoder:
             f"transformers.exporters supports; check that the architecture works with DynamoExporter."
         ) from error
     seconds = time.perf_counter() - start
-    return CapturedDecoder(program, decoder.config.num_hidden_layers, inputs["position_ids"].ndim, seconds)
+    trace = without_weights(program, decoder) or program
+    return CapturedDecoder(
+        program, decoder.config.num_hidden_layers, inputs["position_ids"].ndim, seconds, trace
+    )
 
 
 @torch.no_grad()
