@@ -14,6 +14,7 @@ import torch
 from golden_models import Golden, load_golden
 
 from reroute_fx._compat import settle_cpu_math
+from reroute_fx.lowering.inductor import compiled_regions
 
 # Graphs are many small objects that live long: looking through them again and again takes a tenth of the time.
 gc.set_threshold(50_000, 20, 100)
@@ -25,6 +26,12 @@ def _exact_math() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Every core has a worker already.
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_regions(monkeypatch):
+    """As in a process of its own, no region is compiled yet."""
+    monkeypatch.setattr(compiled_regions, "_regions", {})
 
 
 @pytest.fixture(scope="session")

@@ -158,6 +158,7 @@ def test_two_images_in_one_prompt_share_one_pool(routed):
     assert routing.kv_lengths[0][0] == ids.shape[1]
 
 
+@pytest.mark.usefixtures("fresh_regions")
 def test_compiled_for_other_sizes_and_batches(model, inputs):
     eager = reroute_fx.compile(model, tier=0.4, backend="eager")
     compiled = reroute_fx.compile(model, tier=0.4)

@@ -49,7 +49,7 @@ class Executable:
         self.cuda_graphs: CudaGraphs | None = None
         self.show_progress = False
         self._compiled = inductor.Compilations()
-        self._first_compilation_seconds = 0.0
+        self._has_run = False
         self._module = program.graph_module
         self._state = {**program.state_dict, **program.constants}
         self._inputs = [(s.kind, s.arg.name, s.target) for s in program.graph_signature.input_specs]
@@ -57,7 +57,7 @@ class Executable:
 
     @property
     def compilations(self) -> int:
-        """How often a region was compiled so far."""
+        """How often its calls compiled a region so far; calls of other programs may have done so before."""
         return self._compiled.regions
 
     @property
@@ -74,16 +74,17 @@ class Executable:
             for kind, name, target in self._inputs
         ]
         before, start = self.compilations, time.perf_counter()
-        with compilation_settings(), self._progress():
+        with compilation_settings(), self._compiled.counted(), self._progress():
             result = pytree.tree_unflatten((self.cuda_graphs or self._module)(*flat), self._out_spec)
         if self.compilations > before:
             self._tell(self.compilations - before, time.perf_counter() - start, inputs)
+        self._has_run = True
         return result
 
     @contextmanager
     def _progress(self) -> Iterator[None]:
         """A bar that counts the regions of a first call."""
-        if not self.show_progress or not self.distinct_regions or self.compilations:
+        if not self.show_progress or not self.distinct_regions or self._has_run:
             yield
             return
         with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -105,13 +106,11 @@ class Executable:
     def _tell(self, compilations: int, seconds: float, inputs: dict[str, torch.Tensor]) -> None:
         """Say what compiling has cost; after the first call it was a request outside the compiled range."""
         sizes = {name: list(tensor.shape) for name, tensor in inputs.items() if "cache" not in name}
-        first = self._first_compilation_seconds == 0.0
-        self._first_compilation_seconds = self._first_compilation_seconds or seconds
         logger.log(
-            logging.INFO if first else logging.WARNING,
+            logging.WARNING if self._has_run else logging.INFO,
             "%s: %s; compiled %d regions in %.1f s. Later calls of this kind reuse them. Sizes: %s",
             self.name,
-            "first call" if first else "a call outside what was compiled so far",
+            "a call outside what was compiled so far" if self._has_run else "first call",
             compilations,
             seconds,
             sizes,
@@ -151,7 +150,7 @@ def lower(
     executable = Executable(program, backend, name)
     if backend == "inductor":
         device = program_device(program)
-        regions = inductor.lower(program.graph_module, device, dynamic, executable._compiled)
+        regions = inductor.lower(program.graph_module, device, dynamic)
         executable._module = regions.module
         executable.regions, executable.distinct_regions = regions.calls, regions.distinct
         executable.show_progress = show_progress

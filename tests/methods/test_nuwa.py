@@ -112,6 +112,7 @@ def test_as_the_official_code(case, routed, inputs):
     assert routed(case).report.average_tokens == int(case.split("/")[0])
 
 
+@pytest.mark.usefixtures("fresh_regions")
 def test_the_tower_compiles(routed, inputs):
     eager = routed("64/route").programs["images"]
     compiled = lower(eager.program, name="images")
@@ -120,7 +121,7 @@ def test_the_tower_compiles(routed, inputs):
     assert torch.equal(found.isfinite(), expected.isfinite())
     torch.testing.assert_close(found, expected, rtol=0, atol=NOISE)
     # The layers are one region; what is before them, the reduction and what is behind it are others.
-    assert compiled.compilations <= 5
+    assert 0 < compiled.compilations <= 5
 
 
 @pytest.fixture(scope="module")
