@@ -89,7 +89,8 @@ class ModelGraph:
     """A copy of an exported decoder's graph, open for editing.
 
     Attributes:
-        module: graph module with parameters as placeholders, as in `ExportedProgram.graph_module`.
+        fx_graph: what is edited, with parameters as placeholders. No code is generated from it before it is a program.
+        root: module whose attributes it may read.
         parameters: names of the placeholders that hold parameters, buffers and constants.
         fake_mode: owner of the fake tensors in ``node.meta["val"]``.
         layers: set by `FindLayers`.
@@ -103,7 +104,8 @@ class ModelGraph:
         facts: what the passes that ran have made true of the graph.
     """
 
-    module: fx.GraphModule
+    fx_graph: fx.Graph
+    root: torch.nn.Module
     parameters: frozenset[str]
     fake_mode: FakeTensorMode
     layers: tuple[Layer, ...] = ()
@@ -133,20 +135,14 @@ class ModelGraph:
             if spec.kind is not InputKind.USER_INPUT
         )
         _functionalize(graph, fake_mode)
-        return cls(fx.GraphModule(program.graph_module, graph), parameters, fake_mode)
+        return cls(graph, program.graph_module, parameters, fake_mode)
 
     def copy(self) -> "ModelGraph":
         """The same graph, open for other edits; fake tensors and symbolic sizes are shared."""
         copies: dict[fx.Node, fx.Node] = {}
-        module = fx.GraphModule(self.module, _copy(self.fx_graph, copies))
-        known = {
-            f.name: _of_copies(getattr(self, f.name), copies) for f in fields(self) if f.name != "module"
-        }
-        return ModelGraph(module, **known)
-
-    @property
-    def fx_graph(self) -> fx.Graph:
-        return self.module.graph
+        graph = _copy(self.fx_graph, copies)
+        known = {f.name: _of_copies(getattr(self, f.name), copies) for f in fields(self)}
+        return ModelGraph(**known | {"fx_graph": graph})
 
     @property
     def inputs(self) -> list[fx.Node]:

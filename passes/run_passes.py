@@ -63,7 +63,6 @@ def to_program(graph: ModelGraph, original: ExportedProgram, *, as_original: boo
     original returned.
     """
     _drop_unused_inputs(graph)
-    graph.module.recompile()
     signature = _signature(graph, original.graph_signature)
     in_spec, out_spec = _in_spec(graph, original), original.call_spec.out_spec
     if not as_original:
@@ -75,7 +74,7 @@ def to_program(graph: ModelGraph, original: ExportedProgram, *, as_original: boo
         entry.signature, inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec, forward_arg_names=names
     )
     return ExportedProgram(
-        root=graph.module,
+        root=graph.root,
         graph=graph.fx_graph,
         graph_signature=signature,
         state_dict=original.state_dict,
