@@ -112,13 +112,13 @@ class InsertSelection(Pass):
         pools: fx.Node | None,
         slots: fx.Node,
     ) -> Decision:
-        asked = graph.layers[layer.index - self.distance]
-        attention = attention_arguments(asked.attention)
+        scoring_layer = graph.layers[layer.index - self.distance]
+        attention = attention_arguments(scoring_layer.attention)
         with edit_after(graph, layer.attention.prev, region=f"decision.{layer.index}") as edit:
             candidates = {
-                "hidden": asked.start,
-                "query": _replay(edit, asked, attention.query, LastTokens(edit, lengths)),
-                "keys": _replay(edit, asked, attention.key, AllRows()),
+                "hidden": scoring_layer.start,
+                "query": _partial_replay(edit, scoring_layer, attention.query, LastTokens(edit, lengths)),
+                "keys": _partial_replay(edit, scoring_layer, attention.key, AllRows()),
                 "scale": attention.scale,
                 "visual_index": visual_index,
                 "lengths": lengths,
@@ -126,14 +126,14 @@ class InsertSelection(Pass):
                 "seed": self.seed,
             }
             scores = _score(edit, self.rank, candidates)
-            sizes = edit.size(asked.start, 1), edit.size(slots, 0)
+            sizes = edit.size(scoring_layer.start, 1), edit.size(slots, 0)
             selection = torch.ops.reroute.select_tokens.default
             choice = edit.call(selection, scores, visual_index, lengths, keep, pools, *sizes)
             positions, kept = edit.unpack(choice)
         # What the ranking rule has no use for is dead code.
         needed = ancestors([scores, positions, kept])
         nodes = tuple(node for node in edit.emitted if node in needed)
-        return Decision(layer.index, asked, visual_index, lengths, scores, positions, kept, nodes)
+        return Decision(layer.index, scoring_layer, visual_index, lengths, scores, positions, kept, nodes)
 
 
 def _score(edit: Editor, rank: Rank, candidates: dict[str, Any]) -> fx.Node:
@@ -157,7 +157,7 @@ def _score(edit: Editor, rank: Rank, candidates: dict[str, Any]) -> fx.Node:
     return edit.call(aten.masked_fill.Scalar, scores, no_token, -torch.inf)
 
 
-def _replay(edit: Editor, layer: Layer, target: fx.Node, tokens: AllRows | LastTokens) -> fx.Node:
+def _partial_replay(edit: Editor, layer: Layer, target: fx.Node, tokens: AllRows | LastTokens) -> fx.Node:
     """Compute `target` of a layer on `tokens` of its input."""
     batch, length = (expression(size) for size in shape(layer.start)[:2])
     needed = ancestors([target], stop=layer.start)

@@ -34,7 +34,7 @@ _DATASETS = {
 
 
 @dataclass(frozen=True)
-class Family:
+class BoxFormat:
     """How models of a family are asked for a box.
 
     Attributes:
@@ -46,9 +46,9 @@ class Family:
 
 
 FAMILIES = {
-    "llava": Family(),
-    "qwen2_5_vl": Family("with_box_in_json", "score_pixels"),
-    "qwen3_vl": Family("with_box_in_json", "score_thousandths"),
+    "llava": BoxFormat(),
+    "qwen2_5_vl": BoxFormat("with_box_in_json", "score_pixels"),
+    "qwen3_vl": BoxFormat("with_box_in_json", "score_thousandths"),
 }
 
 _REFER = """\

@@ -41,7 +41,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class CallSchedule:
     """A program over regions.
 
     Attributes:
@@ -57,7 +57,7 @@ class Schedule:
     outputs: dict[str, int]
 
     @classmethod
-    def of(cls, program: ExportedProgram, regions: Regions) -> "Schedule":
+    def of(cls, program: ExportedProgram, regions: Regions) -> "CallSchedule":
         """The schedule of a program that `route` or `continuation` returned, or one that returns tensors by name."""
         specs = program.graph_signature.input_specs
         inputs = program.graph_signature.user_inputs
@@ -67,7 +67,7 @@ class Schedule:
         return cls(inputs, tuple(weights.values()), calls, reader.outputs(program.call_spec.out_spec))
 
     @classmethod
-    def from_json(cls, data: Any, regions: int, result: str = HIDDEN) -> "Schedule":
+    def from_json(cls, data: Any, regions: int, result: str = HIDDEN) -> "CallSchedule":
         """Read what `to_json` wrote, for a program of as many regions that returns `result`.
 
         Raises:
@@ -155,7 +155,7 @@ class ScheduledProgram:
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: CallSchedule,
         regions: Sequence[Callable[[list[torch.Tensor]], list[torch.Tensor]]],
         weights: Mapping[str, torch.Tensor],
     ) -> None:
@@ -191,7 +191,7 @@ def as_executable(values: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"output": output, "routing": routing}
 
 
-def _last_uses(schedule: Schedule) -> list[list[int]]:
+def _last_uses(schedule: CallSchedule) -> list[list[int]]:
     """For each call the values that nothing reads after it, so that their memory is free."""
     read: dict[int, int] = {}
     count = len(schedule.inputs) + len(schedule.weights)

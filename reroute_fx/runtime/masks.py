@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedModelError
-from .prompt import Continuation, Prompt
+from .prompt import Prompt, TokensOnCache
 
 
-def refuse_other_masks(mask: Any, call: Prompt | Continuation, columns: int) -> None:
+def refuse_other_masks(mask: Any, call: Prompt | TokensOnCache, columns: int) -> None:
     """Raise UnsupportedModelError unless `mask` lets each token see those before it and itself, nothing else.
 
     Args:

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..selection.row_plan import RowPlan, plan_rows
 from ..selection.selection_result import Routing
 from .cache import RoutedCache
-from .prompt_reduction import ReducedFeatures, Reduction, plan_entry
+from .prompt_reduction import PromptReduction, ReducedFeatures, plan_entry
 from .row_images import split_images
 from .rows import Places
 
@@ -37,7 +37,7 @@ class Prompt:
 
     plan: RowPlan
     places: Places | None
-    reduction: Reduction | None = None
+    reduction: PromptReduction | None = None
     routing: Routing | None = None
     commit: Callable[[], None] | None = None
 
@@ -48,7 +48,7 @@ class Prompt:
 
 
 @dataclass
-class Continuation:
+class TokensOnCache:
     """New tokens on a routed cache.
 
     Attributes:
@@ -91,7 +91,7 @@ class PromptReader:
     has_streams: bool = False
     position_rank: int = 2
 
-    def read(self, given: Mapping[str, Any], device: torch.device) -> Prompt | Continuation | None:
+    def read(self, given: Mapping[str, Any], device: torch.device) -> Prompt | TokensOnCache | None:
         """A prompt to route, tokens on a routed cache, or (None) neither.
 
         Args:
@@ -129,7 +129,7 @@ class PromptReader:
 
     def _continue(
         self, given: Mapping[str, Any], cache: Any, tokens: torch.Tensor | None
-    ) -> Continuation | None:
+    ) -> TokensOnCache | None:
         """A call on a cache that holds tokens already."""
         _refuse_new_images(given, cache)
         if tokens is None or tokens.shape[1] == 0:
@@ -165,7 +165,7 @@ class PromptReader:
                 f"The call has {tokens.shape[0]} rows, but the cache holds {held}; expected as many. Use "
                 f"cache.batch_select_indices or batch_repeat_interleave to change its rows."
             )
-        return Continuation(cache, _new_tokens(given.get("attention_mask"), cache, tokens.shape[1]))
+        return TokensOnCache(cache, _new_tokens(given.get("attention_mask"), cache, tokens.shape[1]))
 
     def _start(self, given: Mapping[str, Any]) -> Prompt | None:
         """A call that starts a sequence."""
@@ -213,7 +213,7 @@ class PromptReader:
             left, counts, entering = plan_entry(self.routing_config, is_visual, lengths.tolist(), images)
             plan = plan_rows(self.routing_config, left.to(device), counts, entering)
             columns = _visual_columns(self.is_visual(input_ids.cpu()) & is_token)
-            return Prompt(plan, None, Reduction(is_token.to(device), columns.to(device), left.shape[1]))
+            return Prompt(plan, None, PromptReduction(is_token.to(device), columns.to(device), left.shape[1]))
         plan = plan_rows(self.routing_config, is_visual.to(device), lengths.tolist(), images)
         return Prompt(plan, places.to(device) if places else None)
 

@@ -15,14 +15,14 @@ from ..selection.selection_result import Routing
 from .buckets import cut_outputs, pad_inputs
 from .cache import CachedRows, RoutedCache
 from .masks import refuse_other_masks
-from .prompt import Continuation, Prompt
+from .prompt import Prompt, TokensOnCache
 from .rows import Places
 
 UNROUTED = object()
 """A call without visual tokens, which is left to the model."""
 
 current_call: ContextVar[Any] = ContextVar("current_call", default=None)
-"""What the model that contains the decoder is doing: a `Prompt`, a `Continuation` or `UNROUTED`."""
+"""What the model that contains the decoder is doing: a `Prompt`, a `TokensOnCache` or `UNROUTED`."""
 
 
 _HARMLESS = {
@@ -222,7 +222,7 @@ class RoutedDecoder(torch.nn.Module):
         )
 
     def _continue(
-        self, call: Continuation, inputs_embeds: torch.Tensor, **given: Any
+        self, call: TokensOnCache, inputs_embeds: torch.Tensor, **given: Any
     ) -> MoeModelOutputWithPast:
         cache, rows = call.cache, call.cache.rows
         assert rows is not None

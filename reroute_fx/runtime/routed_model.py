@@ -25,7 +25,7 @@ from ..errors import InputError, RerouteError
 from ..lowering import Executable, TensorRTProgram
 from ..selection.selection_result import Routing
 from .cache import RoutedCache
-from .prompt import Continuation, Prompt, PromptReader, refuse_gradients, without_grids
+from .prompt import Prompt, PromptReader, TokensOnCache, refuse_gradients, without_grids
 from .prompt_reduction import ReducedFeatures
 from .routed_decoder import UNROUTED, RoutedDecoder, current_call
 from .specialize import specialize
@@ -176,10 +176,10 @@ class RoutedModel(torch.nn.Module):
                 f"Remove it; hidden states come with output_hidden_states=True."
             )
 
-    def _arguments(self, given: Mapping[str, Any], call: Prompt | Continuation | None) -> dict[str, Any]:
+    def _arguments(self, given: Mapping[str, Any], call: Prompt | TokensOnCache | None) -> dict[str, Any]:
         """What the model itself takes of a call; it wants either ids or embeddings."""
         arguments = {name: value for name, value in given.items() if name != "visual_mask"}
-        if isinstance(call, Continuation):
+        if isinstance(call, TokensOnCache):
             # The cache knows the positions behind its pictures.
             arguments = without_grids(arguments)
         if given.get("input_ids") is not None and given.get("inputs_embeds") is not None:

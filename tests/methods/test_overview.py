@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from reroute_fx import RoutingConfig
 from reroute_fx.analysis.method_overview import compare_methods
-from reroute_fx.analysis.paper_configs import FAMILIES
+from reroute_fx.analysis.paper_configs import PAPER_DECODERS
 from reroute_fx.analysis.theory import prefill_cost
 from reroute_fx.command_line.main import app
 from reroute_fx.methods import all_methods
@@ -39,7 +39,7 @@ def test_the_readme_has_them_all():
 
 
 def test_costs_are_those_of_the_theory():
-    decoder = FAMILIES["llava15"]
+    decoder = PAPER_DECODERS["llava15"]
     rows = {row.name: row for row in compare_methods(192)}
     assert list(rows) == [method.name for method in all_methods()]
     for action, row in (("physical_delete", rows["pdrop"].deleted), ("compact_route", rows["pdrop"].routed)):
