@@ -41,6 +41,7 @@ from .graph_edit import (
 from .model_graph import Decision, Layer, ModelGraph
 from .ranking import Candidates, Rank, by_attention
 from .replay import AllRows, LastTokens, Replay
+from .tensor_names import LENGTHS, POOLS, VISUAL_INDEX, keep_input, slots_input
 
 SCORING = ("own", "previous")
 
@@ -82,16 +83,16 @@ class InsertSelection(Pass):
                 f"decision_layers has {deepest}, but the graph has {found} layers; expected 1..{found - 1}."
             )
         batch = value(graph.layers[0].start).shape[0]
-        visual_index = add_input(graph, "visual_index", (batch, "visual_tokens"), torch.int64)
-        lengths = add_input(graph, "lengths", (batch,), torch.int64)
+        visual_index = add_input(graph, VISUAL_INDEX, (batch, "visual_tokens"), torch.int64)
+        lengths = add_input(graph, LENGTHS, (batch,), torch.int64)
         pools = None
         if self.several_pools:
-            pools = add_input(graph, "pools", (batch, "visual_tokens"), torch.int64)
+            pools = add_input(graph, POOLS, (batch, "visual_tokens"), torch.int64)
         # All inputs stand before the first decision that is inserted.
         inputs = [
             (
-                add_input(graph, f"keep_{index}", (batch, "visual_tokens"), torch.bool),
-                add_input(graph, f"slots_{index}", (f"slots_{index}",), torch.bool),
+                add_input(graph, keep_input(index), (batch, "visual_tokens"), torch.bool),
+                add_input(graph, slots_input(index), (slots_input(index),), torch.bool),
             )
             for index in self.decision_layers
         ]

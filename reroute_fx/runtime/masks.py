@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedModelError
+from ..passes.tensor_names import LENGTHS
 from .prompt import Prompt, TokensOnCache
 
 
@@ -53,7 +54,7 @@ def _is_token(prompt: Prompt, columns: int, device: torch.device) -> torch.Tenso
         return prompt.reduction.is_token
     if prompt.places is None:
         return None
-    lengths = prompt.plan.inputs["lengths"]
+    lengths = prompt.plan.inputs[LENGTHS]
     in_front = torch.arange(columns, device=device) < lengths[:, None]
     return torch.zeros_like(in_front).scatter(1, prompt.places.order, in_front)
 

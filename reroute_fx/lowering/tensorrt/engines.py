@@ -19,6 +19,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Output
 
 from ...config.limits import Limits
 from ...errors import ArtifactError, BackendUnavailableError
+from ...passes.tensor_names import INPUTS_EMBEDS, VISUAL_INDEX, is_cache_input
 from ..call_schedule import as_executable, by_name
 from ..device import program_device
 from .decompositions import Size, decompose, rebuild
@@ -208,8 +209,8 @@ def _user_inputs(program: ExportedProgram) -> dict[str, Any]:
 def _sizes(program: ExportedProgram, limits: Limits) -> dict[tuple[str, int], Size]:
     """What the dimensions of a program's inputs may be. No two lengths are usually the same."""
     inputs = _user_inputs(program)
-    rows = inputs["inputs_embeds"].shape[0]
-    new_tokens_only = any(name.startswith("key_cache_") for name in inputs)
+    rows = inputs[INPUTS_EMBEDS].shape[0]
+    new_tokens_only = any(map(is_cache_input, inputs))
     sizes = {}
     for number, (name, fake) in enumerate(inputs.items()):
         for dim, size in enumerate(fake.shape):
@@ -217,9 +218,9 @@ def _sizes(program: ExportedProgram, limits: Limits) -> dict[tuple[str, int], Si
                 continue
             if str(size) == str(rows):
                 sizes[name, dim] = _size(_USUAL_ROWS, limits.batch)
-            elif name == "inputs_embeds" and new_tokens_only:
+            elif name == INPUTS_EMBEDS and new_tokens_only:
                 sizes[name, dim] = _size(_USUAL_NEW_TOKENS, limits.length)
-            elif name == "visual_index":
+            elif name == VISUAL_INDEX:
                 sizes[name, dim] = _size(min(limits.image_tokens, _USUAL_LENGTH) - 1, limits.length)
             else:
                 sizes[name, dim] = _size(min(limits.length, _USUAL_LENGTH) - number, limits.length)
