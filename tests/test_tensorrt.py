@@ -37,6 +37,7 @@ from reroute_fx.artifact import exporting
 from reroute_fx.capture import capture_decoder, find_visual_token_ids, text_decoder
 from reroute_fx.config.limits import Limits
 from reroute_fx.errors import ArtifactError, CaptureError
+from reroute_fx.lowering.selection_by_counting import select_tokens_by_counting
 from reroute_fx.lowering.tensorrt import decompositions, engine_coverage, engines
 from reroute_fx.lowering.tensorrt.decompositions import Size
 from reroute_fx.lowering.tensorrt.engine_coverage import coverage_of_decomposed
@@ -509,7 +510,7 @@ def test_selections_are_those_of_the_reference(rows, values):
     )
     for padding, more_slots, seed in ((0, 0, 0), (5, 0, 1), (3, 2, 2)):
         inputs = selection_inputs(SELECTIONS[rows], scores, padding, more_slots, seed=seed)
-        found = decompositions.select_tokens(*inputs)
+        found = select_tokens_by_counting(*inputs)
         for ours, theirs in zip(found, kernels.select_tokens_reference(*inputs), strict=True):
             assert ours.dtype == theirs.dtype
             assert torch.equal(ours, theirs)

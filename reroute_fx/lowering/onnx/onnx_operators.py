@@ -96,38 +96,6 @@ def _type(value: Any) -> str:
     return _TYPES.get(name, name)
 
 
-def select_tokens_by_counting(
-    scores: torch.Tensor,
-    visual_index: torch.Tensor,
-    lengths: torch.Tensor,
-    keep: torch.Tensor,
-    pools: torch.Tensor | None,
-    length: int,
-    slots: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `reroute_fx.kernels.select_tokens` computes, without sorting and without scattering booleans.
-
-    TensorRT sorts less than 3840 values and scatters numbers only. A token's place in the ranking is the number of
-    tokens before it, so memory grows with the square of their number.
-    """
-    token = torch.arange(scores.shape[1], device=scores.device)
-    mine, other = scores[:, :, None], scores[:, None]
-    is_before = (other > mine) | ((other == mine) & (token < token[:, None]))  # [B, N, N]
-    if pools is not None:
-        mine, other = pools[:, :, None], pools[:, None]
-        is_before = (other < mine) | ((other == mine) & is_before)
-    kept = keep.gather(1, is_before.sum(dim=2, dtype=torch.int32).long())
-
-    # One place more than the stream and the stage have takes the entries that stand for no token.
-    position = torch.arange(length + 1, device=scores.device)
-    active = (position < lengths[:, None]).long()  # [B, S + 1]
-    active = active.scatter(1, visual_index.clamp(max=length), kept.long())
-    slot = torch.where(active > 0, active.cumsum(dim=1) - 1, slots)
-    positions = torch.full((scores.shape[0], slots + 1), length, device=scores.device)
-    positions = positions.scatter(1, slot, position.expand_as(slot))
-    return positions[:, :slots].contiguous(), kept
-
-
 def _clamp(value: Any, min: Any = None, max: Any = None) -> Any:
     """``aten.clamp``; TensorRT's Clip takes floating point only."""
     op = library("onnxscript").opset18
