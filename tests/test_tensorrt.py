@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import json
 import sys
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ from reroute_fx.pipeline import route
 from reroute_fx.runtime import make_routed_model
 
 RECORDER = Path(__file__).parents[1] / "benchmarks" / "record_converters.py"
+CUDA = torch.device("cuda")
 LIMITS = Limits(batch=4, length=96, image_tokens=48)
 COMPILE_KEYWORDS = {
     *("arg_inputs", "kwarg_inputs", "device", "disable_tf32", "min_block_size", "attn_bias_is_causal"),
@@ -108,7 +110,7 @@ class Library:
         with pytest.MonkeyPatch.context() as patch:
             for module in (engines, api, exporting):
                 patch.setattr(module, "check_tensorrt", lambda device: self)
-            patch.setattr(engines, "program_device", lambda program: torch.device("cuda"))
+            patch.setattr(engines, "program_device", lambda program: CUDA)
             yield
 
 
@@ -599,6 +601,22 @@ def test_a_library_that_can_not_be_loaded_says_why(planted, monkeypatch, tmp_pat
     assert coverage_of({"program": planted}).source.startswith("recorded list")
 
 
+def test_who_uses_it_is_warned_once_that_no_engine_was_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", Library())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        with pytest.raises(BackendUnavailableError):
+            engines.check_tensorrt(CUDA)
+        assert not said
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for _ in range(2):
+            assert isinstance(engines.check_tensorrt(CUDA), Library)
+    (warning,) = said
+    assert warning.category is UserWarning
+    assert "experimental" in str(warning.message)
+    assert "no engine of it has been built and run on a GPU yet" in str(warning.message)
+
+
 def test_a_model_on_cpu_is_refused_before_anything_is_traced(planted, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_tensorrt", Library())
     monkeypatch.setattr(engines, "decompose", None)
@@ -713,7 +731,7 @@ def test_conditions_of_a_converter_are_told():
 def no_library():
     """Why the real library can't be used here; empty if it can."""
     try:
-        engines.check_tensorrt(torch.device("cuda"))
+        engines.check_tensorrt(CUDA)
     except BackendUnavailableError as error:
         return str(error)
     return ""

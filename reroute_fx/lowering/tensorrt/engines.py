@@ -7,6 +7,7 @@ converted run in PyTorch between engines; `coverage` lists them beforehand.
 import importlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +41,10 @@ __all__ = [
 _NOTE = "reroute_fx.json"
 """File beside the engines that says what goes in and comes out."""
 _USUAL_LENGTH, _USUAL_ROWS, _USUAL_NEW_TOKENS = 1024, 2, 2
+EXPERIMENTAL = (
+    "The tensorrt backend is experimental: what Torch-TensorRT is given was checked without it, but no engine of it "
+    "has been built and run on a GPU yet. Compare its answers with those of backend 'inductor' before you rely on them."
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,8 @@ def lower_tensorrt(
 def check_tensorrt(device: torch.device) -> Any:
     """The module `torch_tensorrt`, ready to compile for `device`.
 
+    Warns, once in a process, that the backend is experimental.
+
     Raises:
         BackendUnavailableError: it can't be imported, or `device` is no CUDA device.
     """
@@ -149,6 +156,8 @@ def check_tensorrt(device: torch.device) -> Any:
             f"backend is 'tensorrt', but the model is on {device}; expected a CUDA device, on which TensorRT builds "
             f"and runs its engines. Call model.to('cuda') on a machine with an NVIDIA GPU, or use another backend."
         )
+    # Shown once by default, as it always comes from this line.
+    warnings.warn(EXPERIMENTAL, UserWarning, stacklevel=1)
     return torch_tensorrt
 
 
