@@ -1,15 +1,15 @@
 """Which ONNX operators TensorRT's importer takes, as data, and what stands for those that it does not take."""
 
 import functools
-import importlib
-import importlib.resources
 import json
 from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
 from typing import Any
 
 import torch
 
-from ...errors import BackendUnavailableError, CaptureError
+from ...common.optional_libraries import optional_library
+from ...errors import CaptureError
 
 _TYPES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "FP8", "FLOAT4E2M1": "FP4"}
 """What the list calls a type of ONNX, where it has another name for it."""
@@ -21,12 +21,7 @@ def library(name: str) -> Any:
     Raises:
         BackendUnavailableError: it is not installed.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"{name} is not installed; ONNX files need it. Run: pip install 'reroute-fx[onnx]'."
-        ) from error
+    return optional_library(name, "onnx", "for ONNX files")
 
 
 @functools.cache
@@ -34,7 +29,7 @@ def supported_operators() -> dict[str, dict[str, Any]]:
     """What the importer says of each operator: ``supported``, and where it is, ``types``, ``restriction`` and
     ``constant_inputs``, the numbers of the inputs that must not be computed.
     """
-    data = importlib.resources.files(__package__) / "data" / "tensorrt_onnx_operators.json"
+    data = files(__package__) / "data" / "tensorrt_onnx_operators.json"
     operators: dict[str, dict[str, Any]] = json.loads(data.read_text())["operators"]
     return operators
 
