@@ -9,16 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reroute_fx.errors import ArtifactError
-from reroute_fx.lowering.call_schedule import HIDDEN, Call, CallSchedule, ScheduledProgram, as_executable
+from reroute_fx.lowering.call_schedule import (
+    HIDDEN,
+    CallSchedule,
+    RegionCall,
+    ScheduledProgram,
+    as_executable,
+)
 
 # Values: x 0, y 1, w 2, b 3; product 4; sum 5 and its double 6; as many threes as y is long 7.
 SCHEDULE = CallSchedule(
     inputs=("x", "y"),
     weights=("w", "b"),
     calls=(
-        Call(0, (0, 2), (), 1),
-        Call(1, (4, 3), (), 2),
-        Call(2, (), ((1, 0),), 1),
+        RegionCall(0, (0, 2), (), 1),
+        RegionCall(1, (4, 3), (), 2),
+        RegionCall(2, (), ((1, 0),), 1),
     ),
     outputs={HIDDEN: 5, "double": 6, "threes": 7},
 )

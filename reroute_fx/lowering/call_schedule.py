@@ -24,7 +24,7 @@ _MOST_DIMENSIONS, _MOST_OUTPUTS = 8, 2**16
 
 
 @dataclass(frozen=True)
-class Call:
+class RegionCall:
     """A call of a region.
 
     Attributes:
@@ -53,7 +53,7 @@ class CallSchedule:
 
     inputs: tuple[str, ...]
     weights: tuple[str, ...]
-    calls: tuple[Call, ...]
+    calls: tuple[RegionCall, ...]
     outputs: dict[str, int]
 
     @classmethod
@@ -75,7 +75,7 @@ class CallSchedule:
         """
         try:
             calls = [
-                Call(c["region"], tuple(c["inputs"]), tuple(map(tuple, c["lengths"])), c["outputs"])
+                RegionCall(c["region"], tuple(c["inputs"]), tuple(map(tuple, c["lengths"])), c["outputs"])
                 for c in data["calls"]
             ]
             schedule = cls(tuple(data["inputs"]), tuple(data["weights"]), tuple(calls), dict(data["outputs"]))
@@ -124,11 +124,11 @@ class _Reader:
     def calls(self) -> list[fx.Node]:
         return [n for n in self.graph.nodes if n.op == "call_function" and n.target in self.regions]
 
-    def call(self, node: fx.Node) -> Call:
+    def call(self, node: fx.Node) -> RegionCall:
         tensors = [n for n in node.all_input_nodes if not is_size(n)]
         lengths: list[Any] = [n.args for n in node.all_input_nodes if is_size(n)]
         results: dict[fx.Node, Any] = {n: n.args[1] for n in node.users if n.target is operator.getitem}
-        made = Call(
+        made = RegionCall(
             self.regions[node.target],  # type: ignore[index]
             tuple(self.values[n] for n in tensors),
             tuple((self.values[tensor], dim) for tensor, dim in lengths),

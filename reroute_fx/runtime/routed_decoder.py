@@ -27,11 +27,11 @@ from .masks import refuse_other_masks
 from .prompt import Prompt, TokensOnCache
 from .rows import Places
 
-UNROUTED = object()
+UNROUTED_CALL = object()
 """A call without visual tokens, which is left to the model."""
 
 current_call: ContextVar[Any] = ContextVar("current_call", default=None)
-"""What the model that contains the decoder is doing: a `Prompt`, a `TokensOnCache` or `UNROUTED`."""
+"""What the model that contains the decoder is doing: a `Prompt`, a `TokensOnCache` or `UNROUTED_CALL`."""
 
 
 _HARMLESS = {
@@ -86,7 +86,7 @@ class RoutedDecoder(torch.nn.Module):
                 f"expected a call of the routed model, which knows the visual tokens of the prompt. Call that, or the "
                 f"part of the model that was compiled."
             )
-        if call is UNROUTED:
+        if call is UNROUTED_CALL:
             return unrouted(*args, **kwargs)
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise InputError(

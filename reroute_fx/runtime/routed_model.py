@@ -23,7 +23,7 @@ from ..selection.selection_result import Routing
 from .cache import RoutedCache
 from .call_checks import refuse_gradients
 from .prompt import Prompt, PromptReader, TokensOnCache, without_grids
-from .routed_decoder import UNROUTED, current_call
+from .routed_decoder import UNROUTED_CALL, current_call
 
 _generating: ContextVar[Any] = ContextVar("_generating", default=None)
 """The model whose `generate` is running."""
@@ -129,7 +129,7 @@ class RoutedModel(torch.nn.Module):
         self._forget_position_offset()
         arguments = self._arguments(given, call)
         start = time.perf_counter()
-        token = current_call.set(call or UNROUTED)
+        token = current_call.set(call or UNROUTED_CALL)
         try:
             output = unrouted(**arguments)
         except ValueError as error:

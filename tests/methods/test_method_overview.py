@@ -29,8 +29,8 @@ def share(action):
 def test_the_readme_has_them_all():
     built_in = compare_methods(128)
     for row in built_in:
-        asked = f"{row.deleted.scoring} layer" if row.deleted.decision_layers else "-"
-        cells = [f"`{row.name}`", row.ranks_by, asked]
+        scoring_layer = f"{row.deleted.scoring} layer" if row.deleted.decision_layers else "-"
+        cells = [f"`{row.name}`", row.ranks_by, scoring_layer]
         cells += [layers(row.deleted), layers(row.routed), row.positions, f"{row.default_tokens:.0f}"]
         assert f"| {' | '.join([*cells, share(row.deleted), share(row.routed)])} |" in README
     assert len(re.findall(r"^\| `[\w-]+` \| \w+ \| (?:own layer|previous layer|-) \|", README, re.M)) == len(
