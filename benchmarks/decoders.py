@@ -10,6 +10,7 @@ from reroute_fx import RoutingConfig, Savings
 from reroute_fx.analysis.routing_report import RoutingReport
 from reroute_fx.capture import CapturedDecoder
 from reroute_fx.lowering import lower
+from reroute_fx.passes.tensor_names import CACHED, output_name
 from reroute_fx.pipeline import route, unrouted
 from reroute_fx.selection.row_plan import plan_rows
 
@@ -64,7 +65,7 @@ class Prefill:
         result = self.executable(inputs_embeds=prompts.embeds, position_ids=prompts.positions, **routed_by)
         cache = DynamicCache()
         for i in range(self.num_layers):
-            cache.update(result["routing"][f"key.{i}"], result["routing"][f"value.{i}"], i)
+            cache.update(*(result["routing"][output_name(kind, i)] for kind in CACHED), i)
         return cache
 
 

@@ -20,7 +20,12 @@ ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).parent / "results" / "version_corners.json"
 CORNERS = (("2.11.0", "5.19.0"), ("2.13.0", "5.23.0"))
 """torch and transformers: the oldest and the newest that the package was made for."""
-TESTS = ("tests/test_model.py", "tests/test_generation.py", "tests/test_cache.py", "tests/test_golden.py")
+TESTS = (
+    "tests/test_routed_model.py",
+    "tests/test_generation.py",
+    "tests/test_cache.py",
+    "tests/test_golden.py",
+)
 TOOLS = ("pytest>=8", "hypothesis>=6.100", "jsonschema>=4", "packaging")
 # What Inductor makes of the vectors is the gate's to test: compiling takes hours here.
 EAGER = "not inductor"

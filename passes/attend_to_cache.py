@@ -37,6 +37,7 @@ from .graph_edit import (
     value,
 )
 from .model_graph import Layer, ModelGraph
+from .tensor_names import CACHED, cache_input, cached_input, capacity_size
 from .token_mixing import TokenMixing, numbers_tokens
 
 LAYERS_PER_REGION = 4
@@ -112,15 +113,15 @@ def _reads_sizes_alone(node: fx.Node) -> bool:
 
 def _add_inputs(graph: ModelGraph, stage: Sequence[Layer]) -> tuple[fx.Node, list[tuple[fx.Node, ...]]]:
     first = stage[0].index
-    cached = add_input(graph, f"cached_{first}", shape(stage[0].start)[:1], torch.int64)
+    cached = add_input(graph, cached_input(first), shape(stage[0].start)[:1], torch.int64)
     caches = []
     for layer in stage:
         given = attention_arguments(layer.attention)
         pair = []
-        for name, new in (("key", given.key), ("value", given.value)):
+        for kind, new in zip(CACHED, (given.key, given.value), strict=True):
             batch, heads, _, width = shape(new)
-            size = (batch, heads, f"capacity_{first}", width)
-            pair.append(add_input(graph, f"{name}_cache_{layer.index}", size, value(new).dtype))
+            size = (batch, heads, capacity_size(first), width)
+            pair.append(add_input(graph, cache_input(kind, layer.index), size, value(new).dtype))
         caches.append(tuple(pair))
     return cached, caches
 

@@ -10,6 +10,7 @@ from .base_errors import MatchError
 from .base_pass import Pass, PassResult
 from .canonicalize_attention import attention_arguments, attentions
 from .model_graph import ModelGraph
+from .tensor_names import output_name
 
 
 class ExposeOutputs(Pass):
@@ -26,11 +27,11 @@ class ExposeOutputs(Pass):
             )
         for index, node in enumerate(blocks):
             given = attention_arguments(node)
-            graph.outputs[f"key.{index}"] = given.key
-            graph.outputs[f"value.{index}"] = given.value
+            graph.outputs[output_name("key", index)] = given.key
+            graph.outputs[output_name("value", index)] = given.value
         for decision in graph.decisions:
-            graph.outputs[f"scores.{decision.layer}"] = decision.scores
-            graph.outputs[f"kept.{decision.layer}"] = decision.kept
+            graph.outputs[output_name("scores", decision.layer)] = decision.scores
+            graph.outputs[output_name("kept", decision.layer)] = decision.kept
         output = graph.fx_graph.output_node()
         output.args = ((*output.args[0], *graph.outputs.values()),)  # type: ignore[misc]
         return PassResult(self.name, matched=len(graph.outputs), rewritten=1)

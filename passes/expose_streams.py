@@ -9,6 +9,7 @@ The streams inside stages are those that `RouteStages` kept; where nothing was r
 
 from .base_pass import Pass, PassResult
 from .model_graph import ModelGraph
+from .tensor_names import output_name
 
 
 class ExposeStreams(Pass):
@@ -18,7 +19,7 @@ class ExposeStreams(Pass):
 
     def apply(self, graph: ModelGraph) -> PassResult:
         streams = graph.streams or tuple(layer.start for layer in graph.layers)
-        graph.outputs |= {f"stream.{index}": stream for index, stream in enumerate(streams)}
+        graph.outputs |= {output_name("stream", index): stream for index, stream in enumerate(streams)}
         output = graph.fx_graph.output_node()
         output.args = ((*output.args[0], *streams),)  # type: ignore[misc]
         return PassResult(self.name, matched=len(streams), rewritten=1)

@@ -41,6 +41,7 @@ from .graph_edit import (
 from .model_graph import Decision, Layer, ModelGraph
 from .ranking import Candidates, Rank, by_attention
 from .replay import AllRows, LastTokens, Replay
+from .tensor_names import LENGTHS, POOLS, VISUAL_INDEX, keep_input, slots_input
 
 SCORING = ("own", "previous")
 
@@ -82,16 +83,16 @@ class InsertSelection(Pass):
                 f"decision_layers has {deepest}, but the graph has {found} layers; expected 1..{found - 1}."
             )
         batch = value(graph.layers[0].start).shape[0]
-        visual_index = add_input(graph, "visual_index", (batch, "visual_tokens"), torch.int64)
-        lengths = add_input(graph, "lengths", (batch,), torch.int64)
+        visual_index = add_input(graph, VISUAL_INDEX, (batch, "visual_tokens"), torch.int64)
+        lengths = add_input(graph, LENGTHS, (batch,), torch.int64)
         pools = None
         if self.several_pools:
-            pools = add_input(graph, "pools", (batch, "visual_tokens"), torch.int64)
+            pools = add_input(graph, POOLS, (batch, "visual_tokens"), torch.int64)
         # All inputs stand before the first decision that is inserted.
         inputs = [
             (
-                add_input(graph, f"keep_{index}", (batch, "visual_tokens"), torch.bool),
-                add_input(graph, f"slots_{index}", (f"slots_{index}",), torch.bool),
+                add_input(graph, keep_input(index), (batch, "visual_tokens"), torch.bool),
+                add_input(graph, slots_input(index), (slots_input(index),), torch.bool),
             )
             for index in self.decision_layers
         ]
@@ -112,13 +113,13 @@ class InsertSelection(Pass):
         pools: fx.Node | None,
         slots: fx.Node,
     ) -> Decision:
-        asked = graph.layers[layer.index - self.distance]
-        attention = attention_arguments(asked.attention)
+        scoring_layer = graph.layers[layer.index - self.distance]
+        attention = attention_arguments(scoring_layer.attention)
         with edit_after(graph, layer.attention.prev, region=f"decision.{layer.index}") as edit:
             candidates = {
-                "hidden": asked.start,
-                "query": _replay(edit, asked, attention.query, LastTokens(edit, lengths)),
-                "keys": _replay(edit, asked, attention.key, AllRows()),
+                "hidden": scoring_layer.start,
+                "query": _partial_replay(edit, scoring_layer, attention.query, LastTokens(edit, lengths)),
+                "keys": _partial_replay(edit, scoring_layer, attention.key, AllRows()),
                 "scale": attention.scale,
                 "visual_index": visual_index,
                 "lengths": lengths,
@@ -126,14 +127,14 @@ class InsertSelection(Pass):
                 "seed": self.seed,
             }
             scores = _score(edit, self.rank, candidates)
-            sizes = edit.size(asked.start, 1), edit.size(slots, 0)
+            sizes = edit.size(scoring_layer.start, 1), edit.size(slots, 0)
             selection = torch.ops.reroute.select_tokens.default
             choice = edit.call(selection, scores, visual_index, lengths, keep, pools, *sizes)
             positions, kept = edit.unpack(choice)
         # What the ranking rule has no use for is dead code.
         needed = ancestors([scores, positions, kept])
         nodes = tuple(node for node in edit.emitted if node in needed)
-        return Decision(layer.index, asked, visual_index, lengths, scores, positions, kept, nodes)
+        return Decision(layer.index, scoring_layer, visual_index, lengths, scores, positions, kept, nodes)
 
 
 def _score(edit: Editor, rank: Rank, candidates: dict[str, Any]) -> fx.Node:
@@ -157,7 +158,7 @@ def _score(edit: Editor, rank: Rank, candidates: dict[str, Any]) -> fx.Node:
     return edit.call(aten.masked_fill.Scalar, scores, no_token, -torch.inf)
 
 
-def _replay(edit: Editor, layer: Layer, target: fx.Node, tokens: AllRows | LastTokens) -> fx.Node:
+def _partial_replay(edit: Editor, layer: Layer, target: fx.Node, tokens: AllRows | LastTokens) -> fx.Node:
     """Compute `target` of a layer on `tokens` of its input."""
     batch, length = (expression(size) for size in shape(layer.start)[:2])
     needed = ancestors([target], stop=layer.start)

@@ -65,7 +65,7 @@ class Decision:
 
     Attributes:
         layer: decision layer, 0-based.
-        asked: layer whose attention ranks: that one or the one before.
+        scoring_layer: layer whose attention ranks: that one or the one before.
         visual_index: positions of the tokens to choose from in the current stream, ``[B, N]``.
         lengths: tokens of each row in the current stream, ``[B]``.
         scores: ``[B, N]`` float32.
@@ -75,7 +75,7 @@ class Decision:
     """
 
     layer: int
-    asked: Layer
+    scoring_layer: Layer
     visual_index: fx.Node
     lengths: fx.Node
     scores: fx.Node

@@ -17,9 +17,7 @@ from .base_pass import Pass, PassResult
 from .graph_edit import add_input, ancestors, descendants, edit_after, shape, value
 from .model_graph import Layer, ModelGraph
 from .replay import sequence_inputs
-
-POSITION_INPUT = "position_ids"
-"""Input of an exported decoder that holds rotary positions."""
+from .tensor_names import POSITION_IDS, positions_input
 
 
 class NumberStages(Pass):
@@ -45,7 +43,7 @@ class NumberStages(Pass):
         order = {node: place for place, node in enumerate(graph.fx_graph.nodes)}
         from_positions = descendants(given)
         for start, end in zip(self.stage_starts, ends, strict=True):
-            own = add_input(graph, f"{POSITION_INPUT}_{start}", shape(given), value(given).dtype)
+            own = add_input(graph, positions_input(start), shape(given), value(given).dtype)
             stage = graph.layers[start:end]
             read = [tensor for tensor in sequence_inputs(stage) if tensor in from_positions]
             computed = sorted(ancestors(read) & from_positions - {given}, key=order.__getitem__)
@@ -59,10 +57,10 @@ class NumberStages(Pass):
 def position_input(graph: ModelGraph) -> fx.Node:
     """The input that holds rotary positions."""
     for node in graph.inputs:
-        if node.name == POSITION_INPUT:
+        if node.name == POSITION_IDS:
             return node
     raise MatchError(
-        f"The graph has no input {POSITION_INPUT!r}, only {[node.name for node in graph.inputs]}; expected one, whose "
+        f"The graph has no input {POSITION_IDS!r}, only {[node.name for node in graph.inputs]}; expected one, whose "
         f"positions can be counted anew."
     )
 

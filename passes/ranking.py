@@ -11,7 +11,7 @@ class Candidates:
     """The visual tokens that a decision chooses from.
 
     Attributes:
-        hidden: residual stream at the input of the layer whose attention is asked, ``[B, S, d]``.
+        hidden: residual stream at the input of the scoring layer, ``[B, S, d]``.
         query: that layer's rotated query of each row's last token, ``[B, H, 1, D]``.
         keys: its rotated keys of the whole stream, ``[B, Hkv, S, D]``.
         scale: its factor on their products.

@@ -14,8 +14,8 @@ Deferred rows keep the residual value that they had when they were deferred. At 
 all S rows again, each at its own place. Rotary positions are gathered, gaps and all; contiguous ones are those of
 the first S' tokens instead.
 
-Where the next decision asks a layer inside a stage, the input of that layer is restored as well, and on demand that of
-every layer, for `ExposeStreams`.
+Where the scoring layer of the next decision lies inside a stage, the input of that layer is restored as well, and on
+demand that of every layer, for `ExposeStreams`.
 """
 
 import operator
@@ -131,7 +131,7 @@ def _route(
     """Returns what stands in the place of streams between layers."""
     restored = {}
     wanted = {layer.start for layer in graph.layers if keep_streams}
-    wanted |= {decision.asked.start for decision in graph.decisions}
+    wanted |= {decision.scoring_layer.start for decision in graph.decisions}
     for decision, layers in _stages(graph):
         tokens: ActiveRows | None = None
         for group in [layers] if stagewise else [(layer,) for layer in layers]:
@@ -164,8 +164,8 @@ def _delete(graph: ModelGraph, renumbered: set[fx.Node], keep_streams: bool) -> 
         for decision, layers in _stages(graph):
             source = stages[-1][1] if stages else None
             if source is not None:
-                asked = stream if decision.asked is layers[0] else before_last
-                decision = _decide_again(edit, decision, asked, decisions[-1], source)
+                scoring_input = stream if decision.scoring_layer is layers[0] else before_last
+                decision = _decide_again(edit, decision, scoring_input, decisions[-1], source)
             decisions.append(decision)
             tokens = ActiveRows(edit, decision, layers, stream, renumbered, source)
             stages.append((stream, tokens))
@@ -208,14 +208,14 @@ def _decide_again(
     edit.region = f"decision.{decision.layer}"
     visual_index, lengths = _survivors(edit, previous)
     mapping = {
-        decision.asked.start: stream,
+        decision.scoring_layer.start: stream,
         decision.visual_index: visual_index,
         decision.lengths: lengths,
     }
-    copies = _replay(edit, decision.asked, decision.nodes, mapping, tokens)
+    copies = _replay(edit, decision.scoring_layer, decision.nodes, mapping, tokens)
     return Decision(
         decision.layer,
-        decision.asked,
+        decision.scoring_layer,
         visual_index,
         lengths,
         scores=copies(decision.scores),

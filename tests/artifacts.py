@@ -18,7 +18,7 @@ from reroute_fx import Limits
 from reroute_fx.artifact import manifest
 from reroute_fx.artifact.exporting import trace
 from reroute_fx.artifact.files import list_files
-from reroute_fx.lowering.inductor import aot_regions as ahead
+from reroute_fx.lowering.inductor import aot_regions
 from reroute_fx.lowering.inductor.aot_regions import schedule
 
 TIERS = (0.6, 0.5, 0.4)
@@ -77,7 +77,7 @@ def remember(folder, routed):
     for name, program in trace(routed).programs.items():
         for i, region in enumerate(schedule(program).regions):
             held = (folder / "programs" / f"{name}_{i}.pt2").read_bytes()
-            ahead._packages[ahead.package_key(region, torch.device("cpu"))] = held
+            aot_regions._packages[aot_regions.package_key(region, torch.device("cpu"))] = held
 
 
 def sign(folder, change=lambda content: None):

@@ -4,7 +4,12 @@ import functools
 
 import torch
 from tiny_models import END, IMAGE, START, VIDEO, llava_config, qwen_config
-from transformers import GenerationConfig, LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
+    TextStreamer,
+)
 
 import reroute_fx
 from reroute_fx import RoutingConfig
@@ -107,3 +112,16 @@ def forward_and_steps(model, inputs, tokens):
 
 def new_tokens(model, inputs, **arguments):
     return model.generate(**inputs, **arguments)[:, inputs["input_ids"].shape[1] :]
+
+
+class Collector(TextStreamer):
+    """Keeps the token ids that `generate` streams, and that it ended."""
+
+    def __init__(self):
+        self.seen = []
+
+    def put(self, value):
+        self.seen.extend(value.flatten().tolist())
+
+    def end(self):
+        self.seen.append("end")

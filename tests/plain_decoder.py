@@ -21,7 +21,7 @@ class PlainDecoder:
     """Args:
     model: LLaVA around a Llama decoder, one prompt at a time.
     decisions: tokens to keep, by decision layer.
-    previous: whether the layer before a decision layer is asked, on its input; otherwise the decision layer.
+    previous: whether the layer before a decision layer scores, on its input; otherwise the decision layer.
     deletes: whether what is not kept is gone; otherwise it waits and may come back.
     contiguous: whether positions are counted anew in each stage.
     """
@@ -94,9 +94,9 @@ class PlainDecoder:
         for layer in range(self.layers):
             if layer in self.decisions:
                 pool = active if self.deletes else list(range(len(stream)))
-                asked = (layer - 1, before) if self.previous else (layer, stream)
+                scoring = (layer - 1, before) if self.previous else (layer, stream)
                 positions = self.positions(pool) if self.deletes else torch.tensor(pool)
-                maps, *_ = self.attention(asked[0], asked[1][pool], positions)
+                maps, *_ = self.attention(scoring[0], scoring[1][pool], positions)
                 row = maps.mean(0)[-1].tolist()
                 candidates = [(row[i], place) for i, place in enumerate(pool) if place in visual]
                 best = sorted(candidates, key=lambda each: -each[0])[: self.decisions[layer]]

@@ -10,7 +10,7 @@ from conversations import ROUTING, unrouted_model
 from reroute_fx.capture import capture_decoder
 from reroute_fx.errors import BackendUnavailableError, CaptureError
 from reroute_fx.lowering import ScheduledProgram
-from reroute_fx.lowering.inductor import aot_regions as ahead
+from reroute_fx.lowering.inductor import aot_regions
 from reroute_fx.lowering.inductor.aot_regions import package_region, schedule
 from reroute_fx.pipeline import continuation, route
 
@@ -54,7 +54,7 @@ def test_values_are_released_after_their_last_use(scheduled):
 def test_a_region_that_is_fixed_to_a_size_is_refused(region):
     node = next(iter(region.graph.find_nodes(op="placeholder")))
     fake = node.meta["val"]
-    (example,) = ahead._examples([fake], [fake.shape], CPU)
+    (example,) = aot_regions._examples([fake], [fake.shape], CPU)
     with region.graph.inserting_before(region.graph.output_node()):
         fixed = region.graph.call_function(torch.ops.aten.zeros.default, (list(example.shape),))
         region.graph.call_function(torch.ops.aten.add.Tensor, (node, fixed))
@@ -66,8 +66,8 @@ def test_a_region_that_is_fixed_to_a_size_is_refused(region):
 def test_equal_regions_are_compiled_once(scheduled, region, monkeypatch):
     """Of the same and of another model, as long as graph, sizes and kinds of inputs are the same."""
     compiled = []
-    monkeypatch.setattr(ahead, "_packages", {})
-    monkeypatch.setattr(ahead, "_compile", lambda given, device: compiled.append(given) or b"code")
+    monkeypatch.setattr(aot_regions, "_packages", {})
+    monkeypatch.setattr(aot_regions, "_compile", lambda given, device: compiled.append(given) or b"code")
     original = scheduled.parts["prefill"].regions[0]
     assert package_region(original, CPU) == package_region(region, CPU) == b"code"
     assert len(compiled) == 1
@@ -92,7 +92,7 @@ def test_sizes_of_examples_are_as_captured_and_never_equal(scheduled):
             fakes = [n.meta["val"] for n in region.graph.find_nodes(op="placeholder")]
             shapes = [f.shape if isinstance(f, torch.Tensor) else (f,) for f in fakes]
             sizes = {}
-            for example, shape in zip(ahead._examples(fakes, shapes, CPU), shapes, strict=True):
+            for example, shape in zip(aot_regions._examples(fakes, shapes, CPU), shapes, strict=True):
                 for size, symbol in zip(example.shape, shape, strict=True):
                     if isinstance(symbol, torch.SymInt):
                         assert sizes.setdefault(str(symbol), size) == size
@@ -112,7 +112,7 @@ def test_a_missing_compiler_is_named(region):
 def test_examples_lie_in_memory_as_what_they_stand_for(order):
     """A program reads memory as it was laid out when it was compiled."""
     given = torch.empty(2, 3, 5, 7).permute(order)
-    (example,) = ahead._examples([given], [given.shape], CPU)
+    (example,) = aot_regions._examples([given], [given.shape], CPU)
     assert (example.shape, example.stride()) == (given.shape, given.stride())
 
 
@@ -122,4 +122,4 @@ def test_examples_lie_in_memory_as_what_they_stand_for(order):
 def test_tensors_that_would_be_misread_are_refused(view):
     given = view(torch.empty(2, 5, 7))
     with pytest.raises(CaptureError, match="expected one without gaps"):
-        ahead._examples([given], [given.shape], CPU)
+        aot_regions._examples([given], [given.shape], CPU)

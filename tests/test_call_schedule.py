@@ -9,16 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reroute_fx.errors import ArtifactError
-from reroute_fx.lowering.call_schedule import HIDDEN, Call, Schedule, ScheduledProgram, as_executable
+from reroute_fx.lowering.call_schedule import (
+    HIDDEN,
+    CallSchedule,
+    RegionCall,
+    ScheduledProgram,
+    as_executable,
+)
 
 # Values: x 0, y 1, w 2, b 3; product 4; sum 5 and its double 6; as many threes as y is long 7.
-SCHEDULE = Schedule(
+SCHEDULE = CallSchedule(
     inputs=("x", "y"),
     weights=("w", "b"),
     calls=(
-        Call(0, (0, 2), (), 1),
-        Call(1, (4, 3), (), 2),
-        Call(2, (), ((1, 0),), 1),
+        RegionCall(0, (0, 2), (), 1),
+        RegionCall(1, (4, 3), (), 2),
+        RegionCall(2, (), ((1, 0),), 1),
     ),
     outputs={HIDDEN: 5, "double": 6, "threes": 7},
 )
@@ -62,7 +68,7 @@ def test_values_are_dropped_after_their_last_use():
 
 def test_json_and_back():
     data = json.loads(json.dumps(SCHEDULE.to_json()))
-    read = Schedule.from_json(data, regions=3)
+    read = CallSchedule.from_json(data, regions=3)
     assert read == SCHEDULE
     check(program(read))
 
@@ -89,7 +95,7 @@ def test_damage_is_refused_or_reads_only_what_is_there(path, wrong):
         parent = parent[key]
     parent[path[-1]] = wrong
     try:
-        read = Schedule.from_json(data, regions=3)
+        read = CallSchedule.from_json(data, regions=3)
     except ArtifactError:
         return
     count = len(read.inputs) + len(read.weights)
@@ -107,11 +113,11 @@ def test_damage_is_refused_or_reads_only_what_is_there(path, wrong):
 )
 def test_other_data_is_refused(data):
     with pytest.raises(ArtifactError, match="damaged"):
-        Schedule.from_json(data, regions=3)
+        CallSchedule.from_json(data, regions=3)
 
 
 def test_a_value_is_not_read_before_it_is_there():
     data = copy.deepcopy(DATA)
     data["calls"][0]["inputs"] = [0, 4]
     with pytest.raises(ArtifactError, match=r"4 is not in 0\.\.3"):
-        Schedule.from_json(data, regions=3)
+        CallSchedule.from_json(data, regions=3)

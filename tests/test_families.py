@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VISION
+from tiny_models import IMAGE, TEXT, VISION
 from transformers import (
     CLIPVisionConfig,
     CohereConfig,
@@ -38,17 +38,8 @@ from transformers import (
 import reroute_fx
 from reroute_fx import CaptureError, InputError, MatchError, RoutingConfig
 
-IMAGE = 50
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 2}
+GROUPED = {**TEXT, "num_hidden_layers": 6}
+SIZES = {name: size for name, size in GROUPED.items() if name != "num_key_value_heads"}
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,

@@ -16,6 +16,7 @@ from conversations import (
     ROUTING,
     SINGLE,
     TEXT,
+    Collector,
     batch,
     build,
     forward_and_steps,
@@ -27,7 +28,6 @@ from conversations import (
 )
 from transformers import (
     StoppingCriteria,
-    TextStreamer,
 )
 
 import reroute_fx
@@ -182,20 +182,9 @@ def test_seeded_samples_are_a_loop_of_draws(family, rows, samples):
 
 
 def test_streamer_sees_the_returned_tokens(family):
-    seen = []
-
-    class Collect(TextStreamer):
-        def __init__(self):
-            pass
-
-        def put(self, value):
-            seen.extend(value.flatten().tolist())
-
-        def end(self):
-            seen.append("end")
-
-    ids = routed_model(family).generate(**batch(family, *SINGLE), max_new_tokens=4, streamer=Collect())
-    assert seen == [*ids[0].tolist(), "end"]
+    collector = Collector()
+    ids = routed_model(family).generate(**batch(family, *SINGLE), max_new_tokens=4, streamer=collector)
+    assert collector.seen == [*ids[0].tolist(), "end"]
 
 
 def test_a_stopping_criterion_stops(family):

@@ -14,8 +14,7 @@ from transformers import (
 
 import reroute_fx
 from reroute_fx import InputError, RerouteError, RoutingConfig, UnsupportedModelError
-from reroute_fx.capture import capture_decoder
-from reroute_fx.capture import captured_decoder as decoder
+from reroute_fx.capture import capture_decoder, captured_decoder
 
 EVERYTHING = RoutingConfig((1,), (1.0,))
 ROUTING = RoutingConfig((1,), (0.5,))
@@ -181,7 +180,7 @@ class TestSwappedParts:
 
     def test_an_unchanged_model_is_captured_once(self, model, monkeypatch):
         first = capture_decoder(model)
-        monkeypatch.setattr(decoder, "_export", lambda _: pytest.fail("captured again"))
+        monkeypatch.setattr(captured_decoder, "_export", lambda _: pytest.fail("captured again"))
         assert capture_decoder(model) is first
 
     @pytest.mark.parametrize("swap", [*SWAPS, cast])

@@ -30,8 +30,9 @@ from reroute_fx import RoutingConfig
 from reroute_fx.capture import text_decoder
 from reroute_fx.errors import ArtifactError, BackendUnavailableError, CaptureError
 from reroute_fx.kernels import select_tokens_reference
-from reroute_fx.lowering.onnx.onnx_operators import select_tokens_by_counting, supported_operators
+from reroute_fx.lowering.onnx.onnx_operators import supported_operators
 from reroute_fx.lowering.onnx.onnx_program import OPSET, WEIGHTS, OnnxProgram, operators, write_onnx
+from reroute_fx.lowering.selection_by_counting import select_tokens_by_counting
 from reroute_fx.runtime.loaded_model import PROGRAMS
 
 DIVIDENDS = {

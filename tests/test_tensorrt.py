@@ -8,6 +8,7 @@ import copy
 import importlib.util
 import json
 import sys
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,9 +38,8 @@ from reroute_fx.artifact import exporting
 from reroute_fx.capture import capture_decoder, find_visual_token_ids, text_decoder
 from reroute_fx.config.limits import Limits
 from reroute_fx.errors import ArtifactError, CaptureError
-from reroute_fx.lowering.tensorrt import decompositions as tensorrt_decompose
-from reroute_fx.lowering.tensorrt import engine_coverage as tensorrt_coverage
-from reroute_fx.lowering.tensorrt import engines as tensorrt
+from reroute_fx.lowering.selection_by_counting import select_tokens_by_counting
+from reroute_fx.lowering.tensorrt import decompositions, engine_coverage, engines
 from reroute_fx.lowering.tensorrt.decompositions import Size
 from reroute_fx.lowering.tensorrt.engine_coverage import coverage_of_decomposed
 from reroute_fx.lowering.tensorrt.engines import coverage, coverage_of, decompose, lower_tensorrt
@@ -48,6 +48,7 @@ from reroute_fx.pipeline import route
 from reroute_fx.runtime import make_routed_model
 
 RECORDER = Path(__file__).parents[1] / "benchmarks" / "record_converters.py"
+CUDA = torch.device("cuda")
 LIMITS = Limits(batch=4, length=96, image_tokens=48)
 COMPILE_KEYWORDS = {
     *("arg_inputs", "kwarg_inputs", "device", "disable_tf32", "min_block_size", "attn_bias_is_causal"),
@@ -107,9 +108,9 @@ class Library:
     def installed(self):
         """Let it be found, on a machine that has a GPU."""
         with pytest.MonkeyPatch.context() as patch:
-            for module in (tensorrt, api, exporting):
+            for module in (engines, api, exporting):
                 patch.setattr(module, "check_tensorrt", lambda device: self)
-            patch.setattr(tensorrt, "program_device", lambda program: torch.device("cuda"))
+            patch.setattr(engines, "program_device", lambda program: CUDA)
             yield
 
 
@@ -277,8 +278,8 @@ def test_caches_are_written_in_place(lowered, sizes):
 
 def test_what_the_library_decomposes_again_stays_the_same(lowered):
     program = lowered.given
-    table = tensorrt_decompose._decompositions()
-    theirs = {operator: table[operator] for operator in table if operator not in tensorrt_decompose._OURS}
+    table = decompositions._decompositions()
+    theirs = {operator: table[operator] for operator in table if operator not in decompositions._OURS}
     again = program.run_decompositions(theirs)
     counts = [Counter(n.target for n in p.graph.nodes if n.op == "call_function") for p in (program, again)]
     assert counts[0] == counts[1]
@@ -288,8 +289,8 @@ def test_what_the_library_decomposes_again_stays_the_same(lowered):
 def test_programs_are_saved_and_loaded(lowered, library, tmp_path):
     path = tmp_path / "continuation.ep"
     with library.installed():
-        tensorrt.save_tensorrt(lowered.program, path)
-        loaded = tensorrt.load_tensorrt(path)
+        engines.save_tensorrt(lowered.program, path)
+        loaded = engines.load_tensorrt(path)
     assert loaded.interface == lowered.program.interface
     assert (loaded.name, loaded.compilations, loaded.program) == ("continuation", 0, None)
     inputs = writing_inputs()
@@ -309,11 +310,11 @@ def test_a_batch_of_one_row_is_fixed(writing, library):
 def test_files_of_others_are_refused(library, tmp_path):
     with library.installed():
         with pytest.raises(ArtifactError, match="is no file"):
-            tensorrt.load_tensorrt(tmp_path / "none.ep")
+            engines.load_tensorrt(tmp_path / "none.ep")
         path = tmp_path / "other.ep"
         library.save(None, str(path), extra_files={}, retrace=False, pickle_protocol=4)
         with pytest.raises(ArtifactError, match="can't be read"):
-            tensorrt.load_tensorrt(path)
+            engines.load_tensorrt(path)
 
 
 def test_compile_and_export(library, tmp_path_factory, tmp_path):
@@ -442,10 +443,10 @@ def planted() -> ExportedProgram:
 
 def test_a_size_of_at_most_one_is_fixed(planted):
     sizes = {("inputs_embeds", 0): Size(2, 1), ("inputs_embeds", 1): Size(7, 9)}
-    given = tensorrt._inputs(decompose(planted, sizes), Library().Input)["inputs_embeds"]
+    given = engines._inputs(decompose(planted, sizes), Library().Input)["inputs_embeds"]
     assert (given.min_shape, given.opt_shape, given.max_shape) == ((1, 1), (1, 7), (1, 9))
     sizes["inputs_embeds", 1] = Size(2, 1)
-    given = tensorrt._inputs(decompose(planted, sizes), Library().Input)["inputs_embeds"]
+    given = engines._inputs(decompose(planted, sizes), Library().Input)["inputs_embeds"]
     assert given.shape == (1, 1)
 
 
@@ -511,7 +512,7 @@ def test_selections_are_those_of_the_reference(rows, values):
     )
     for padding, more_slots, seed in ((0, 0, 0), (5, 0, 1), (3, 2, 2)):
         inputs = selection_inputs(SELECTIONS[rows], scores, padding, more_slots, seed=seed)
-        found = tensorrt_decompose.select_tokens(*inputs)
+        found = select_tokens_by_counting(*inputs)
         for ours, theirs in zip(found, kernels.select_tokens_reference(*inputs), strict=True):
             assert ours.dtype == theirs.dtype
             assert torch.equal(ours, theirs)
@@ -520,7 +521,7 @@ def test_selections_are_those_of_the_reference(rows, values):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (1, 1)])
 def test_scores_are_those_of_the_reference(heads, kv_heads):
     inputs = scoring_inputs(heads, kv_heads, 23, 8, [23, 9, 1], [12, 3, 0])
-    found = tensorrt_decompose.visual_scores(*inputs)
+    found = decompositions.visual_scores(*inputs)
     assert torch.equal(found, kernels.visual_scores_reference(*inputs))
 
 
@@ -530,7 +531,7 @@ def test_rows_are_those_of_the_reference(dtype):
     shapes = {1: (3, 11, 4), 2: (3, 3, 11, 4)}
     tensors = [(torch.randn(shapes[dim]) * 4).to(dtype) for dim in (1, 2)]
     tensors.append((torch.randn(1, 11, 2) * 4).to(dtype))  # one row for the whole batch
-    found = tensorrt_decompose.compact_tokens(tensors, positions, [1, 2, 1])
+    found = decompositions.compact_tokens(tensors, positions, [1, 2, 1])
     expected = kernels.compact_tokens_reference(tensors, positions, [1, 2, 1])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -541,16 +542,16 @@ def test_restored_streams_are_those_of_the_reference(active):
     positions = positions_of(11, active, 5)
     stream, rows = torch.randn(3, 11, 4), torch.randn(3, 5, 4)
     expected = kernels.restore_tokens_reference(stream, rows, positions)
-    assert torch.equal(tensorrt_decompose.restore_tokens(stream, rows, positions), expected)
+    assert torch.equal(decompositions.restore_tokens(stream, rows, positions), expected)
     positions[positions > 11] = NO_TOKEN
-    assert torch.equal(tensorrt_decompose.restore_tokens(stream, rows, positions), expected)
+    assert torch.equal(decompositions.restore_tokens(stream, rows, positions), expected)
 
 
 @pytest.mark.parametrize("shape", [(4, 2, 9, 3), (4, 2, 9)])
 def test_cache_writes_are_those_of_index_put(shape):
     row, slot = torch.arange(4)[:, None], torch.tensor([0, 6, 3, 2])[:, None] + torch.arange(3)
     cache, new = torch.randn(shape), torch.randn(4, 3, *shape[1:2], *shape[3:])
-    found = tensorrt_decompose._index_put(cache, [row, None, slot], new)
+    found = decompositions._index_put(cache, [row, None, slot], new)
     assert torch.equal(found, torch.ops.aten.index_put(cache, [row, None, slot], new))
 
 
@@ -558,14 +559,14 @@ def test_cache_writes_are_those_of_index_put(shape):
 def test_other_writes_stay_as_they_are(indices):
     index = {None: None, 0: torch.tensor([0, 1]), "mask": torch.tensor([True, False])}
     given = [index[i] for i in indices]
-    assert tensorrt_decompose._index_put(torch.zeros(2, 2, 2), given, torch.zeros(2)) is NotImplemented
+    assert decompositions._index_put(torch.zeros(2, 2, 2), given, torch.zeros(2)) is NotImplemented
 
 
 def test_other_sums_stay_as_they_are():
     flags = torch.tensor([[True, False, True, True]])
-    assert torch.equal(tensorrt_decompose._cumsum(flags, 1), flags.cumsum(1))
-    assert tensorrt_decompose._cumsum(flags.float(), 1) is NotImplemented
-    assert tensorrt_decompose._cumsum(flags, 0) is NotImplemented
+    assert torch.equal(decompositions._cumsum(flags, 1), flags.cumsum(1))
+    assert decompositions._cumsum(flags.float(), 1) is NotImplemented
+    assert decompositions._cumsum(flags, 0) is NotImplemented
 
 
 def test_a_size_that_was_fixed_is_an_error(planted, monkeypatch):
@@ -580,7 +581,7 @@ def test_a_library_that_is_missing_is_named(planted, monkeypatch):
     with pytest.raises(BackendUnavailableError, match=r"not installed.*pip install 'reroute-fx\[tensorrt\]'"):
         lower_tensorrt(planted)
     with pytest.raises(BackendUnavailableError, match="not installed"):
-        tensorrt.load_tensorrt(Path("none"))
+        engines.load_tensorrt(Path("none"))
 
 
 def test_a_library_that_can_not_be_loaded_says_why(planted, monkeypatch, tmp_path):
@@ -600,9 +601,25 @@ def test_a_library_that_can_not_be_loaded_says_why(planted, monkeypatch, tmp_pat
     assert coverage_of({"program": planted}).source.startswith("recorded list")
 
 
+def test_who_uses_it_is_warned_once_that_no_engine_was_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", Library())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        with pytest.raises(BackendUnavailableError):
+            engines.check_tensorrt(CUDA)
+        assert not said
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for _ in range(2):
+            assert isinstance(engines.check_tensorrt(CUDA), Library)
+    (warning,) = said
+    assert warning.category is UserWarning
+    assert "experimental" in str(warning.message)
+    assert "no engine of it has been built and run on a GPU yet" in str(warning.message)
+
+
 def test_a_model_on_cpu_is_refused_before_anything_is_traced(planted, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_tensorrt", Library())
-    monkeypatch.setattr(tensorrt, "decompose", None)
+    monkeypatch.setattr(engines, "decompose", None)
     with pytest.raises(BackendUnavailableError, match="the model is on cpu; expected a CUDA device"):
         lower_tensorrt(planted)
 
@@ -686,11 +703,11 @@ def test_the_recorder_refuses_what_is_no_package(tmp_path):
 
 
 def test_the_recorded_list_is_of_a_release_and_names_operators_that_torch_has():
-    recorded = tensorrt_decompose.load_recorded()
+    recorded = decompositions.load_recorded()
     assert {"source", "version", "recorded", "converters", "decompositions"} == recorded.keys()
     assert len(recorded["converters"]) > 200
     names = {entry["target"] for entry in recorded["converters"] if entry["target"].startswith("aten.")}
-    known = [name for name in names if tensorrt_decompose.find_operator(name) is not None]
+    known = [name for name in names if decompositions.find_operator(name) is not None]
     assert len(known) == len(names)
 
 
@@ -704,7 +721,7 @@ def test_conditions_of_a_converter_are_told():
     }
     graph = torch.fx.Graph()
     node = graph.call_function(torch.ops.aten.nonzero.default, (graph.placeholder("x"),))
-    found = tensorrt_coverage._Recorded([entry]).support(node)
+    found = engine_coverage._Recorded([entry]).support(node)
     assert found.is_converted
     assert found.reason == (
         "only if FEATURES.later; validated by Torch-TensorRT at conversion: some_validator; needs an output allocator"
@@ -714,7 +731,7 @@ def test_conditions_of_a_converter_are_told():
 def no_library():
     """Why the real library can't be used here; empty if it can."""
     try:
-        tensorrt.check_tensorrt(torch.device("cuda"))
+        engines.check_tensorrt(CUDA)
     except BackendUnavailableError as error:
         return str(error)
     return ""
@@ -728,15 +745,15 @@ def test_engines_compute_what_the_program_computes(family, rows, tmp_path):
     model, config = copy.deepcopy(unrouted_model(family)).cuda(), ROUTING[family]
     routed = reroute_fx.compile(model, config=config, backend="eager")
     for name, executable in routed.programs.items():
-        tensorrt.save_tensorrt(lower_tensorrt(executable.program, name, LIMITS), tmp_path / name)
-    loaded = {name: tensorrt.load_tensorrt(tmp_path / name) for name in routed.programs}
-    engines = with_programs(model, routed, loaded)
+        engines.save_tensorrt(lower_tensorrt(executable.program, name, LIMITS), tmp_path / name)
+    loaded = {name: engines.load_tensorrt(tmp_path / name) for name in routed.programs}
+    on_engines = with_programs(model, routed, loaded)
     inputs = {name: tensor.cuda() for name, tensor in batch(family, *BATCHES[rows]).items()}
-    expected, found = routed(**inputs), engines(**inputs)
+    expected, found = routed(**inputs), on_engines(**inputs)
     for layer in config.decision_layers:
         for ours, theirs in zip(found.routing.selected[layer], expected.routing.selected[layer], strict=True):
             assert torch.equal(ours, theirs)
     is_token = inputs["attention_mask"].bool()
     assert (found.logits - expected.logits)[is_token].abs().max() < NOISE
-    steps = [forward_and_steps(given, inputs, [9, 10, 11])[:, -3:] for given in (engines, routed)]
+    steps = [forward_and_steps(given, inputs, [9, 10, 11])[:, -3:] for given in (on_engines, routed)]
     assert (steps[0] - steps[1]).abs().max() < NOISE

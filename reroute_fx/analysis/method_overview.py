@@ -10,10 +10,10 @@ from ..config.routing_config import RoutingConfig
 from ..errors import ConfigError
 from ..methods import Method, Schedule, all_methods
 from ..methods.tiers import REFERENCE_TOKENS
-from .paper_configs import FAMILIES
+from .paper_configs import PAPER_DECODERS
 from .theory import prefill_cost
 
-_DECODER = FAMILIES["llava15"]
+_DECODER = PAPER_DECODERS["llava15"]
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,16 @@ _VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Family:
+class PaperDecoder:
     """Decoder of the 7B model that the release evaluates."""
 
     num_layers: int
     layer: LayerCost
 
 
-FAMILIES = {
-    "llava15": Family(32, LayerCost.dense(4096, 32, 32, 11008)),
-    "qwen25vl": Family(28, LayerCost.dense(3584, 28, 4, 18944)),
+PAPER_DECODERS = {
+    "llava15": PaperDecoder(32, LayerCost.dense(4096, 32, 32, 11008)),
+    "qwen25vl": PaperDecoder(28, LayerCost.dense(3584, 28, 4, 18944)),
 }
 
 
@@ -59,7 +59,7 @@ class PaperConfig:
 def paper_configs() -> tuple[PaperConfig, ...]:
     """All 38 configurations: two unrouted baselines, and 2 models x 3 tiers x 6 variants."""
     table = []
-    for family, decoder in FAMILIES.items():
+    for family, decoder in PAPER_DECODERS.items():
         table.append(_entry(family, decoder, "baseline", None, None))
         for tier in TIERS:
             for action in ACTIONS:
@@ -73,7 +73,7 @@ def paper_configs() -> tuple[PaperConfig, ...]:
 
 
 def _entry(
-    family: str, decoder: Family, name: str, tier: int | None, config: RoutingConfig | None
+    family: str, decoder: PaperDecoder, name: str, tier: int | None, config: RoutingConfig | None
 ) -> PaperConfig:
     average = config.average_tokens(decoder.num_layers) if config else 576.0
     cost = prefill_cost([decoder.layer] * decoder.num_layers, config)

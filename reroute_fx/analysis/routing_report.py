@@ -146,12 +146,12 @@ class RoutingReport:
         return f"{name}: {self.config.method} / {self.config.action}, {self.num_layers} layers{backend}"
 
     def _method(self) -> str:
-        method, asked = self.config.definition, {"own": "deciding", "previous": "previous"}
+        method, scoring = self.config.definition, {"own": "deciding", "previous": "previous"}
         said = [f"Method: {method.source}."]
         if self.config.entry_ratio < 1:
             said.append(f"{self.config.entering(self.visual_tokens)} visual tokens enter.")
         if self.config.decision_layers:
-            said.append(f"Ranks by {method.ranks_by} ({asked[self.config.scoring]} layer).")
+            said.append(f"Ranks by {method.ranks_by} ({scoring[self.config.scoring]} layer).")
         return " ".join([*said, f"{self.config.positions.capitalize()} positions."])
 
     def _cost_table(self) -> Table:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch.export import ExportedProgram
 
 from ..errors import ArtifactError
-from ..lowering import Schedule, ScheduledProgram
+from ..lowering import CallSchedule, ScheduledProgram
 from ..lowering.inductor.aot_regions import Scheduled, load_region, package_region, schedule
 from ..lowering.weights import WEIGHTS, memory_of, save_weights
 from ..runtime import RoutedModel
@@ -63,7 +63,7 @@ def load_aot(
     try:
         plan = json.loads((folder / str(files.schedule)).read_text())
         regions = [load_region(folder / region, device) for region in files.files]
-        return ScheduledProgram(Schedule.from_json(plan, len(regions), PROGRAMS[name]), regions, weights)
+        return ScheduledProgram(CallSchedule.from_json(plan, len(regions), PROGRAMS[name]), regions, weights)
     except KeyError as error:
         raise ArtifactError(
             f"{folder} lacks the weight {error} of {name}. Export the model again."

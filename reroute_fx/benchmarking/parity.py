@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ParityError
+from ..passes.tensor_names import POOLS, VISUAL_INDEX
 from ..selection.selection_result import Routing
 
 _NOISE = 32
@@ -185,8 +186,8 @@ def _swaps_by_pool(
 
 def _pools(routing: Routing, row: int) -> torch.Tensor:
     """Which tokens of a row compete with each other, ``[N]``."""
-    pools = routing.plan.inputs.get("pools")
-    return torch.zeros_like(routing.plan.inputs["visual_index"][row]) if pools is None else pools[row]
+    pools = routing.plan.inputs.get(POOLS)
+    return torch.zeros_like(routing.plan.inputs[VISUAL_INDEX][row]) if pools is None else pools[row]
 
 
 def _relative_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..common.json_files import check_file
+from ..common.optional_libraries import optional_library
 from ..config.routing_config import RoutingConfig
-from ..errors import BackendUnavailableError, InputError
+from ..errors import InputError
 from .measures import MEASURES
 
 _COLOURS = {"eager": "#9aa0a6", "compiled": "#4878a8", "routed": "#e07b39"}
@@ -49,12 +50,9 @@ class Measured(Protocol):
 
 def check_plot(path: str | Path) -> Path:
     """Raise what `plot_results` would, before anything is measured."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise BackendUnavailableError(
-            "matplotlib is not installed; expected it for plots. Run pip install 'reroute-fx[bench]'."
-        ) from error
+    optional_library("matplotlib", "bench", "for plots")
+    from matplotlib.backend_bases import FigureCanvasBase
+
     target = check_file(path)
     formats = FigureCanvasBase.get_supported_filetypes()
     if target.suffix.removeprefix(".") not in formats:

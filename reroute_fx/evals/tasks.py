@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.folders import check_folder
-from ..errors import BackendUnavailableError, ConfigError
+from ..common.optional_libraries import optional_library
+from ..errors import ConfigError
 from ..grounding.questions import KINDS, Question, collect
 from ..grounding.scenes import SIDE, Scene
 from ..grounding.scoring import THRESHOLD, overlap, read_box, yes_no_scores
@@ -34,7 +35,7 @@ _DATASETS = {
 
 
 @dataclass(frozen=True)
-class Family:
+class BoxFormat:
     """How models of a family are asked for a box.
 
     Attributes:
@@ -46,9 +47,9 @@ class Family:
 
 
 FAMILIES = {
-    "llava": Family(),
-    "qwen2_5_vl": Family("with_box_in_json", "score_pixels"),
-    "qwen3_vl": Family("with_box_in_json", "score_thousandths"),
+    "llava": BoxFormat(),
+    "qwen2_5_vl": BoxFormat("with_box_in_json", "score_pixels"),
+    "qwen3_vl": BoxFormat("with_box_in_json", "score_thousandths"),
 }
 
 _REFER = """\
@@ -114,13 +115,7 @@ def write_tasks(folder: str | Path, count: int = 200, seed: int = 0) -> list[str
         BackendUnavailableError: datasets is not installed.
         InputError: `folder` is a file.
     """
-    try:
-        import datasets  # noqa: F401
-    except ImportError as error:
-        raise BackendUnavailableError(
-            "datasets is not installed; expected it to write pictures and questions. Run pip install "
-            "'reroute-fx[eval]'."
-        ) from error
+    optional_library("datasets", "eval", "to write pictures and questions")
     target = check_folder("folder", folder).absolute()
     target.mkdir(parents=True, exist_ok=True)
     (target / "utils.py").write_text("from reroute_fx.evals.task_functions import *  # noqa: F403\n")

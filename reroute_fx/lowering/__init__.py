@@ -1,6 +1,6 @@
 """Lowering: an exported program in, something that runs fast out. Knows backends only."""
 
-from .call_schedule import HIDDEN, Schedule, ScheduledProgram, as_executable
+from .call_schedule import HIDDEN, CallSchedule, ScheduledProgram, as_executable
 from .cuda_graphs import CudaRecorder
 from .device import check_device, describe_operators
 from .executable import BACKENDS, Executable, check_backend, lower
@@ -9,9 +9,9 @@ from .tensorrt.engines import TensorRTProgram, check_tensorrt
 __all__ = [
     "BACKENDS",
     "HIDDEN",
+    "CallSchedule",
     "CudaRecorder",
     "Executable",
-    "Schedule",
     "ScheduledProgram",
     "TensorRTProgram",
     "as_executable",

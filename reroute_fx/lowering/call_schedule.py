@@ -24,7 +24,7 @@ _MOST_DIMENSIONS, _MOST_OUTPUTS = 8, 2**16
 
 
 @dataclass(frozen=True)
-class Call:
+class RegionCall:
     """A call of a region.
 
     Attributes:
@@ -41,7 +41,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class CallSchedule:
     """A program over regions.
 
     Attributes:
@@ -53,11 +53,11 @@ class Schedule:
 
     inputs: tuple[str, ...]
     weights: tuple[str, ...]
-    calls: tuple[Call, ...]
+    calls: tuple[RegionCall, ...]
     outputs: dict[str, int]
 
     @classmethod
-    def of(cls, program: ExportedProgram, regions: Regions) -> "Schedule":
+    def of(cls, program: ExportedProgram, regions: Regions) -> "CallSchedule":
         """The schedule of a program that `route` or `continuation` returned, or one that returns tensors by name."""
         specs = program.graph_signature.input_specs
         inputs = program.graph_signature.user_inputs
@@ -67,7 +67,7 @@ class Schedule:
         return cls(inputs, tuple(weights.values()), calls, reader.outputs(program.call_spec.out_spec))
 
     @classmethod
-    def from_json(cls, data: Any, regions: int, result: str = HIDDEN) -> "Schedule":
+    def from_json(cls, data: Any, regions: int, result: str = HIDDEN) -> "CallSchedule":
         """Read what `to_json` wrote, for a program of as many regions that returns `result`.
 
         Raises:
@@ -75,7 +75,7 @@ class Schedule:
         """
         try:
             calls = [
-                Call(c["region"], tuple(c["inputs"]), tuple(map(tuple, c["lengths"])), c["outputs"])
+                RegionCall(c["region"], tuple(c["inputs"]), tuple(map(tuple, c["lengths"])), c["outputs"])
                 for c in data["calls"]
             ]
             schedule = cls(tuple(data["inputs"]), tuple(data["weights"]), tuple(calls), dict(data["outputs"]))
@@ -124,11 +124,11 @@ class _Reader:
     def calls(self) -> list[fx.Node]:
         return [n for n in self.graph.nodes if n.op == "call_function" and n.target in self.regions]
 
-    def call(self, node: fx.Node) -> Call:
+    def call(self, node: fx.Node) -> RegionCall:
         tensors = [n for n in node.all_input_nodes if not is_size(n)]
         lengths: list[Any] = [n.args for n in node.all_input_nodes if is_size(n)]
         results: dict[fx.Node, Any] = {n: n.args[1] for n in node.users if n.target is operator.getitem}
-        made = Call(
+        made = RegionCall(
             self.regions[node.target],  # type: ignore[index]
             tuple(self.values[n] for n in tensors),
             tuple((self.values[tensor], dim) for tensor, dim in lengths),
@@ -155,7 +155,7 @@ class ScheduledProgram:
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: CallSchedule,
         regions: Sequence[Callable[[list[torch.Tensor]], list[torch.Tensor]]],
         weights: Mapping[str, torch.Tensor],
     ) -> None:
@@ -191,7 +191,7 @@ def as_executable(values: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"output": output, "routing": routing}
 
 
-def _last_uses(schedule: Schedule) -> list[list[int]]:
+def _last_uses(schedule: CallSchedule) -> list[list[int]]:
     """For each call the values that nothing reads after it, so that their memory is free."""
     read: dict[int, int] = {}
     count = len(schedule.inputs) + len(schedule.weights)

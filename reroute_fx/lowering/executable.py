@@ -20,7 +20,7 @@ from ..config.limits import Limits
 from ..errors import ConfigError
 from .cuda_graphs import CudaGraphs, Recorder, Role
 from .device import program_device
-from .inductor import compiled_regions as inductor
+from .inductor import compiled_regions
 from .tensorrt.engines import TensorRTProgram, lower_tensorrt
 
 BACKENDS = ("inductor", "eager", "tensorrt")
@@ -48,7 +48,7 @@ class Executable:
         self.distinct_regions = 0
         self.cuda_graphs: CudaGraphs | None = None
         self.show_progress = False
-        self._compiled = inductor.Compilations()
+        self._compiled = compiled_regions.Compilations()
         self._has_run = False
         self._module = program.graph_module
         self._state = {**program.state_dict, **program.constants}
@@ -150,7 +150,7 @@ def lower(
     executable = Executable(program, backend, name)
     if backend == "inductor":
         device = program_device(program)
-        regions = inductor.lower(program.graph_module, device, dynamic)
+        regions = compiled_regions.lower(program.graph_module, device, dynamic)
         executable._module = regions.module
         executable.regions, executable.distinct_regions = regions.calls, regions.distinct
         executable.show_progress = show_progress

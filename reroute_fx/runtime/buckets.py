@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from ..passes.tensor_names import CACHED, INPUTS_EMBEDS, LENGTHS, POOLS, VISUAL_INDEX, read_output_name
 from ..selection.row_plan import RowPlan
 
 BUCKET = 64
@@ -20,16 +21,16 @@ def pad_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Args:
         inputs: ``inputs_embeds [B, S, d]``, ``position_ids [..., B, S]`` and those of `RowPlan.inputs`.
     """
-    places = inputs["inputs_embeds"].shape[1]
+    places = inputs[INPUTS_EMBEDS].shape[1]
     padded = {}
     for name, tensor in inputs.items():
-        if name == "inputs_embeds":
+        if name == INPUTS_EMBEDS:
             padded[name] = F.pad(tensor, (0, 0, 0, _missing(places)))
-        elif name == "lengths":
+        elif name == LENGTHS:
             padded[name] = tensor
-        elif name == "visual_index":
+        elif name == VISUAL_INDEX:
             padded[name] = F.pad(tensor, (0, _missing(tensor.shape[-1])), value=places)
-        elif name == "pools":
+        elif name == POOLS:
             behind = torch.iinfo(torch.int64).max
             padded[name] = F.pad(tensor, (0, _missing(tensor.shape[-1])), value=behind)
         else:
@@ -46,11 +47,11 @@ def cut_outputs(values: Mapping[str, torch.Tensor], plan: RowPlan, places: int) 
         plan: of the prompt.
         places: S of the prompt.
     """
-    tokens, cut = plan.inputs["visual_index"].shape[1], {}
+    tokens, cut = plan.inputs[VISUAL_INDEX].shape[1], {}
     for name, tensor in values.items():
-        kind, _, layer = name.partition(".")
-        if kind in ("key", "value"):
-            cut[name] = tensor[:, :, : plan.slots(int(layer), places)]
+        kind, layer = read_output_name(name)
+        if kind in CACHED:
+            cut[name] = tensor[:, :, : plan.slots(layer, places)]
         elif kind == "stream":
             cut[name] = tensor[:, :places]
         else:

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
+from ..passes.tensor_names import cache_input, cached_input
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ class RoutedCache(DynamicCache):
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Inputs that `AttendToCache` adds to a program."""
-        given = {f"cached_{start}": tokens for start, tokens in self._routed().tokens.items()}
+        given = {cached_input(start): tokens for start, tokens in self._routed().tokens.items()}
         for i, layer in enumerate(self.layers):
-            given[f"key_cache_{i}"], given[f"value_cache_{i}"] = layer.keys, layer.values
+            given |= {cache_input("key", i): layer.keys, cache_input("value", i): layer.values}
         return given
 
     def advance(self, columns: int, tokens: torch.Tensor) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedModelError
-from .prompt import Continuation, Prompt
+from ..passes.tensor_names import LENGTHS
+from .prompt import Prompt, TokensOnCache
 
 
-def refuse_other_masks(mask: Any, call: Prompt | Continuation, columns: int) -> None:
+def refuse_other_masks(mask: Any, call: Prompt | TokensOnCache, columns: int) -> None:
     """Raise UnsupportedModelError unless `mask` lets each token see those before it and itself, nothing else.
 
     Args:
@@ -53,7 +54,7 @@ def _is_token(prompt: Prompt, columns: int, device: torch.device) -> torch.Tenso
         return prompt.reduction.is_token
     if prompt.places is None:
         return None
-    lengths = prompt.plan.inputs["lengths"]
+    lengths = prompt.plan.inputs[LENGTHS]
     in_front = torch.arange(columns, device=device) < lengths[:, None]
     return torch.zeros_like(in_front).scatter(1, prompt.places.order, in_front)
 

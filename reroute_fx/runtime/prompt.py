@@ -1,11 +1,10 @@
-"""Read and check the inputs of a call before anything runs."""
+"""What a call of the model is: a prompt to route, tokens on a cache, or neither. Told before anything runs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, StaticCache
 
 from ..capture import tokens_per_image
 from ..config.limits import Limits
@@ -14,11 +13,23 @@ from ..errors import InputError
 from ..selection.row_plan import RowPlan, plan_rows
 from ..selection.selection_result import Routing
 from .cache import RoutedCache
-from .prompt_reduction import ReducedFeatures, Reduction, plan_entry
+from .call_checks import (
+    VISUAL_INPUTS,
+    cache_of,
+    check_plain_cache,
+    check_tensors,
+    check_visual_mask,
+    has_features,
+    read_mask,
+    read_new_mask,
+    refuse_new_images,
+    refuse_unreduced,
+    refuse_visual_end,
+)
+from .prompt_reduction import PromptReduction, plan_entry
 from .row_images import split_images
 from .rows import Places
 
-_VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")
 _GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
 
 
@@ -37,7 +48,7 @@ class Prompt:
 
     plan: RowPlan
     places: Places | None
-    reduction: Reduction | None = None
+    reduction: PromptReduction | None = None
     routing: Routing | None = None
     commit: Callable[[], None] | None = None
 
@@ -48,7 +59,7 @@ class Prompt:
 
 
 @dataclass
-class Continuation:
+class TokensOnCache:
     """New tokens on a routed cache.
 
     Attributes:
@@ -91,7 +102,7 @@ class PromptReader:
     has_streams: bool = False
     position_rank: int = 2
 
-    def read(self, given: Mapping[str, Any], device: torch.device) -> Prompt | Continuation | None:
+    def read(self, given: Mapping[str, Any], device: torch.device) -> Prompt | TokensOnCache | None:
         """A prompt to route, tokens on a routed cache, or (None) neither.
 
         Args:
@@ -107,8 +118,8 @@ class PromptReader:
                 raise InputError(
                     f"{flag}=True is not available on a routed model. Use the model that was compiled."
                 )
-        _check_tensors(given, device)
-        cache, held = _cache_of(given)
+        check_tensors(given, device)
+        cache, held = cache_of(given)
         tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         if isinstance(cache, RoutedCache) and tokens is not None:
             cache.check_room(held + tokens.shape[1])
@@ -118,20 +129,20 @@ class PromptReader:
 
     def check_generate(self, given: Mapping[str, Any], device: torch.device) -> None:
         """Refuse what `read` would refuse after `generate` has encoded the images."""
-        cache, held = _cache_of(given)
-        has_prompt = _has_features(given) or any(
+        cache, held = cache_of(given)
+        has_prompt = has_features(given) or any(
             given.get(name) is not None for name in ("input_ids", "inputs_embeds")
         )
         if held:
-            _refuse_new_images(given, cache)
+            refuse_new_images(given, cache)
         elif has_prompt:
             self.read(given, device)
 
     def _continue(
         self, given: Mapping[str, Any], cache: Any, tokens: torch.Tensor | None
-    ) -> Continuation | None:
+    ) -> TokensOnCache | None:
         """A call on a cache that holds tokens already."""
-        _refuse_new_images(given, cache)
+        refuse_new_images(given, cache)
         if tokens is None or tokens.shape[1] == 0:
             raise InputError("No new tokens were given on a cache; expected input_ids with one or more.")
         # A single token was generated; looking at it would make the device wait at every step.
@@ -147,7 +158,7 @@ class PromptReader:
                 "past_key_values was made by another model; expected a RoutedCache of this one, or an empty cache."
             )
         if rows is None:
-            _check_plain_cache(cache, self.model_config, tokens.shape[0])
+            check_plain_cache(cache, self.model_config, tokens.shape[0])
             return None
         if rows.config != self.routing_config:
             raise InputError(
@@ -165,11 +176,11 @@ class PromptReader:
                 f"The call has {tokens.shape[0]} rows, but the cache holds {held}; expected as many. Use "
                 f"cache.batch_select_indices or batch_repeat_interleave to change its rows."
             )
-        return Continuation(cache, _new_tokens(given.get("attention_mask"), cache, tokens.shape[1]))
+        return TokensOnCache(cache, read_new_mask(given.get("attention_mask"), cache, tokens.shape[1]))
 
     def _start(self, given: Mapping[str, Any]) -> Prompt | None:
         """A call that starts a sequence."""
-        has_features, is_embedded = _has_features(given), given.get("inputs_embeds") is not None
+        has_pictures, is_embedded = has_features(given), given.get("inputs_embeds") is not None
         if self.routing_config.entry_ratio < 1 and given.get("pixel_values_videos") is not None:
             raise InputError(
                 f"pixel_values_videos were given, but method {self.routing_config.method!r} reduces images; expected "
@@ -178,13 +189,13 @@ class PromptReader:
         input_ids = self._placeholders(given) if given.get("input_ids") is None else self._checked_ids(given)
         if input_ids is None:
             return None
-        is_token = _read_mask(given.get("attention_mask"), input_ids)
+        is_token = read_mask(given.get("attention_mask"), input_ids)
         # One copy to the host: all shapes follow from what is read here.
         ids = input_ids.cpu().masked_fill(~is_token, -1)
         is_visual = self.is_visual(ids)
         if not is_visual.any():
-            if has_features:
-                features = next((n for n in _VISUAL_INPUTS if given.get(n) is not None), "mm_encoder_outputs")
+            if has_pictures:
+                features = next((n for n in VISUAL_INPUTS if given.get(n) is not None), "mm_encoder_outputs")
                 where = "visual_mask" if given.get("input_ids") is None else "input_ids"
                 raise InputError(
                     f"{features} were given but {where} holds no image token; expected one for each feature. Use the "
@@ -192,19 +203,19 @@ class PromptReader:
                 )
             if not self.routes_text:
                 return None
-        elif not has_features and not is_embedded:
+        elif not has_pictures and not is_embedded:
             raise InputError(
                 f"input_ids holds {is_visual.sum(dim=1).tolist()} image tokens in its rows but no pixel_values were "
                 f"given. Pass what the processor returned."
             )
         if self.routing_config.entry_ratio < 1:
-            _refuse_unreduced(given, self.routing_config)
+            refuse_unreduced(given, self.routing_config)
         places = None
         if not is_token.all():
             places = Places.of(is_token)
             is_visual, ids = places.to_front(is_visual), places.to_front(ids)
         lengths = is_token.sum(dim=1)
-        _refuse_visual_end(is_visual, lengths)
+        refuse_visual_end(is_visual, lengths)
         images = split_images(ids, is_visual, tokens_per_image(self.model_config, given))
         if self.limits is not None:
             self.limits.check_images(images)
@@ -213,7 +224,7 @@ class PromptReader:
             left, counts, entering = plan_entry(self.routing_config, is_visual, lengths.tolist(), images)
             plan = plan_rows(self.routing_config, left.to(device), counts, entering)
             columns = _visual_columns(self.is_visual(input_ids.cpu()) & is_token)
-            return Prompt(plan, None, Reduction(is_token.to(device), columns.to(device), left.shape[1]))
+            return Prompt(plan, None, PromptReduction(is_token.to(device), columns.to(device), left.shape[1]))
         plan = plan_rows(self.routing_config, is_visual.to(device), lengths.tolist(), images)
         return Prompt(plan, places.to(device) if places else None)
 
@@ -250,13 +261,13 @@ class PromptReader:
                 f"The prompt {came}; expected input_ids, in which the visual tokens can be found."
             )
         if mask is None:
-            if _has_features(given):
+            if has_features(given):
                 raise InputError(
                     "The prompt came as inputs_embeds with pictures; expected to be told which tokens are visual. Pass "
                     "input_ids as well, or visual_mask, [batch, length] bool."
                 )
             return None
-        _check_visual_mask(mask, embeds)
+        check_visual_mask(mask, embeds)
         sizes = tokens_per_image(self.model_config, given)
         if len(sizes) > 1:
             raise InputError(
@@ -278,50 +289,6 @@ class PromptReader:
         return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
 
 
-def _check_visual_mask(mask: Any, embeds: torch.Tensor) -> None:
-    if embeds.ndim != 3 or 0 in embeds.shape:
-        raise InputError(
-            f"inputs_embeds has shape {list(embeds.shape)}; expected [batch, length, width], all above 0."
-        )
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != embeds.shape[:2]:
-        what = (
-            f"has dtype {mask.dtype} and shape {list(mask.shape)}"
-            if isinstance(mask, torch.Tensor)
-            else f"is a {type(mask).__name__}"
-        )
-        raise InputError(
-            f"visual_mask {what}; expected a bool tensor {list(embeds.shape[:2])}, True for visual tokens."
-        )
-
-
-def _has_features(given: Mapping[str, Any]) -> bool:
-    """Whether a call brings pictures or what an encoder made of them."""
-    encoded = (given.get("mm_encoder_outputs") or {}).values()
-    return any(value is not None for value in (*map(given.get, _VISUAL_INPUTS), *encoded))
-
-
-def _refuse_unreduced(given: Mapping[str, Any], config: RoutingConfig) -> None:
-    """A reduction has to have happened where pictures were encoded elsewhere."""
-    encoded = (given.get("mm_encoder_outputs") or {}).values()
-    is_unreduced = any(not isinstance(value, ReducedFeatures) for value in encoded if value is not None)
-    if is_unreduced or not _has_features(given):
-        raise InputError(
-            f"Features of pictures came without method {config.method!r} having reduced them; expected pixel_values, "
-            f"or what get_image_features of the routed model returns as mm_encoder_outputs."
-        )
-
-
-def refuse_gradients(given: Mapping[str, Any]) -> None:
-    """Raise InputError if a loss is asked for that gradients could be expected of."""
-    names = [name for name in ("labels", "shift_labels") if given.get(name) is not None]
-    if names and torch.is_grad_enabled():
-        raise InputError(
-            f"{names[0]} was given with gradients enabled, but a routed model is for inference: a loss carries no "
-            f"gradients through the decoder. Call it under torch.no_grad() for the loss, and train the model that was "
-            f"compiled."
-        )
-
-
 def without_grids(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call on a cache, less what tells the positions of pictures that are cached already."""
     return {name: value for name, value in given.items() if name not in _GRIDS}
@@ -332,128 +299,3 @@ def _visual_columns(is_visual: torch.Tensor) -> torch.Tensor:
     columns = torch.arange(is_visual.shape[1]).expand(is_visual.shape)
     widest = int(is_visual.sum(dim=1).max())
     return columns.masked_fill(~is_visual, is_visual.shape[1]).sort(dim=1).values[:, :widest].contiguous()
-
-
-def _cache_of(given: Mapping[str, Any]) -> tuple[Any, int]:
-    """The cache of a call and the tokens that it holds."""
-    cache = given.get("past_key_values")
-    if cache is not None and (not isinstance(cache, Cache) or isinstance(cache, StaticCache)):
-        raise InputError(
-            f"past_key_values is a {type(cache).__name__}; expected a RoutedCache, an empty DynamicCache or none: the "
-            f"layers of a routed model cache different numbers of tokens."
-        )
-    return cache, cache.get_seq_length() if cache is not None else 0
-
-
-def _refuse_new_images(given: Mapping[str, Any], cache: Any) -> None:
-    for name in _VISUAL_INPUTS:
-        if given.get(name) is not None:
-            raise InputError(
-                f"{name} was given together with a cache of {cache.get_seq_length()} tokens; expected images only "
-                f"in the first call. Leave {name} out if the new tokens have no image of their own; otherwise send "
-                f"the whole conversation as one prompt without a cache."
-            )
-
-
-def _check_tensors(given: Mapping[str, Any], device: torch.device) -> None:
-    """Inputs have to lie where the model does and to have the kind of dtype that a processor returns."""
-    for name, tensor in given.items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        if tensor.device.type != device.type or tensor.device.index not in (device.index, None):
-            raise InputError(
-                f"{name} is on {tensor.device}, but the model is on {device}; expected the same device. Call "
-                f"inputs.to(model.device)."
-            )
-        if name in ("input_ids", "position_ids") and tensor.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"{name} has dtype {tensor.dtype}; expected int64, as a processor returns.")
-        if name in (*_VISUAL_INPUTS, "inputs_embeds") and not tensor.is_floating_point():
-            raise InputError(
-                f"{name} has dtype {tensor.dtype}; expected floating point, rescaled and normalised as a processor "
-                f"returns it."
-            )
-
-
-def _check_plain_cache(cache: Any, model_config: Any, batch: int) -> None:
-    """A cache that nothing was routed into has to fit the decoder at least."""
-    text = model_config.get_text_config(decoder=True)
-    layers = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
-    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    expected = text.num_hidden_layers, batch, heads, width
-    first = layers[0].keys.shape if layers else (0, 0, 0, 0)
-    found = len(layers), first[0], first[1], first[3]
-    if found != expected:
-        raise InputError(
-            f"past_key_values holds {found[0]} layers of {found[1]} rows with {found[2]} heads of size {found[3]}; "
-            f"expected {expected[0]} layers of {batch} rows with {heads} heads of size {width}. It was made by another "
-            f"model."
-        )
-
-
-def _read_mask(mask: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """Which columns hold a token, ``[B, S]`` bool on the host."""
-    if mask is None:
-        return torch.ones(input_ids.shape, dtype=torch.bool)
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        raise InputError(
-            "attention_mask is no [batch, length] tensor; expected the mask that a processor returns."
-        )
-    if mask.shape != input_ids.shape:
-        raise InputError(
-            f"attention_mask has shape {list(mask.shape)}, but input_ids {list(input_ids.shape)}; expected one entry "
-            f"for each token."
-        )
-    mask = mask.cpu()
-    _refuse_other_values(mask)
-    is_token: torch.Tensor = mask != 0
-    empty = (~is_token).all(dim=1).nonzero().flatten().tolist()
-    if empty:
-        raise InputError(
-            f"attention_mask marks rows {empty} as padding throughout; expected at least one token in each row. Leave "
-            f"empty rows out of the batch."
-        )
-    return is_token
-
-
-def _refuse_other_values(mask: torch.Tensor) -> None:
-    if not ((mask == 0) | (mask == 1)).all():
-        raise InputError(
-            "attention_mask holds values other than 0 and 1; expected the mask that a processor returns."
-        )
-
-
-def _new_tokens(mask: Any, cache: RoutedCache, new: int) -> torch.Tensor | None:
-    """Which of the `new` columns hold a token, from a mask over all columns."""
-    if mask is None:
-        return None
-    rows = cache.rows
-    assert rows is not None
-    wanted = (len(rows.next_position), rows.columns + new)
-    if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != wanted:
-        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise InputError(
-            f"attention_mask has shape {shape}; expected {list(wanted)}: the mask of the prompt, followed by that of "
-            f"all tokens since."
-        )
-    # Reading it on the device would make every generated token wait; for a turn of a conversation it is cheap.
-    if new > 1 or mask.device.type == "cpu":
-        _refuse_other_values(mask)
-        seen, held = (mask[:, :-new] != 0).sum(dim=1), rows.tokens[0] + rows.gone
-        differ = (seen != held).nonzero().flatten().tolist()
-        if differ:
-            raise InputError(
-                f"attention_mask marks {seen[differ].tolist()} earlier tokens in rows {differ}, but the cache holds "
-                f"{held[differ].tolist()}; expected the masks of the earlier calls, followed by the new one."
-            )
-    is_token: torch.Tensor = mask[:, -new:] != 0
-    return is_token
-
-
-def _refuse_visual_end(is_visual: torch.Tensor, lengths: torch.Tensor) -> None:
-    rows = is_visual.gather(1, lengths[:, None] - 1).flatten().nonzero().flatten().tolist()
-    if rows:
-        raise InputError(
-            f"The prompt ends with a visual token in rows {rows}; expected text after the images: its last token asks "
-            f"for the visual ones. Apply the chat template with add_generation_prompt=True."
-        )

@@ -32,7 +32,7 @@ class ReducedFeatures(BaseModelOutputWithPooling):
 
 
 @dataclass(frozen=True)
-class Reduction:
+class PromptReduction:
     """What is known of a prompt before its pictures are encoded: how many tokens are left, not which.
 
     Attributes:

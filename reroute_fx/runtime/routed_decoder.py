@@ -10,19 +10,28 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError, UnsupportedModelError
+from ..passes.tensor_names import (
+    CACHED,
+    INPUTS_EMBEDS,
+    LENGTHS,
+    POSITION_IDS,
+    output_name,
+    positions_input,
+    read_output_name,
+)
 from ..selection.row_plan import RowPlan
 from ..selection.selection_result import Routing
 from .buckets import cut_outputs, pad_inputs
 from .cache import CachedRows, RoutedCache
 from .masks import refuse_other_masks
-from .prompt import Continuation, Prompt
+from .prompt import Prompt, TokensOnCache
 from .rows import Places
 
-UNROUTED = object()
+UNROUTED_CALL = object()
 """A call without visual tokens, which is left to the model."""
 
 current_call: ContextVar[Any] = ContextVar("current_call", default=None)
-"""What the model that contains the decoder is doing: a `Prompt`, a `Continuation` or `UNROUTED`."""
+"""What the model that contains the decoder is doing: a `Prompt`, a `TokensOnCache` or `UNROUTED_CALL`."""
 
 
 _HARMLESS = {
@@ -77,7 +86,7 @@ class RoutedDecoder(torch.nn.Module):
                 f"expected a call of the routed model, which knows the visual tokens of the prompt. Call that, or the "
                 f"part of the model that was compiled."
             )
-        if call is UNROUTED:
+        if call is UNROUTED_CALL:
             return unrouted(*args, **kwargs)
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             raise InputError(
@@ -121,13 +130,13 @@ class RoutedDecoder(torch.nn.Module):
             self.routing_config,
             prompt.plan,
             len(layers),
-            all_scores={i: values[f"scores.{i}"] for i in self.routing_config.decision_layers},
-            all_kept={i: values[f"kept.{i}"] for i in self.routing_config.decision_layers},
+            all_scores={i: values[output_name("scores", i)] for i in self.routing_config.decision_layers},
+            all_kept={i: values[output_name("kept", i)] for i in self.routing_config.decision_layers},
             all_entered=entered,
         )
         if cache is not None:
             held = self._cached_rows(prompt, positions, inputs_embeds.shape[1], entered)
-            cached = [[values[f"{name}.{i}"] for i in layers] for name in ("key", "value")]
+            cached = [[values[output_name(kind, i)] for i in layers] for kind in CACHED]
             prompt.commit = lambda: cache.fill(held, *cached)
         return _output(hidden, cache, places, values, wanted)
 
@@ -155,7 +164,7 @@ class RoutedDecoder(torch.nn.Module):
         self, embeds: torch.Tensor, positions: torch.Tensor, plan: RowPlan, program: Callable[..., Any]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Hidden states ``[B, S, d]`` and what `route` exposes, in the sizes of the prompt."""
-        inputs = {"inputs_embeds": embeds.contiguous(), "position_ids": positions, **plan.inputs}
+        inputs = {INPUTS_EMBEDS: embeds.contiguous(), POSITION_IDS: positions, **plan.inputs}
         if self.uses_buckets:
             inputs = pad_inputs(inputs)
         result = program(**inputs)
@@ -204,7 +213,7 @@ class RoutedDecoder(torch.nn.Module):
     ) -> CachedRows:
         """What the cache holds after a prompt of so many columns."""
         plan, device = prompt.plan, positions.device
-        lengths = plan.inputs["lengths"]
+        lengths = plan.inputs[LENGTHS]
         is_padding = torch.arange(positions.shape[-1], device=device) >= lengths[:, None]
         highest = positions.masked_fill(is_padding, -1).amax(dim=-1)
         gone = torch.zeros_like(lengths)
@@ -222,7 +231,7 @@ class RoutedDecoder(torch.nn.Module):
         )
 
     def _continue(
-        self, call: Continuation, inputs_embeds: torch.Tensor, **given: Any
+        self, call: TokensOnCache, inputs_embeds: torch.Tensor, **given: Any
     ) -> MoeModelOutputWithPast:
         cache, rows = call.cache, call.cache.rows
         assert rows is not None
@@ -254,7 +263,7 @@ class RoutedDecoder(torch.nn.Module):
             return {}
         later = self.routing_config.decision_layers
         ahead = torch.arange(new, device=rows.next_position.device)
-        return {f"position_ids_{start}": rows.tokens[start][:, None] + ahead for start in later}
+        return {positions_input(start): rows.tokens[start][:, None] + ahead for start in later}
 
 
 def _output(
@@ -279,8 +288,10 @@ def _output(
 
     hidden, states = to_columns(hidden), None
     if wanted_states:
-        count = sum(name.startswith("stream.") for name in values)
-        streams = [to_columns(values[f"stream.{i}"]) if i in wanted_states else None for i in range(count)]
+        count = sum(read_output_name(name)[0] == "stream" for name in values)
+        streams = [
+            to_columns(values[output_name("stream", i)]) if i in wanted_states else None for i in range(count)
+        ]
         states = (*streams, hidden)
     return MoeModelOutputWithPast(
         last_hidden_state=hidden,

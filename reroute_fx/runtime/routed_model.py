@@ -2,7 +2,6 @@
 
 import inspect
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
@@ -10,25 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.generation import GenerationMode
 
 from ..analysis.routing_report import RoutingReport
-from ..capture import text_decoder
-from ..capture.copies import copy_sharing_weights
 from ..capture.fingerprint import Fingerprint
 from ..capture.vision_tower import CapturedTower
 from ..common.turns import one_at_a_time
-from ..config.limits import Limits
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError, RerouteError
 from ..lowering import Executable, TensorRTProgram
 from ..selection.selection_result import Routing
 from .cache import RoutedCache
-from .prompt import Continuation, Prompt, PromptReader, refuse_gradients, without_grids
-from .prompt_reduction import ReducedFeatures
-from .routed_decoder import UNROUTED, RoutedDecoder, current_call
-from .specialize import specialize
+from .call_checks import refuse_gradients
+from .prompt import Prompt, PromptReader, TokensOnCache, without_grids
+from .routed_decoder import UNROUTED_CALL, current_call
 
 _generating: ContextVar[Any] = ContextVar("_generating", default=None)
 """The model whose `generate` is running."""
@@ -134,7 +129,7 @@ class RoutedModel(torch.nn.Module):
         self._forget_position_offset()
         arguments = self._arguments(given, call)
         start = time.perf_counter()
-        token = current_call.set(call or UNROUTED)
+        token = current_call.set(call or UNROUTED_CALL)
         try:
             output = unrouted(**arguments)
         except ValueError as error:
@@ -176,10 +171,10 @@ class RoutedModel(torch.nn.Module):
                 f"Remove it; hidden states come with output_hidden_states=True."
             )
 
-    def _arguments(self, given: Mapping[str, Any], call: Prompt | Continuation | None) -> dict[str, Any]:
+    def _arguments(self, given: Mapping[str, Any], call: Prompt | TokensOnCache | None) -> dict[str, Any]:
         """What the model itself takes of a call; it wants either ids or embeddings."""
         arguments = {name: value for name, value in given.items() if name != "visual_mask"}
-        if isinstance(call, Continuation):
+        if isinstance(call, TokensOnCache):
             # The cache knows the positions behind its pictures.
             arguments = without_grids(arguments)
         if given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
@@ -332,98 +327,3 @@ class RoutedModel(torch.nn.Module):
         if isinstance(cache, DynamicCache) and not cache.offloading:
             # The last token is generated but not cached.
             RoutedCache.adopt(cache).expected_length = generation_config.max_length - 1
-
-
-class _ImageFeatures:
-    """Stands in for `get_image_features` of a model whose pictures are reduced.
-
-    Features that are gone are rows of -inf, so that there is one for each placeholder still.
-    """
-
-    def __init__(self, tower: CapturedTower, program: Executable | TensorRTProgram, config: Any) -> None:
-        self.tower, self.program, self.config = tower, program, config
-
-    def __call__(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **given: Any
-    ) -> ReducedFeatures:
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            expected = getattr(self.config, name, None)
-            if given.get(name) not in (None, expected):
-                raise InputError(
-                    f"{name} is {given[name]!r}; expected {expected!r}, with which the vision tower was compiled. "
-                    f"Leave it out."
-                )
-        images, grid = self.tower.images, None if image_grid_thw is None else image_grid_thw.cpu()
-        images.check(pixel_values, grid)
-        features = self.program(**images.inputs(pixel_values.contiguous(), grid))["features"]
-        return ReducedFeatures(pooler_output=list(features.split(images.sizes(pixel_values, grid))))  # type: ignore[arg-type]
-
-
-def _kept_with(
-    programs: dict[str, Executable | TensorRTProgram], make: Callable[[str], Executable | TensorRTProgram]
-) -> Callable[[str], Executable | TensorRTProgram]:
-    """`make` that is called once for each name, and keeps what it made in `programs`."""
-
-    def program(name: str) -> Executable | TensorRTProgram:
-        title = f"{name} with hidden states"
-        if title not in programs:
-            programs[title] = make(name)
-        return programs[title]
-
-    return program
-
-
-def make_routed_model(
-    model: PreTrainedModel,
-    decoder: PreTrainedModel,
-    prefill: Executable | TensorRTProgram,
-    continuation: Executable | TensorRTProgram,
-    report: RoutingReport,
-    *,
-    position_rank: int,
-    visual_ids: tuple[int, ...],
-    limits: Limits | None = None,
-    tower: CapturedTower | None = None,
-    images: Executable | TensorRTProgram | None = None,
-    with_streams: Callable[[str], Executable | TensorRTProgram] | None = None,
-) -> RoutedModel:
-    """A `RoutedModel` that shares the parameters of `model`; neither `model` nor `decoder` is changed.
-
-    `with_streams` makes the program of a name that returns the stream before each layer as well, when hidden states are
-    asked for.
-    """
-    owner = uuid.uuid4().hex
-    routed: Any = copy_sharing_weights(model)
-    inner = specialize(text_decoder(routed), RoutedDecoder)
-    inner.prefill, inner.continuation = prefill, continuation
-    inner.routing_config = report.config
-    inner.position_rank = position_rank
-    inner.owner = owner
-    inner.uses_buckets = prefill.cuda_graphs is not None
-    specialize(routed, RoutedModel)
-    routed.routing_config = report.config
-    routed._signature = inspect.signature(type(model).forward)
-    routed._reader = PromptReader(
-        routed.config,
-        report.config,
-        visual_ids,
-        owner,
-        limits=limits,
-        has_streams=with_streams is not None,
-        position_rank=position_rank,
-    )
-    routed._report = report
-    routed.programs = {"prefill": prefill, "continuation": continuation}
-    routed._stream_programs = {}
-    if with_streams is not None:
-        inner.with_streams = _kept_with(routed._stream_programs, with_streams)
-    routed.tower = tower
-    if tower is not None and images is not None:
-        routed.programs["images"] = images
-        routed.base_model.get_image_features = _ImageFeatures(tower, images, routed.config)
-    routed._first_call_seconds = {}
-    routed._programmed = (Fingerprint(inner, "routed"),)
-    reduced = () if tower is None else (Fingerprint(routed, "routed"),)
-    routed._fingerprints = Fingerprint(model, "model"), *routed._programmed, *reduced
-    done: RoutedModel = routed
-    return done

@@ -7,6 +7,7 @@ import torch
 
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
+from ..passes.tensor_names import LENGTHS, POOLS, VISUAL_INDEX, keep_input, slots_input
 
 
 @dataclass(frozen=True)
@@ -59,23 +60,23 @@ def plan_rows(
     widest = max(1, *(sum(row) for row in images))
     position = torch.arange(places, device=is_visual.device).expand(batch, places)
     visual_index = position.masked_fill(~is_visual, places).sort(dim=1).values[:, :widest].contiguous()
-    inputs = {"visual_index": visual_index, "lengths": torch.tensor(lengths)}
+    inputs = {VISUAL_INDEX: visual_index, LENGTHS: torch.tensor(lengths)}
     if config.pool == "image":
-        inputs["pools"] = torch.tensor([_pool_numbers(row, widest) for row in pools])
+        inputs[POOLS] = torch.tensor([_pool_numbers(row, widest) for row in pools])
     stage_lengths = {}
     for decision, layer in enumerate(config.decision_layers):
         _refuse_small_pools(config, decision, pools)
         kept = [[config.keep_count(decision, tokens) for tokens in row] for row in pools]
-        inputs[f"keep_{layer}"] = torch.tensor(
+        inputs[keep_input(layer)] = torch.tensor(
             [_places(p, k, widest) for p, k in zip(pools, kept, strict=True)]
         )
         rows = zip(lengths, images, kept, strict=True)
         stage_lengths[layer] = tuple(length - sum(image) + sum(k) for length, image, k in rows)
-        inputs[f"slots_{layer}"] = torch.zeros(max(stage_lengths[layer]), dtype=torch.bool)
+        inputs[slots_input(layer)] = torch.zeros(max(stage_lengths[layer]), dtype=torch.bool)
     # All copies to the device come before the program is launched: one behind it would wait for its end.
     inputs = {name: tensor.to(is_visual.device) for name, tensor in inputs.items()}
     stage_tokens = {layer: torch.tensor(rows).to(is_visual.device) for layer, rows in stage_lengths.items()}
-    stage_tokens = {0: inputs["lengths"], **stage_tokens}
+    stage_tokens = {0: inputs[LENGTHS], **stage_tokens}
     return RowPlan(tuple(lengths), tuple(map(tuple, images)), stage_lengths, stage_tokens, inputs)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..common.folders import check_folder
-from ..errors import BackendUnavailableError, ConfigError, InputError
+from ..common.optional_libraries import optional_library
+from ..errors import ConfigError, InputError
 from .views import PictureView, check_views, view_rows
 
 PAGE = "index.html"
@@ -22,12 +23,7 @@ def check_visualize(path: str | Path) -> Path:
         BackendUnavailableError: matplotlib is not installed.
         InputError: `path` is a file.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise BackendUnavailableError(
-            "matplotlib is not installed; expected it for pictures. Run pip install 'reroute-fx[bench]'."
-        ) from error
+    optional_library("matplotlib", "bench", "for pictures")
     return check_folder("path", path)
 
 

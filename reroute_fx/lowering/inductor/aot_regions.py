@@ -17,7 +17,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
 from ...errors import BackendUnavailableError, CaptureError
-from ..call_schedule import Schedule
+from ..call_schedule import CallSchedule
 from ..example_sizes import ExampleSizes
 from ..implementations import use_implementations
 from ..regions import hint, is_size, memory_order, region_key, share_regions
@@ -27,7 +27,7 @@ from ..regions import hint, is_size, memory_order, region_key, share_regions
 class Scheduled:
     """A program as a schedule, and the graphs of its regions."""
 
-    schedule: Schedule
+    schedule: CallSchedule
     regions: tuple[fx.GraphModule, ...]
 
 
@@ -40,7 +40,7 @@ def schedule(program: ExportedProgram) -> Scheduled:
         return region.forward
 
     regions = share_regions(program.graph_module, keep)
-    return Scheduled(Schedule.of(program, regions), tuple(graphs))
+    return Scheduled(CallSchedule.of(program, regions), tuple(graphs))
 
 
 _packages: dict[str, bytes] = {}
@@ -87,7 +87,9 @@ def _compile(region: fx.GraphModule, device: torch.device) -> bytes:
     )
     use_implementations(region, device)
     with torch.no_grad():
-        exported = torch.export.export(_Region(region), examples, dynamic_shapes=(dynamic,), strict=False)
+        exported = torch.export.export(
+            _RegionModule(region), examples, dynamic_shapes=(dynamic,), strict=False
+        )
     _check_sizes(exported, shapes)
     with TemporaryDirectory() as folder:
         path = Path(folder, "region.pt2")
@@ -95,7 +97,7 @@ def _compile(region: fx.GraphModule, device: torch.device) -> bytes:
         return path.read_bytes()
 
 
-class _Region(torch.nn.Module):
+class _RegionModule(torch.nn.Module):
     def __init__(self, region: fx.GraphModule) -> None:
         super().__init__()
         self.run = region.forward

@@ -1,15 +1,15 @@
 """Which ONNX operators TensorRT's importer takes, as data, and what stands for those that it does not take."""
 
 import functools
-import importlib
-import importlib.resources
 import json
 from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
 from typing import Any
 
 import torch
 
-from ...errors import BackendUnavailableError, CaptureError
+from ...common.optional_libraries import optional_library
+from ...errors import CaptureError
 
 _TYPES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "FP8", "FLOAT4E2M1": "FP4"}
 """What the list calls a type of ONNX, where it has another name for it."""
@@ -21,12 +21,7 @@ def library(name: str) -> Any:
     Raises:
         BackendUnavailableError: it is not installed.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"{name} is not installed; ONNX files need it. Run: pip install 'reroute-fx[onnx]'."
-        ) from error
+    return optional_library(name, "onnx", "for ONNX files")
 
 
 @functools.cache
@@ -34,7 +29,7 @@ def supported_operators() -> dict[str, dict[str, Any]]:
     """What the importer says of each operator: ``supported``, and where it is, ``types``, ``restriction`` and
     ``constant_inputs``, the numbers of the inputs that must not be computed.
     """
-    data = importlib.resources.files(__package__) / "data" / "tensorrt_onnx_operators.json"
+    data = files(__package__) / "data" / "tensorrt_onnx_operators.json"
     operators: dict[str, dict[str, Any]] = json.loads(data.read_text())["operators"]
     return operators
 
@@ -94,38 +89,6 @@ def _typed_values(node: Any, model: Any) -> Iterator[Any]:
 def _type(value: Any) -> str:
     name: str = value.dtype.name
     return _TYPES.get(name, name)
-
-
-def select_tokens_by_counting(
-    scores: torch.Tensor,
-    visual_index: torch.Tensor,
-    lengths: torch.Tensor,
-    keep: torch.Tensor,
-    pools: torch.Tensor | None,
-    length: int,
-    slots: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `reroute_fx.kernels.select_tokens` computes, without sorting and without scattering booleans.
-
-    TensorRT sorts less than 3840 values and scatters numbers only. A token's place in the ranking is the number of
-    tokens before it, so memory grows with the square of their number.
-    """
-    token = torch.arange(scores.shape[1], device=scores.device)
-    mine, other = scores[:, :, None], scores[:, None]
-    is_before = (other > mine) | ((other == mine) & (token < token[:, None]))  # [B, N, N]
-    if pools is not None:
-        mine, other = pools[:, :, None], pools[:, None]
-        is_before = (other < mine) | ((other == mine) & is_before)
-    kept = keep.gather(1, is_before.sum(dim=2, dtype=torch.int32).long())
-
-    # One place more than the stream and the stage have takes the entries that stand for no token.
-    position = torch.arange(length + 1, device=scores.device)
-    active = (position < lengths[:, None]).long()  # [B, S + 1]
-    active = active.scatter(1, visual_index.clamp(max=length), kept.long())
-    slot = torch.where(active > 0, active.cumsum(dim=1) - 1, slots)
-    positions = torch.full((scores.shape[0], slots + 1), length, device=scores.device)
-    positions = positions.scatter(1, slot, position.expand_as(slot))
-    return positions[:, :slots].contiguous(), kept
 
 
 def _clamp(value: Any, min: Any = None, max: Any = None) -> Any:

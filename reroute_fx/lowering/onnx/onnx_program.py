@@ -21,6 +21,7 @@ from ..call_schedule import as_executable, by_name
 from ..example_sizes import ExampleSizes
 from ..executable import written_inputs
 from ..implementations import use_implementations
+from ..selection_by_counting import select_tokens_by_counting
 from ..weights import WEIGHTS, memory_of, save_weights
 from .onnx_operators import (
     TRANSLATIONS,
@@ -28,7 +29,6 @@ from .onnx_operators import (
     library,
     nodes,
     operator_name,
-    select_tokens_by_counting,
 )
 
 OPSET = 18

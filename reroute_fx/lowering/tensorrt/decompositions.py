@@ -2,8 +2,7 @@
 
 Torch-TensorRT 2.13 has no converter for a stable sort, sorts and gathers along fixed sizes only, and sums up as
 floating point numbers in a loop. So the `reroute::` operators, and the few others of that kind that the passes emit,
-are written here with comparisons, sums, indexing and scatters. They compute what their references in `kernels`
-compute, ties included; scores are expected to be numbers. A ranking compares each token with each: N * N comparisons.
+are written with comparisons, sums, indexing and scatters. They compute what their references in `kernels` compute.
 """
 
 import functools
@@ -26,6 +25,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from ... import kernels  # noqa: F401 - it registers torch.ops.reroute
 from ...errors import CaptureError
+from ..selection_by_counting import count_before, row_numbers, select_tokens_by_counting
 
 aten, reroute = torch.ops.aten, torch.ops.reroute
 Operator = Any
@@ -171,21 +171,9 @@ def _check_sizes(before: ExportedProgram, after: ExportedProgram) -> None:
             )
 
 
-def _rows(batch: int, positions: torch.Tensor) -> torch.Tensor:
-    """Number of the row of each position, ``[B, 1]``."""
-    return torch.arange(batch, device=positions.device).unsqueeze(1)
-
-
 def _within(index: torch.Tensor, end: int) -> torch.Tensor:
     """`index` where it is below `end`, and 0 elsewhere."""
     return index * index.lt(end).to(index.dtype)
-
-
-def _before(flags: torch.Tensor) -> torch.Tensor:
-    """How many of `flags` ``[B, N]`` are set before each place."""
-    number = torch.arange(flags.shape[1], device=flags.device)
-    is_before = number < number.unsqueeze(1)  # [N, N], a row for each place
-    return torch.logical_and(flags.unsqueeze(1), is_before).sum(2)
 
 
 def visual_scores(
@@ -199,42 +187,8 @@ def visual_scores(
     is_padding = torch.arange(length, device=keys.device) >= lengths.unsqueeze(1)
     logits = logits.masked_fill(is_padding.unsqueeze(1).unsqueeze(1), -torch.inf)
     attention = logits.softmax(dim=-1).mean(dim=(1, 2))  # [B, S]
-    scores = attention[_rows(batch, visual_index), _within(visual_index, length)]
+    scores = attention[row_numbers(batch, visual_index), _within(visual_index, length)]
     return scores.masked_fill(visual_index >= lengths.unsqueeze(1), -torch.inf)
-
-
-def select_tokens(
-    scores: torch.Tensor,
-    visual_index: torch.Tensor,
-    lengths: torch.Tensor,
-    keep: torch.Tensor,
-    pools: torch.Tensor | None,
-    length: int,
-    slots: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reroute_fx.kernels.select_tokens`."""
-    rank = _ranking(scores, pools)
-    kept = keep[_rows(scores.shape[0], rank), rank]
-    dropped = torch.logical_and(kept.logical_not(), visual_index < lengths.unsqueeze(1))
-    # A slot takes the position of its own number, and one more for each dropped token with no more active ones
-    # before it than that number.
-    active_before = visual_index - _before(dropped)
-    slot = torch.arange(slots, device=scores.device)
-    is_passed = active_before.unsqueeze(1) <= slot.unsqueeze(1)  # [B, S', N]
-    positions = slot + torch.logical_and(dropped.unsqueeze(1), is_passed).sum(2)
-    return torch.where(positions < lengths.unsqueeze(1), positions, length), kept
-
-
-def _ranking(scores: torch.Tensor, pools: torch.Tensor | None) -> torch.Tensor:
-    """Place of each token ``[B, N]``: pool by pool, the highest score first, equal ones in order."""
-    own, other = scores.unsqueeze(2), scores.unsqueeze(1)
-    number = torch.arange(scores.shape[1], device=scores.device)
-    is_earlier = number < number.unsqueeze(1)
-    is_ahead = torch.logical_or(other > own, torch.logical_and(other == own, is_earlier))
-    if pools is not None:
-        own, other = pools.unsqueeze(2), pools.unsqueeze(1)
-        is_ahead = torch.logical_or(other < own, torch.logical_and(other == own, is_ahead))
-    return is_ahead.sum(2)
 
 
 def compact_tokens(
@@ -247,7 +201,7 @@ def compact_tokens(
 def _compact(x: torch.Tensor, positions: torch.Tensor, dim: int) -> torch.Tensor:
     batch, length = positions.shape[0], x.shape[dim]
     source = x.expand(*x.shape[: dim - 1], batch, *x.shape[dim:])
-    index = [None] * (dim - 1) + [_rows(batch, positions), _within(positions, length)]
+    index = [None] * (dim - 1) + [row_numbers(batch, positions), _within(positions, length)]
     rows: torch.Tensor = aten.index.Tensor(source, index)
     is_none = positions >= length
     for _ in range(x.ndim - dim - 1):
@@ -269,7 +223,7 @@ def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> A
     """Counts along the rows of a matrix; any other sum stays as it is."""
     if x.dtype != torch.bool or x.ndim != 2 or dim not in (1, -1) or dtype not in (None, torch.int64):
         return NotImplemented
-    return _before(x) + x.to(torch.int64)
+    return count_before(x) + x.to(torch.int64)
 
 
 def _index_put(
@@ -302,7 +256,7 @@ def _index_put_(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 _OURS: dict[Operator, Callable[..., Any]] = {
     reroute.visual_scores.default: visual_scores,
-    reroute.select_tokens.default: select_tokens,
+    reroute.select_tokens.default: select_tokens_by_counting,
     reroute.compact_tokens.default: compact_tokens,
     reroute.restore_tokens.default: restore_tokens,
     aten.cumsum.default: _cumsum,

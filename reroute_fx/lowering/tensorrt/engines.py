@@ -7,6 +7,7 @@ converted run in PyTorch between engines; `coverage` lists them beforehand.
 import importlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Output
 
 from ...config.limits import Limits
 from ...errors import ArtifactError, BackendUnavailableError
+from ...passes.tensor_names import INPUTS_EMBEDS, VISUAL_INDEX, is_cache_input
 from ..call_schedule import as_executable, by_name
 from ..device import program_device
 from .decompositions import Size, decompose, rebuild
@@ -39,6 +41,10 @@ __all__ = [
 _NOTE = "reroute_fx.json"
 """File beside the engines that says what goes in and comes out."""
 _USUAL_LENGTH, _USUAL_ROWS, _USUAL_NEW_TOKENS = 1024, 2, 2
+EXPERIMENTAL = (
+    "The tensorrt backend is experimental: what Torch-TensorRT is given was checked without it, but no engine of it "
+    "has been built and run on a GPU yet. Compare its answers with those of backend 'inductor' before you rely on them."
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,8 @@ def lower_tensorrt(
 def check_tensorrt(device: torch.device) -> Any:
     """The module `torch_tensorrt`, ready to compile for `device`.
 
+    Warns, once in a process, that the backend is experimental.
+
     Raises:
         BackendUnavailableError: it can't be imported, or `device` is no CUDA device.
     """
@@ -148,6 +156,8 @@ def check_tensorrt(device: torch.device) -> Any:
             f"backend is 'tensorrt', but the model is on {device}; expected a CUDA device, on which TensorRT builds "
             f"and runs its engines. Call model.to('cuda') on a machine with an NVIDIA GPU, or use another backend."
         )
+    # Shown once by default, as it always comes from this line.
+    warnings.warn(EXPERIMENTAL, UserWarning, stacklevel=1)
     return torch_tensorrt
 
 
@@ -208,8 +218,8 @@ def _user_inputs(program: ExportedProgram) -> dict[str, Any]:
 def _sizes(program: ExportedProgram, limits: Limits) -> dict[tuple[str, int], Size]:
     """What the dimensions of a program's inputs may be. No two lengths are usually the same."""
     inputs = _user_inputs(program)
-    rows = inputs["inputs_embeds"].shape[0]
-    new_tokens_only = any(name.startswith("key_cache_") for name in inputs)
+    rows = inputs[INPUTS_EMBEDS].shape[0]
+    new_tokens_only = any(map(is_cache_input, inputs))
     sizes = {}
     for number, (name, fake) in enumerate(inputs.items()):
         for dim, size in enumerate(fake.shape):
@@ -217,9 +227,9 @@ def _sizes(program: ExportedProgram, limits: Limits) -> dict[tuple[str, int], Si
                 continue
             if str(size) == str(rows):
                 sizes[name, dim] = _size(_USUAL_ROWS, limits.batch)
-            elif name == "inputs_embeds" and new_tokens_only:
+            elif name == INPUTS_EMBEDS and new_tokens_only:
                 sizes[name, dim] = _size(_USUAL_NEW_TOKENS, limits.length)
-            elif name == "visual_index":
+            elif name == VISUAL_INDEX:
                 sizes[name, dim] = _size(min(limits.image_tokens, _USUAL_LENGTH) - 1, limits.length)
             else:
                 sizes[name, dim] = _size(min(limits.length, _USUAL_LENGTH) - number, limits.length)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from reroute_fx.artifact import atomic_folder as folders
+from reroute_fx.artifact import atomic_folder
 from reroute_fx.artifact.atomic_folder import whole_folder
 from reroute_fx.errors import ArtifactError
 
@@ -129,11 +129,11 @@ class MacLibrary:
 
 @pytest.fixture
 def system(monkeypatch):
-    """Let `folders` run as on another system."""
+    """Let `atomic_folder` run as on another system."""
 
     def pretend(name, library):
         monkeypatch.setattr(sys, "platform", name)
-        monkeypatch.setattr(folders.ctypes, "CDLL", lambda *_, **__: library)
+        monkeypatch.setattr(atomic_folder.ctypes, "CDLL", lambda *_, **__: library)
 
     return pretend
 
@@ -165,7 +165,7 @@ def test_systems_without_such_a_call_move_the_old_one_aside(tmp_path, system, na
     """Windows, which also opens no folders, and old C libraries."""
     system(name, object())
     if name == "win32":
-        monkeypatch.setattr(folders, "os", WindowsCalls())
+        monkeypatch.setattr(atomic_folder, "os", WindowsCalls())
     replace_once(tmp_path / "llava-128")
 
 
@@ -181,7 +181,7 @@ def test_the_old_one_comes_back_if_the_new_one_can_not_be_moved(tmp_path, system
             raise PermissionError("in use")
         rename(source, goal)
 
-    monkeypatch.setattr(folders.os, "rename", fail)
+    monkeypatch.setattr(atomic_folder.os, "rename", fail)
     with pytest.raises(ArtifactError, match="in use"), whole_folder(target, overwrite=True) as folder:
         fill(folder, b"2")
     assert mark_of(target) == b"1"

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from reroute_fx import RoutingConfig
 from reroute_fx.analysis.method_overview import compare_methods
-from reroute_fx.analysis.paper_configs import FAMILIES
+from reroute_fx.analysis.paper_configs import PAPER_DECODERS
 from reroute_fx.analysis.theory import prefill_cost
 from reroute_fx.command_line.main import app
 from reroute_fx.methods import all_methods
@@ -29,8 +29,8 @@ def share(action):
 def test_the_readme_has_them_all():
     built_in = compare_methods(128)
     for row in built_in:
-        asked = f"{row.deleted.scoring} layer" if row.deleted.decision_layers else "-"
-        cells = [f"`{row.name}`", row.ranks_by, asked]
+        scoring_layer = f"{row.deleted.scoring} layer" if row.deleted.decision_layers else "-"
+        cells = [f"`{row.name}`", row.ranks_by, scoring_layer]
         cells += [layers(row.deleted), layers(row.routed), row.positions, f"{row.default_tokens:.0f}"]
         assert f"| {' | '.join([*cells, share(row.deleted), share(row.routed)])} |" in README
     assert len(re.findall(r"^\| `[\w-]+` \| \w+ \| (?:own layer|previous layer|-) \|", README, re.M)) == len(
@@ -39,7 +39,7 @@ def test_the_readme_has_them_all():
 
 
 def test_costs_are_those_of_the_theory():
-    decoder = FAMILIES["llava15"]
+    decoder = PAPER_DECODERS["llava15"]
     rows = {row.name: row for row in compare_methods(192)}
     assert list(rows) == [method.name for method in all_methods()]
     for action, row in (("physical_delete", rows["pdrop"].deleted), ("compact_route", rows["pdrop"].routed)):

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from conversations import Collector
 from tiny_models import llava_config
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     StaticCache,
-    TextStreamer,
 )
 
 import reroute_fx
@@ -132,20 +132,9 @@ def test_beams_and_seeded_samples(routed, inputs):
 
 
 def test_streamer_sees_the_returned_tokens(routed, inputs):
-    seen = []
-
-    class Collect(TextStreamer):
-        def __init__(self):
-            pass
-
-        def put(self, value):
-            seen.extend(value.flatten().tolist())
-
-        def end(self):
-            pass
-
-    ids = routed.generate(**inputs, max_new_tokens=4, do_sample=False, streamer=Collect())
-    assert seen == ids[0].tolist()
+    collector = Collector()
+    ids = routed.generate(**inputs, max_new_tokens=4, do_sample=False, streamer=collector)
+    assert collector.seen == [*ids[0].tolist(), "end"]
 
 
 def test_two_images_in_one_prompt_share_one_pool(routed):
