@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch.export import ExportedProgram
 
@@ -9,6 +10,7 @@ from .analysis.routing_report import RoutingReport
 from .analysis.theory import LayerCost
 from .capture.image_layout import FixedImages, GridImages
 from .capture.vision_tower import CapturedTower
+from .config.choosing import read_config
 from .config.routing_config import RoutingConfig
 from .config.savings import Savings
 from .passes import (
@@ -37,7 +39,7 @@ from .passes import (
 
 def route(
     exported_program: ExportedProgram,
-    config: RoutingConfig,
+    config: RoutingConfig | str | Path,
     *,
     num_layers: int | None = None,
     savings: Savings | None = None,
@@ -49,7 +51,7 @@ def route(
         exported_program: a decoder as `torch.export.export` returns it, from embeddings or token ids
             ``[B, S, ...]`` to hidden states ``[B, S, d]``, with symbolic B and S and without a cache. It is
             not changed, and its parameters are shared.
-        config: what to route.
+        config: what to route, or the path of a JSON file that `RoutingConfig.save` wrote.
         num_layers: layers that the decoder has, if known: finding another number is then an error.
         savings: rewrites that save work; None for those that were measured to pay.
         streams: return the residual stream before each layer as well.
@@ -64,9 +66,10 @@ def route(
         deferred or deleted keep the hidden state with which they left.
 
     Raises:
-        ConfigError: a decision layer beyond the decoder.
+        ConfigError: a decision layer beyond the decoder, or a file that holds no configuration.
         MatchError: the graph is no decoder that can be routed; the message names the nearest miss.
     """
+    config = read_config(config)
     if num_layers is not None:
         config.check_depth(num_layers)
     passes = [

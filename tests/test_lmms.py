@@ -31,8 +31,8 @@ def lmms(monkeypatch):
     lmms = import_module("reroute_fx.evals.lmms")
     asked = {}
 
-    def load(name, device, dtype):
-        asked["device"] = device
+    def load(name, device, dtype, revision):
+        asked.update(device=device, revision=revision)
         return load_model(name, "cpu", dtype)
 
     monkeypatch.setattr(lmms, "load_model", load)
