@@ -1,5 +1,6 @@
 """The front door: `compile` a model."""
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from .lowering import (
 from .methods import Method
 from .pipeline import continuation, reduce_tower, route
 from .runtime import RoutedModel, make_routed_model
+
+logger = logging.getLogger(__name__)
 
 
 @one_at_a_time
@@ -251,4 +254,27 @@ def _named(
 ) -> RoutingReport:
     passes = sum(result.seconds for result in report.passes)
     seconds = {"capture": capture_seconds, "passes": passes}
+    _log(report, type(model).__name__, seconds)
     return replace(report, model=type(model).__name__, source=source, backend=backend, seconds=seconds)
+
+
+def _log(report: RoutingReport, model: str, seconds: dict[str, float]) -> None:
+    for result in report.passes:
+        logger.debug(
+            "%s: %d matched, %d rewritten, %.2f s",
+            result.name,
+            result.matched,
+            result.rewritten,
+            result.seconds,
+        )
+    logger.info(
+        "%s: captured in %.1f s; %d layers routed in %.1f s, %s / %s, on average %.1f of %d visual tokens in a layer",
+        model,
+        seconds["capture"],
+        report.num_layers,
+        seconds["passes"],
+        report.config.method,
+        report.config.action,
+        report.average_tokens,
+        report.visual_tokens,
+    )

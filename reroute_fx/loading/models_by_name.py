@@ -149,8 +149,9 @@ def _read_about(name: str, revision: str | None) -> Any:
     """What transformers knows of a model before it is built."""
     if name.endswith(".json") and not Path(name).is_file():
         raise ConfigError(f"model is {name!r}; expected an existing config.json.")
+    source = _source(name, revision)
     try:
-        return AutoConfig.from_pretrained(**_source(name, revision))
+        return AutoConfig.from_pretrained(**source)
     except (OSError, ValueError) as error:
         raise _no_model(name, revision, "a config.json", error) from error
 
