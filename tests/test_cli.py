@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 import reroute_fx
 from reroute_fx import artifact, lowering
 from reroute_fx.command_line import options
+from reroute_fx.command_line.artifact_commands import _limits
 from reroute_fx.command_line.main import app
 from reroute_fx.command_line.terminal import logged
 from reroute_fx.config import routing_config as config
@@ -405,6 +406,15 @@ def test_export_refuses_before_it_loads_anything(checkpoint, tmp_path, monkeypat
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_limits_that_are_left_out_fit_those_that_are_given():
+    defaults = reroute_fx.Limits(16, 2048, 2048)
+    assert _limits(defaults, None, None, None) == defaults
+    assert _limits(defaults, 2, 100, None) == reroute_fx.Limits(2, 100, 100)
+    assert _limits(defaults, None, None, 64) == reroute_fx.Limits(16, 2048, 64)
+    with pytest.raises(ConfigError, match=r"limits\.image_tokens is 64; expected at most limits\.length=32"):
+        _limits(defaults, None, 32, 64)
 
 
 @pytest.mark.usefixtures("one_thread")

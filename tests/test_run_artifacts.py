@@ -139,8 +139,8 @@ def test_what_fails_is_said_in_a_line(model_folder, made, picture, tmp_path):
             "ConfigError: format is 'zip'",
         ),
         (
-            ("artifact", "export", model_folder, tmp_path / "new", "--tier", TIER, "--max-length", 9),
-            "ConfigError: limits.image_tokens is",
+            ("artifact", "export", tmp_path, tmp_path / "new", "--max-length", 8, "--max-image-tokens", 9),
+            "ConfigError: limits.image_tokens is 9; expected at most limits.length=8",
         ),
         (("artifact", "export", tmp_path, tmp_path / "new"), "ConfigError: model is"),
     ):

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +26,9 @@ from .options import (
     choices,
 )
 from .terminal import MESSAGES, OUTPUT, refusals
+
+if TYPE_CHECKING:
+    from ..config.limits import Limits
 
 artifact = typer.Typer(
     help="Write, look at and run routed models on disk, which need no model class.", no_args_is_help=True
@@ -68,7 +71,7 @@ def export(
             min=1,
             metavar="N",
             help="visual tokens of a picture",
-            show_default="the model's, up to 4096",
+            show_default="a row's, up to 4096",
             rich_help_panel=_LIMITS,
         ),
     ] = None,
@@ -85,10 +88,12 @@ def export(
     from .. import api
     from ..artifact import ArtifactReport, check_export, default_limits
     from ..artifact import export as write
+    from ..config.limits import Limits
     from ..loading.models_by_name import choose_device, load_model, read_routing
 
     place = choose_device(device, dtype)
     check_export(format, place)
+    _limits(Limits(), max_batch_size, max_length, max_image_tokens)
     routing = read_routing(
         model,
         revision,
@@ -102,9 +107,7 @@ def export(
     with MESSAGES.status("loading and routing"):
         loaded = load_model(model, place, dtype, revision)
         routed = api.compile(loaded.model, config=routing, backend="eager")
-    asked = {"batch": max_batch_size, "length": max_length, "image_tokens": max_image_tokens}
-    given = {name: size for name, size in asked.items() if size is not None}
-    limits = replace(default_limits(routed), **given)
+    limits = _limits(default_limits(routed), max_batch_size, max_length, max_image_tokens)
     write(
         routed,
         output_dir,
@@ -115,6 +118,13 @@ def export(
         progress=True,
     )
     OUTPUT.print(ArtifactReport.of(output_dir))
+
+
+def _limits(defaults: "Limits", batch: int | None, length: int | None, image_tokens: int | None) -> "Limits":
+    """What is asked for; a picture is no longer than a row."""
+    length = length or defaults.length
+    image_tokens = image_tokens or min(defaults.image_tokens, length)
+    return replace(defaults, batch=batch or defaults.batch, length=length, image_tokens=image_tokens)
 
 
 @artifact.command()
