@@ -43,12 +43,12 @@ def choose_config(
         if isinstance(given.get("method"), Method):
             given["method"] = register_method(given["method"]).name
         return RoutingConfig.from_tier(**given, num_layers=num_layers, grids=grids)
-    config = read_config(config)
     if given:
         raise ConfigError(
             f"config is given together with {', '.join(f'{name}={value!r}' for name, value in given.items())}; "
             f"expected one or the other. A config says all of it: leave them out, or change the config, "
             f"with dataclasses.replace or in its file."
         )
-    config.check_depth(num_layers)
-    return config
+    chosen = read_config(config)
+    chosen.check_depth(num_layers)
+    return chosen
