@@ -1,6 +1,6 @@
 """An artifact of a 32-layer model: how long it takes to write, how large it is, how it loads and how fast it runs.
 
-    python benchmarks/artifact.py [--rounds 20] [--width 1024] [--layers 32] [--out artifact_cpu]
+    python benchmarks/artifact.py [--num-iters 20] [--width 1024] [--layers 32] [--output-json artifact_cpu.json]
 
 The artifact is loaded in a fresh process that never sees the model: seconds of `reroute_fx.load`, of the first prompt
 (first token) and of the second one, and how much memory the process then holds beyond what it held before, next to the
@@ -20,7 +20,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from models import build, build_qwen, llava_prompts, qwen_prompts
-from record import alternate, call_seconds, first_calls, number_table, ratio, summary, write
+from record import (
+    RESULTS,
+    OutputJson,
+    alternate,
+    call_seconds,
+    first_calls,
+    number_table,
+    ratio,
+    save,
+    summary,
+)
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -96,15 +106,17 @@ def measure(family: str, width: int, layers: int, rounds: int, folder: Path) -> 
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="measured rounds of prefill, and thrice as many steps")] = 20,
+    num_iters: Annotated[
+        int, typer.Option(min=1, metavar="N", help="measured rounds of prefill, and thrice as many steps")
+    ] = 20,
     width: Annotated[int, typer.Option(help="hidden size")] = 1024,
     layers: Annotated[int, typer.Option(help="decoder layers")] = 32,
-    out: Annotated[str, typer.Option(help="name of the JSON")] = "artifact_cpu",
+    output_json: OutputJson = RESULTS / "artifact_cpu.json",
 ) -> None:
-    """Measure and write benchmarks/results/<out>.json."""
+    """Measure, and write what was measured."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="artifact_")
     with tempfile.TemporaryDirectory(prefix="artifact_") as folder:
-        results = {family: measure(family, width, layers, rounds, Path(folder)) for family in BUILD}
+        results = {family: measure(family, width, layers, num_iters, Path(folder)) for family in BUILD}
     setting = {
         "width": width,
         "layers": layers,
@@ -112,7 +124,7 @@ def main(
         "text_tokens": TEXT,
         "dtype": "float32",
     }
-    path = write(out, {"setting": setting, "models": results})
+    path = save(output_json, {"setting": setting, "models": results})
     console = Console(width=120)
     console.print(_table(results))
     console.print(f"written to {path}")

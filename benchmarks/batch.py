@@ -1,6 +1,6 @@
 """Prefill of eight prompts of mixed sizes in batches of 1, 2, 4 and 8: eager, compiled, and routed.
 
-    python benchmarks/batch.py [--rounds 5] [--width 768] [--layers 16] [--out batch_cpu]
+    python benchmarks/batch.py [--num-iters 5] [--width 768] [--layers 16] [--output-json batch_cpu.json]
 
 Every contender processes the same eight prompts, each with its own images and text, in the order given and
 without sorting by size, so that batches are padded. Throughput is prompts per second. On a machine that is
@@ -21,7 +21,19 @@ from typing import Annotated, Any
 import torch
 import typer
 from models import build_qwen, qwen_prompts
-from record import alternate, first_calls, measure_memory, number_table, peak_memory, ratio, summary, write
+from record import (
+    RESULTS,
+    NumIters,
+    OutputJson,
+    alternate,
+    first_calls,
+    measure_memory,
+    number_table,
+    peak_memory,
+    ratio,
+    save,
+    summary,
+)
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -187,13 +199,13 @@ def recompilations(prompts: int = 30) -> dict[str, Any]:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="measured rounds")] = 5,
+    num_iters: NumIters = 5,
     width: Annotated[int, typer.Option(help="hidden size")] = 768,
     layers: Annotated[int, typer.Option(help="decoder layers")] = 16,
-    out: Annotated[str, typer.Option(help="name of the JSON")] = "batch_cpu",
+    output_json: OutputJson = RESULTS / "batch_cpu.json",
     memory_of: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Measure and write benchmarks/results/<out>.json."""
+    """Measure, and write what was measured."""
     if not memory_of:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="batch_")
     settle_cpu_math()
@@ -206,13 +218,13 @@ def main(
         print(measure_memory(lambda: prefill(batch)))
         return
     counts = recompilations()
-    rows, samples = throughput(model, rounds)
+    rows, samples = throughput(model, num_iters)
     largest = [name for name in rows if name.endswith(f"batch {BATCHES[-1]}")]
     for name in track(largest, description="memory"):
         arguments = ["--width", str(width), "--layers", str(layers), "--memory-of", name]
         rows[name]["peak_memory_mib"] = peak_memory(__file__, arguments) / 2**20
     setting = {"width": width, "layers": layers, "tier": TIER, "prompts": PROMPTS, "dtype": "float32"}
-    path = write(out, {"setting": setting, "recompilations": counts, "rows": rows, "seconds": samples})
+    path = save(output_json, {"setting": setting, "recompilations": counts, "rows": rows, "seconds": samples})
     Console(width=120).print(_table(rows), f"compilations: {counts}", f"written to {path}", sep="\n")
 
 

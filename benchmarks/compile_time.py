@@ -1,6 +1,6 @@
 """Seconds until a 32-layer decoder has answered for the first time: from an empty compiler cache, and from a full one.
 
-    python benchmarks/compile_time.py [--repeats 3] [--layers 32] [--out compile_time_cpu]
+    python benchmarks/compile_time.py [--repeats 3] [--layers 32] [--output-json compile_time_cpu.json]
 
 Each sample is a process of its own that compiles a LLaVA and a Qwen2.5-VL for a tier, or without routing, and
 generates two tokens: a prefill and a decoding step. The cold ones start with an empty cache directory, the warm ones
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from models import build, build_qwen, llava_prompts, qwen_prompts
-from record import number_table, write
+from record import RESULTS, OutputJson, number_table, save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -76,10 +76,10 @@ def main(
     repeats: Annotated[int, typer.Option(help="cold and warm processes; one of torch.compile")] = 3,
     width: Annotated[int, typer.Option(help="hidden size")] = 256,
     layers: Annotated[int, typer.Option(help="decoder layers")] = 32,
-    out: Annotated[str, typer.Option(help="name of the JSON")] = "compile_time_cpu",
+    output_json: OutputJson = RESULTS / "compile_time_cpu.json",
     sample_of: Annotated[str, typer.Option("--sample", hidden=True)] = "",
 ) -> None:
-    """Measure and write benchmarks/results/<out>.json."""
+    """Measure, and write what was measured."""
     if sample_of:
         contender, family, *sizes = sample_of.split(",")
         print(json.dumps(first_answer(contender, family, *map(int, sizes))))
@@ -96,7 +96,7 @@ def main(
                     found[state].append(sample(cache, contender, family, str(width), str(layers)))
     rows = {name: {state: _medians(runs) for state, runs in found.items()} for name, found in samples.items()}
     setting = {"width": width, "layers": layers, "visual_tokens": VISUAL, "text_tokens": TEXT}
-    path = write(out, {"setting": setting, "median_seconds": rows, "seconds": samples})
+    path = save(output_json, {"setting": setting, "median_seconds": rows, "seconds": samples})
     Console(width=120).print(_table(rows), f"written to {path}", sep="\n")
 
 

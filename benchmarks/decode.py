@@ -1,6 +1,6 @@
 """One decoding step of a 32-layer decoder: eager, compiled, and on the caches that routing leaves.
 
-    python benchmarks/decode.py [--rounds 60] [--width 1024] [--batch 1,8] [--out decode_cpu]
+    python benchmarks/decode.py [--num-iters 60] [--width 1024] [--batch-size 1,8] [--output-json decode_cpu.json]
 
 Each step adds one token to a cache filled by a prompt of 576 visual and 40 text tokens. ``torch.compile`` is the
 Hugging Face decoder on a `StaticCache` of the same capacity. ``stages, full cache`` is this project's program
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from models import build
-from record import alternate, first_calls, number_table, ratio, summary, write
+from record import RESULTS, NumIters, OutputJson, alternate, first_calls, number_table, ratio, save, summary
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
@@ -125,18 +125,20 @@ def measure(model: LlavaForConditionalGeneration, batch: int, rounds: int) -> di
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="measured rounds")] = 60,
+    num_iters: NumIters = 60,
     width: Annotated[int, typer.Option(help="hidden size")] = 1024,
     layers: Annotated[int, typer.Option(help="decoder layers")] = 32,
-    batch: Annotated[str, typer.Option(help="batch sizes")] = "1,8",
-    out: Annotated[str, typer.Option(help="name of the JSON")] = "decode_cpu",
+    batch_size: Annotated[
+        str, typer.Option(metavar="N,...", help="rows of a step, one after the other")
+    ] = "1,8",
+    output_json: OutputJson = RESULTS / "decode_cpu.json",
 ) -> None:
-    """Measure and write benchmarks/results/<out>.json."""
+    """Measure, and write what was measured."""
     # An empty cache, so that first calls are cold; larger batches find parts of what smaller ones compiled.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="decode_")
     settle_cpu_math()
     model = build(width, layers)
-    results = {size: measure(model, size, rounds) for size in map(int, batch.split(","))}
+    results = {size: measure(model, size, num_iters) for size in map(int, batch_size.split(","))}
     setting = {
         "width": width,
         "layers": layers,
@@ -145,7 +147,7 @@ def main(
         "room": ROOM,
         "dtype": "float32",
     }
-    path = write(out, {"setting": setting, "batch": results})
+    path = save(output_json, {"setting": setting, "batch": results})
     console = Console(width=120)
     for size, result in results.items():
         console.print(_table(size, result["rows"]))

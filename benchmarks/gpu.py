@@ -1,6 +1,6 @@
 """All that needs a GPU, in one command of at most ten minutes.
 
-    python benchmarks/gpu.py [--sections checks,rates,kernels,models,artifacts] [--models llava-1.5-7b] [--batches 8,1]
+    python benchmarks/gpu.py [--sections checks,rates,kernels,models,artifacts] [--models llava-1.5-7b] [--batch-size 8]
 
 ``checks``   every kernel on fresh random inputs against exact or float64 references, in poisoned memory; golden
              vectors on the device
@@ -12,7 +12,7 @@
 ``artifacts``  golden models as artifacts that are exported and loaded here, and on TensorRT where it is installed
 
 What was measured is written after every step, so that a run that is cut short keeps it. ``--dry-run`` goes through
-everything on CPU with tiny sizes; it writes only into a folder that is named.
+everything on CPU with tiny sizes; it writes only into a file that is named.
 """
 
 import gc
@@ -29,7 +29,7 @@ from gpu_checks import run_checks
 from gpu_golden import MODELS, check_golden
 from gpu_kernels import Rates, kernel_shapes, measure_kernels, measure_rates
 from gpu_models import SETTINGS, contenders, hooks, routing_share, sync_errors, watched_program
-from record import RESULTS, call_seconds, number_table, summary, write
+from record import RESULTS, call_seconds, number_table, save, summary
 from rich.console import Console
 from rich.table import Table
 
@@ -71,7 +71,7 @@ class Run:
     def keep(self, section: str, name: str, result: Any) -> None:
         self.record.setdefault(section, {})[name] = result
         if self.path:
-            write(self.path.stem, self.record, self.path.parent)
+            save(self.path, self.record)
 
     def fail(self, where: str, error: Exception) -> None:
         console.print(f"[red]{where}: {type(error).__name__}: {str(error)[:2000]}", highlight=False)
@@ -277,14 +277,22 @@ def _model_table(title: str, rows: dict[str, Any]) -> Table:
 def main(
     sections: Annotated[str, typer.Option(help=",".join(SECTIONS))] = ",".join(SECTIONS),
     models: Annotated[str, typer.Option(help=",".join(SETTINGS))] = ",".join(SETTINGS),
-    batches: Annotated[str, typer.Option(help="rows of the batches")] = "8,1,32",
+    batch_size: Annotated[
+        str, typer.Option(metavar="N,...", help="rows of a call, one after the other")
+    ] = "8,1,32",
     backend: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
     seconds: Annotated[float, typer.Option(help="begin nothing new after this time")] = 540,
-    out: Annotated[str, typer.Option(help="name of the JSON")] = "gpu",
-    folder: Annotated[Path | None, typer.Option(help="of the JSON; benchmarks/results if not dry")] = None,
+    output_json: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="for what was measured",
+            show_default="benchmarks/results/gpu.json if not dry",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="tiny sizes on CPU")] = False,
 ) -> None:
-    """Check and measure, and write <folder>/<out>.json."""
+    """Check and measure, and write what was measured."""
     wanted = sections.split(",")
     unknown = [s for s in wanted if s not in SECTIONS] + [m for m in models.split(",") if m not in SETTINGS]
     if unknown:
@@ -293,10 +301,9 @@ def main(
         raise typer.BadParameter("torch finds no GPU; run where one is, or with --dry-run")
     device = torch.device("cpu") if dry_run else torch.device("cuda", 0)
     settle_cpu_math()
-    if folder is None and not dry_run:
-        folder = RESULTS
-    path = folder / f"{out}.json" if folder else None
-    run = Run(device, torch.float32 if dry_run else torch.bfloat16, dry_run, path, seconds)
+    if output_json is None and not dry_run:
+        output_json = RESULTS / "gpu.json"
+    run = Run(device, torch.float32 if dry_run else torch.bfloat16, dry_run, output_json, seconds)
     if "checks" in wanted:
         run.attempt("checks", lambda: section_checks(run))
     rates = measure_rates(device, run.dtype, dry_run)
@@ -306,7 +313,7 @@ def main(
     if "kernels" in wanted:
         run.attempt("kernels", lambda: section_kernels(run, rates))
     if "models" in wanted:
-        sizes = [2] if dry_run else [int(size) for size in batches.split(",")]
+        sizes = [2] if dry_run else [int(size) for size in batch_size.split(",")]
         section_models(run, rates, models.split(","), sizes, backend)
     if "artifacts" in wanted:
         run.attempt("artifacts", lambda: section_artifacts(run))

@@ -1,6 +1,6 @@
 """What the first stage of Nüwa adds to a compiled vision tower.
 
-    python benchmarks/nuwa_tower.py [--rounds 15] [--pictures 1] [--out nuwa_cpu]
+    python benchmarks/nuwa_tower.py [--num-iters 15] [--pictures 1] [--output-json nuwa_cpu.json]
 
 The tower of LLaVA-1.5 (CLIP-L/14 at 336 pixels, 24 layers of width 1024, random weights) and its projector, compiled by
 the same compiler: without the last layer, which LLaVA's features don't need; whole, as transformers runs it and as the
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from record import alternate, first_calls, number_table, ratio, summary, write
+from record import RESULTS, NumIters, OutputJson, alternate, first_calls, number_table, ratio, save, summary
 from rich.console import Console
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -85,11 +85,11 @@ def whole(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="measured rounds")] = 15,
+    num_iters: NumIters = 15,
     pictures: Annotated[int, typer.Option(help="pictures in a call")] = 1,
-    out: Annotated[str, typer.Option(help="name of the JSON")] = "nuwa_cpu",
+    output_json: OutputJson = RESULTS / "nuwa_cpu.json",
 ) -> None:
-    """Measure and write benchmarks/results/<out>.json."""
+    """Measure, and write what was measured."""
     settle_cpu_math()
     made = towers(build())
     pixels = torch.randn(pictures, 3, 336, 336)
@@ -98,7 +98,7 @@ def main(
     }
     runs |= {f"its rule alone at {tier}": rule(pictures, tier) for tier in TIERS}
     first = first_calls(runs)
-    samples = alternate(runs, rounds)
+    samples = alternate(runs, num_iters)
     rows = {
         name: {
             **summary(taken),
@@ -109,7 +109,7 @@ def main(
         for name, taken in samples.items()
     }
     setting = {"pictures": pictures, "layers": LAYERS, "width": 1024, "patches": 576, "dtype": "float32"}
-    path = write(out, {"setting": setting, "rows": rows, "seconds": samples})
+    path = save(output_json, {"setting": setting, "rows": rows, "seconds": samples})
     table = number_table("", "p50 ms", "p99 ms", "time / whole", "time / needed")
     for name, row in rows.items():
         cells = (f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}")

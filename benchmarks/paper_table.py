@@ -1,7 +1,7 @@
 """The main table of the paper on a checkpoint: unrouted, and every method, action and tier of the official release.
 
     pip install 'reroute-fx[eval]'
-    python benchmarks/paper_table.py llava-hf/llava-1.5-7b-hf --family llava --device cuda --json table.json
+    python benchmarks/paper_table.py llava-hf/llava-1.5-7b-hf --family llava --output-json table.json
 
 The release's 38 configurations are 19 for each of two models; this runs the 19 for the model that is given. Scores are
 those of lmms-eval. What is in the JSON already is not run again.
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from reroute_fx.analysis.paper_configs import RELEASED
 from reroute_fx.benchmarking.machine import environment
+from reroute_fx.command_line.options import Device, Dtype, Revision
 from reroute_fx.common.json_files import check_file, write_json
 from reroute_fx.errors import InputError, RerouteError
 from reroute_fx.evals.tasks import (
@@ -30,6 +31,7 @@ from reroute_fx.evals.tasks import (
     paper_tasks,
     write_tasks,
 )
+from reroute_fx.loading.models_by_name import choose_device
 from reroute_fx.methods import UNROUTED
 from reroute_fx.methods.tiers import TIERS
 from reroute_fx.passes import ACTIONS
@@ -117,12 +119,15 @@ def main(
     ] = "llava",
     tasks: Annotated[str, typer.Option(help="with commas between; the paper's if left out")] = "",
     limit: Annotated[int | None, typer.Option(help="prompts of each task")] = None,
-    count: Annotated[int, typer.Option(help="prompts of the tasks on generated scenes")] = 200,
-    json_file: Annotated[Path, typer.Option("--json", help="for all scores; added to")] = Path(
+    num_prompts: Annotated[
+        int, typer.Option(min=1, metavar="N", help="of each task on generated scenes")
+    ] = 200,
+    output_json: Annotated[Path, typer.Option(metavar="FILE", help="for all scores; added to")] = Path(
         "paper_table.json"
     ),
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     backend: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
     batch_size: Annotated[int, typer.Option(min=1, help="prompts of a call")] = 1,
 ) -> None:
@@ -130,27 +135,29 @@ def main(
     console = Console()
     try:
         check_family(family)
-        check_file(json_file)
+        check_file(output_json)
+        device = choose_device(device, dtype)
         names = tasks.split(",") if tasks else paper_tasks(family)
         options: dict[str, Any] = {
             "device": device,
             "dtype": dtype,
             "backend": backend,
             "batch_size": batch_size,
+            "revision": revision,
         }
         if family == "qwen2_5_vl":
             options["max_pixels"] = 576 * 28 * 28
-        records = json.loads(json_file.read_text())["records"] if json_file.exists() else []
+        records = json.loads(output_json.read_text())["records"] if output_json.exists() else []
         done = {(r["method"], r["action"], r["tier"]) for r in records}
         with TemporaryDirectory() as folder:
-            write_tasks(folder, count)
+            write_tasks(folder, num_prompts)
             for configuration in configurations():
                 if configuration not in done:
                     scores = evaluate(model, configuration, names, folder, limit=limit, **options)
                     method, action, tier = configuration
                     records.append({"method": method, "action": action, "tier": tier, "scores": scores})
                     write_json(
-                        json_file,
+                        output_json,
                         {
                             "environment": environment(torch.device(device)),
                             "model": model,

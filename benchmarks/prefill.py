@@ -1,6 +1,6 @@
 """Prefill of a 32-layer LLaVA decoder: eager, compiled, and routed at each tier, alternating in one run.
 
-    python benchmarks/prefill.py [--rounds 15] [--width 1024] [--out prefill_cpu]
+    python benchmarks/prefill.py [--num-iters 15] [--width 1024] [--output-json prefill_cpu.json]
 
 Baselines: the Hugging Face decoder in eager mode, the same decoder under `torch.compile`, and the captured
 decoder through this project's compiler without routing. All fill a key-value cache. The routing efficiency is
@@ -20,7 +20,19 @@ import torch
 import typer
 from decoders import Floor, Prefill, Prompts
 from models import build
-from record import alternate, first_calls, measure_memory, number_table, peak_memory, ratio, summary, write
+from record import (
+    RESULTS,
+    NumIters,
+    OutputJson,
+    alternate,
+    first_calls,
+    measure_memory,
+    number_table,
+    peak_memory,
+    ratio,
+    save,
+    summary,
+)
 from rich.console import Console
 from rich.table import Table
 from transformers import LlavaForConditionalGeneration
@@ -67,14 +79,14 @@ def contenders(model: LlavaForConditionalGeneration) -> tuple[dict[str, Callable
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="measured rounds")] = 15,
+    num_iters: NumIters = 15,
     width: Annotated[int, typer.Option(help="hidden size")] = 1024,
     layers: Annotated[int, typer.Option(help="decoder layers")] = 32,
-    out: Annotated[str, typer.Option(help="name of the JSON")] = "prefill_cpu",
+    output_json: OutputJson = RESULTS / "prefill_cpu.json",
     memory: Annotated[bool, typer.Option(help="measure peak memory too")] = True,
     memory_of: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Measure and write benchmarks/results/<out>.json."""
+    """Measure, and write what was measured."""
     if not memory_of:
         # An empty cache, so that first calls are cold; the processes that measure memory inherit it.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="prefill_")
@@ -85,7 +97,7 @@ def main(
         print(measure_memory(runs[memory_of]))
         return
     first = first_calls(runs)
-    samples = alternate(runs, rounds)
+    samples = alternate(runs, num_iters)
     baseline = min(COMPILED, key=lambda name: summary(samples[name])["p50_ms"])
     rows = {}
     for name in runs:
@@ -112,7 +124,7 @@ def main(
         "dtype": "float32",
     }
     record = {"setting": setting, "compiled_baseline": baseline, "rows": rows, "seconds": samples}
-    path = write(out, record)
+    path = save(output_json, record)
     Console(width=120).print(_table(rows), f"compiled baseline: {baseline}", f"written to {path}", sep="\n")
 
 

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from rich.progress import track
 from rich.table import Table
 
@@ -18,6 +19,15 @@ from reroute_fx.benchmarking.machine import environment, peak_bytes
 from reroute_fx.common.json_files import write_json
 
 RESULTS = Path(__file__).parent / "results"
+NumIters = Annotated[int, typer.Option(min=1, metavar="N", help="measured rounds")]
+OutputJson = Annotated[
+    Path,
+    typer.Option(
+        metavar="FILE",
+        help="for what was measured; left out, a file in benchmarks/results",
+        show_default=False,
+    ),
+]
 
 
 def alternate(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -82,9 +92,13 @@ def measure_memory(run: Callable[[], Any]) -> int:
 
 def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Write a record into a folder, whole or not at all."""
+    return save(folder / f"{name}.json", record)
+
+
+def save(path: Path, record: Mapping[str, Any]) -> Path:
+    """Write a record as JSON with the facts of the machine, whole or not at all."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"environment": environment(device), **record})
     return path
 

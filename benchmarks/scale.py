@@ -1,6 +1,6 @@
 """What a prefill costs as prompts, decoders and batches grow: compiled without routing, and routed at each tier.
 
-    python benchmarks/scale.py [--rounds 5] [--width 512] [--out scale_cpu]
+    python benchmarks/scale.py [--num-iters 5] [--width 512] [--output-json scale_cpu.json]
 
 One size grows at a time; the others stay at 576 visual tokens, 16 layers and one row. The same compiled programs
 serve all prompts and batches. A contender grows faster than theory where its time, divided by its FLOPs, is larger
@@ -19,7 +19,7 @@ import typer
 from decoders import Prefill, Prompts
 from matplotlib.figure import Figure
 from models import build
-from record import RESULTS, alternate, first_calls, number_table, ratio, summary, write
+from record import RESULTS, NumIters, OutputJson, alternate, first_calls, number_table, ratio, save, summary
 from rich.console import Console
 from rich.table import Table
 
@@ -122,16 +122,16 @@ def plot(found: dict[str, Any], path: Path, title: str) -> None:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="measured rounds")] = 5,
+    num_iters: NumIters = 5,
     width: Annotated[int, typer.Option(help="hidden size")] = 512,
-    out: Annotated[str, typer.Option(help="name of the JSON and of the plot")] = "scale_cpu",
+    output_json: OutputJson = RESULTS / "scale_cpu.json",
 ) -> None:
-    """Measure, and write benchmarks/results/<out>.json and .png."""
+    """Measure, and write what was measured with a plot beside it."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="scale_")
     settle_cpu_math()
     torch._logging.set_logs(all=40)
     made = {layers: contenders(width, layers) for layers in DEPTHS}
-    samples = measure(made, width, rounds)
+    samples = measure(made, width, num_iters)
     found = curves(samples, made)
     fastest = {
         sweep: {name: max(row["growth_over_theory"] for row in rows) for name, rows in lines.items()}
@@ -139,12 +139,13 @@ def main(
     }
     setting = {"width": width, "text_tokens": TEXT, "dtype": "float32", "usual": USUAL}
     raw = {" x ".join(map(str, size)): seconds for size, seconds in samples.items()}
-    path = write(
-        out, {"setting": setting, "largest_growth_over_theory": fastest, "curves": found, "seconds": raw}
+    path = save(
+        output_json,
+        {"setting": setting, "largest_growth_over_theory": fastest, "curves": found, "seconds": raw},
     )
     plot(
         found,
-        RESULTS / f"{out}.png",
+        output_json.with_suffix(".png"),
         f"LLaVA-like decoder, d {width}, float32, {torch.get_num_threads()} threads",
     )
     tables = [_table(sweep, lines) for sweep, lines in found.items()]

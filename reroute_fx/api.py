@@ -1,7 +1,9 @@
 """The front door: `compile` a model."""
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from .capture import CapturedDecoder, capture_decoder, find_visual_token_ids, te
 from .capture.vision_tower import capture_vision_tower, has_grids, tower_facts
 from .capture.wrappers import unwrap
 from .common.turns import one_at_a_time
+from .config.choosing import choose_config
 from .config.limits import Limits
 from .config.routing_config import RoutingConfig
 from .config.savings import Savings
@@ -28,9 +31,11 @@ from .lowering import (
     describe_operators,
     lower,
 )
-from .methods import Method, register_method
+from .methods import Method
 from .pipeline import DecoderPrograms, reduce_tower
 from .runtime import RoutedModel, make_routed_model
+
+logger = logging.getLogger(__name__)
 
 
 @one_at_a_time
@@ -38,7 +43,7 @@ def compile(
     model: torch.nn.Module,
     tier: float | None = None,
     *,
-    config: RoutingConfig | None = None,
+    config: RoutingConfig | str | Path | None = None,
     method: str | Method | None = None,
     action: str | None = None,
     schedule: str | None = None,
@@ -59,7 +64,8 @@ def compile(
             base model is taken, with the adapters in its layers.
         tier: average number of visual tokens (of 576) that enter a decoder layer: 192, 128, 64, or the share
             kept as a float in (0, 1]; None for 128, or what the authors of an ``-official`` method run.
-        config: decision layers and ratios spelled out, instead of `tier`, `method`, `action`, `schedule` and `pool`.
+        config: decision layers and ratios spelled out, or the path of a JSON file that `RoutingConfig.save` wrote,
+            instead of `tier`, `method`, `action`, `schedule` and `pool`.
         method: how tokens are chosen: ``"pdrop"``, the default, ``"fastv"``, another that `reroute-fx methods` lists,
             or one of your own: a `Method`, or the name of one that `register_method` was given. ``"none"`` compiles
             without routing, the baseline of a comparison.
@@ -179,7 +185,7 @@ def inspect(
     model: torch.nn.Module,
     tier: float | None = None,
     *,
-    config: RoutingConfig | None = None,
+    config: RoutingConfig | str | Path | None = None,
     method: str | Method | None = None,
     action: str | None = None,
     schedule: str | None = None,
@@ -201,24 +207,11 @@ def inspect(
     return _named(report, model, source, "", captured.seconds)
 
 
-def _config(model: Any, decoder: Any, config: RoutingConfig | None, **choices: Any) -> RoutingConfig:
-    """The configuration that is given, or the one that the choices say; None stands for a default."""
-    num_layers = decoder.config.num_hidden_layers
-    given = {name: value for name, value in choices.items() if value is not None}
-    if config is None:
-        if isinstance(given.get("method"), Method):
-            given["method"] = register_method(given["method"]).name
-        return RoutingConfig.from_tier(**given, num_layers=num_layers, grids=has_grids(model.config))
-    if not isinstance(config, RoutingConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; expected a RoutingConfig.")
-    if given:
-        raise ConfigError(
-            f"config is given together with {', '.join(f'{name}={value!r}' for name, value in given.items())}; "
-            f"expected one or the other. A config says all of it: leave them out, or change it with "
-            f"dataclasses.replace."
-        )
-    config.check_depth(num_layers)
-    return config
+def _config(
+    model: Any, decoder: Any, config: RoutingConfig | str | Path | None, **choices: Any
+) -> RoutingConfig:
+    num_layers, grids = decoder.config.num_hidden_layers, has_grids(model.config)
+    return choose_config(config, num_layers=num_layers, grids=grids, **choices)
 
 
 def _check_tower(model: Any, config: RoutingConfig) -> None:
@@ -250,4 +243,27 @@ def _named(
 ) -> RoutingReport:
     passes = sum(result.seconds for result in report.passes)
     seconds = {"capture": capture_seconds, "passes": passes}
+    _log(report, type(model).__name__, seconds)
     return replace(report, model=type(model).__name__, source=source, backend=backend, seconds=seconds)
+
+
+def _log(report: RoutingReport, model: str, seconds: dict[str, float]) -> None:
+    for result in report.passes:
+        logger.debug(
+            "%s: %d matched, %d rewritten, %.2f s",
+            result.name,
+            result.matched,
+            result.rewritten,
+            result.seconds,
+        )
+    logger.info(
+        "%s: captured in %.1f s; %d layers routed in %.1f s, %s / %s, on average %.1f of %d visual tokens in a layer",
+        model,
+        seconds["capture"],
+        report.num_layers,
+        seconds["passes"],
+        report.config.method,
+        report.config.action,
+        report.average_tokens,
+        report.visual_tokens,
+    )

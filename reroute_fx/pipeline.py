@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 from torch.export import ExportedProgram
 
@@ -13,6 +14,7 @@ from .capture.captured_decoder import CapturedDecoder
 from .capture.image_layout import FixedImages, GridImages
 from .capture.structure import with_weights_of
 from .capture.vision_tower import CapturedTower
+from .config.choosing import read_config
 from .config.routing_config import RoutingConfig
 from .config.savings import Savings
 from .passes import (
@@ -43,7 +45,7 @@ from .passes import (
 
 def route(
     exported_program: ExportedProgram,
-    config: RoutingConfig,
+    config: RoutingConfig | str | Path,
     *,
     num_layers: int | None = None,
     savings: Savings | None = None,
@@ -55,7 +57,7 @@ def route(
         exported_program: a decoder as `torch.export.export` returns it, from embeddings or token ids
             ``[B, S, ...]`` to hidden states ``[B, S, d]``, with symbolic B and S and without a cache. It is
             not changed, and its parameters are shared.
-        config: what to route.
+        config: what to route, or the path of a JSON file that `RoutingConfig.save` wrote.
         num_layers: layers that the decoder has, if known: finding another number is then an error.
         savings: rewrites that save work; None for those that were measured to pay.
         streams: return the residual stream before each layer as well.
@@ -70,9 +72,10 @@ def route(
         deferred or deleted keep the hidden state with which they left.
 
     Raises:
-        ConfigError: a decision layer beyond the decoder.
+        ConfigError: a decision layer beyond the decoder, or a file that holds no configuration.
         MatchError: the graph is no decoder that can be routed; the message names the nearest miss.
     """
+    config = read_config(config)
     if num_layers is not None:
         config.check_depth(num_layers)
     graph, found = run_passes(exported_program, find_passes(num_layers))

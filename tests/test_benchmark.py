@@ -15,7 +15,14 @@ from PIL import Image
 
 import reroute_fx
 from reroute_fx import BackendUnavailableError, ConfigError, InputError, ParityError, UnsupportedModelError
-from reroute_fx.benchmarking import MEASURES, ContenderResult, Timing, check_plot, plot_results
+from reroute_fx.benchmarking import (
+    MEASURES,
+    ContenderResult,
+    Timing,
+    check_plot,
+    comparison,
+    plot_results,
+)
 from reroute_fx.benchmarking.contender import Contender, TowerFeatures, alternate, time_decoder
 from reroute_fx.benchmarking.expected import Theory, weight_bytes
 from reroute_fx.benchmarking.machine import peak_bytes
@@ -181,6 +188,25 @@ def test_contenders_alternate_in_every_round():
     rounds = ["abc", "bca", "cab"]
     assert calls == [(kind, name) for order in rounds for kind in "xy" for name in order]
     assert seconds["a"] == {"x": [[1.0], [9.0], [14.0]], "y": [[4.0], [12.0], [17.0]]}
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+def test_rounds_that_warm_up_are_not_counted(monkeypatch, warmup):
+    ran = []
+
+    def counting(contenders, measurements, rounds):
+        ran.append(len(list(rounds)))
+        return alternate(contenders, measurements, range(ran[-1]))
+
+    monkeypatch.setattr(comparison, "alternate", counting)
+    given = {} if warmup == 1 else {"warmup": warmup}  # one if left out
+    inputs = batch("llava", *SINGLE)
+    result = reroute_fx.benchmark(
+        unrouted_model("llava"), routed_model("llava"), inputs, new_tokens=1, rounds=2, **given
+    )
+    assert ran == [warmup, 2]
+    assert (result.warmup, result.rounds, result.to_dict()["warmup"]) == (warmup, 2, warmup)
+    assert {len(t.rounds) for each in result.contenders.values() for t in each.timings.values()} == {2}
 
 
 def test_percentiles_are_those_of_numpy():
@@ -467,6 +493,8 @@ def nothing_runs(monkeypatch):
         ),
         (batch("llava", *SINGLE), {"rounds": 0}, ConfigError, "rounds is 0"),
         (batch("llava", *SINGLE), {"rounds": 2.0}, ConfigError, "rounds is 2.0"),
+        (batch("llava", *SINGLE), {"warmup": -1}, ConfigError, "warmup is -1; expected a whole number of 0"),
+        (batch("llava", *SINGLE), {"warmup": True}, ConfigError, "warmup is True"),
         (batch("llava", *SINGLE), {"new_tokens": 0}, ConfigError, "new_tokens is 0"),
         (batch("llava", *SINGLE), {"new_tokens": True}, ConfigError, "new_tokens is True"),
     ],

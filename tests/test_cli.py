@@ -1,13 +1,16 @@
 """The command line, on published configurations without weights."""
 
 import json
+import logging
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import huggingface_hub
 import jsonschema
 import numpy as np
 import pytest
@@ -20,11 +23,14 @@ from typer.testing import CliRunner
 
 import reroute_fx
 from reroute_fx import artifact, lowering
-from reroute_fx.command_line import main as cli
+from reroute_fx.command_line import options
+from reroute_fx.command_line.artifact_commands import _limits
 from reroute_fx.command_line.main import app
+from reroute_fx.command_line.terminal import logged
 from reroute_fx.config import routing_config as config
 from reroute_fx.errors import ConfigError, InputError
-from reroute_fx.loading.models_by_name import check_device, load_model
+from reroute_fx.loading import models_by_name
+from reroute_fx.loading.models_by_name import choose_device, load_model
 from reroute_fx.loading.prompts import make_batch, read_image
 from reroute_fx.loading.sample_picture import picture
 
@@ -32,8 +38,12 @@ PUBLISHED = Path(__file__).parent / "published"
 GIB = 2**30
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, list(arguments))
+def run(*arguments, columns=80):
+    return CliRunner(env={"COLUMNS": str(columns)}).invoke(app, [str(argument) for argument in arguments])
+
+
+def said(result):
+    return " ".join((result.stdout + result.stderr).split())
 
 
 @pytest.mark.parametrize(
@@ -98,8 +108,11 @@ def test_errors_are_one_clear_line(arguments, message):
     "arguments",
     [
         ["inspect", "llava", "--visual-tokens", "0"],
-        ["bench", "demo", "--rounds", "many"],
-        ["run", "artifact", "--prompt", "What?"],
+        ["bench", "demo", "--num-iters", "many"],
+        ["bench", "demo", "--warmup", "-1"],
+        ["artifact", "run", "folder", "--prompt", "What?"],
+        ["artifact", "export", "demo", "folder", "--max-batch-size", "0"],
+        ["lmms", "tasks", "folder", "--num-prompts", "0"],
         ["visualize", "demo", "out", "--prompt", "What?"],
         ["prune", "demo"],
     ],
@@ -114,10 +127,18 @@ def test_wrong_usage_has_its_own_exit_code(arguments):
 
 
 def test_the_choices_in_the_help_are_those_of_the_package():
-    assert cli.ACTIONS == reroute_fx.passes.ACTIONS
-    assert cli.BACKENDS == lowering.BACKENDS
-    assert cli.FORMATS == artifact.FORMATS
-    assert cli.SCHEDULES == config.SCHEDULES
+    assert options.ACTIONS == reroute_fx.passes.ACTIONS
+    assert options.BACKENDS == lowering.BACKENDS
+    assert options.FORMATS == artifact.FORMATS
+    assert options.POOLS == config.POOLS
+    assert options.SCHEDULES == config.SCHEDULES
+    help_of_export = said(run("artifact", "export", "--help", columns=200))
+    for name in models_by_name.DTYPES:
+        assert name in help_of_export
+    limits = reroute_fx.Limits()
+    assert f"rows [default: ({limits.batch})]" in help_of_export
+    assert f"up to {limits.length}" in help_of_export
+    assert f"up to {limits.image_tokens}" in help_of_export
 
 
 PRINT_MODULES = "; import json, sys; print(json.dumps([*sys.modules]), file=sys.stderr)"
@@ -133,7 +154,7 @@ def modules_after(code):
     return set(json.loads(done.stderr)), seconds
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["export", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["artifact", "export", "--help"], ["-h"], ["--version"]])
 def test_help_does_not_wait_for_torch(arguments):
     """Computing for less than a second: how long that takes depends on who else computes."""
     modules, seconds = modules_after(
@@ -157,9 +178,9 @@ def test_a_text_model_is_refused(tmp_path):
 
 
 def test_configs_lists_the_release():
-    records = json.loads(run("configs", "--json").stdout)
+    records = json.loads(run("paper", "configs", "--json").stdout)
     assert [r["name"] for r in records] == [entry.name for entry in reroute_fx.paper_configs()]
-    table = run("configs").stdout
+    table = run("paper", "configs").stdout
     assert "84.1" in table
     assert "llava15, 7B decoder" in table
     assert table.count("baseline") == 2
@@ -196,14 +217,14 @@ def validated(path):
 
 @pytest.mark.usefixtures("one_thread")
 def test_bench_measures_every_batch(checkpoint, tmp_path):
-    out = {"--json": tmp_path / "times.json", "--plot": tmp_path / "times.png"}
-    files = [str(word) for pair in out.items() for word in pair]
-    amounts = ["--batch", "1,2", "--rounds", "1", "--new-tokens", "2", "--tier", "0.5", "--backend", "eager"]
-    result = run("bench", str(checkpoint), *amounts, *files)
+    out = {"--output-json": tmp_path / "times.json", "--plot": tmp_path / "times.png"}
+    files = [word for pair in out.items() for word in pair]
+    amounts = ["--batch-size", "1,2", "--num-iters", 1, "--warmup", 0, "--max-new-tokens", 2]
+    result = run("bench", checkpoint, *amounts, "--tier", 0.5, "--backend", "eager", *files)
     assert result.exit_code == 0, result.stderr
-    results = validated(out["--json"])
+    results = validated(out["--output-json"])
     assert [r["visual_tokens"] for r in results] == [[16], [16, 16]]
-    assert {r["new_tokens"] for r in results} == {2}
+    assert {(r["new_tokens"], r["rounds"], r["warmup"]) for r in results} == {(2, 1, 0)}
     assert result.stdout.count("decode, per token: milliseconds, 2 samples") == 2
     assert "The pictures are generated ones; --image takes your own." in result.stderr
     with Image.open(out["--plot"]) as plot:
@@ -235,7 +256,7 @@ def test_bench_knows_the_demo():
 
 def test_demo_asks_compares_and_draws(tmp_path):
     """The same answer from both unrouted models, a right box from the routed one, and pictures."""
-    result = run("demo", "--backend", "eager", "--out", str(tmp_path / "demo"))
+    result = run("demo", "--backend", "eager", "--output-dir", str(tmp_path / "demo"))
     assert result.exit_code == 0
     lines = re.findall(
         r"│ (unrouted, eager|unrouted|deleted|routed) +│ (.*?) +│ +(\d\.\d\d) │", result.stdout
@@ -251,7 +272,7 @@ def test_demo_asks_compares_and_draws(tmp_path):
 
 def test_demo_succeeds_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run("demo", "--backend", "eager", "--out", str(tmp_path / "demo"))
+    result = run("demo", "--backend", "eager", "--output-dir", str(tmp_path / "demo"))
     assert result.exit_code == 0
     assert "Same model, same question" in result.stdout
     told = " ".join(result.stdout.split())
@@ -265,7 +286,7 @@ def test_demo_refuses_before_it_loads_anything(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     for arguments, message in (
         (["--scene", "-1"], "ConfigError: scene is -1; expected 0 or more."),
-        (["--out", str(tmp_path / "file")], "a file; expected a folder, or a name that is free."),
+        (["--output-dir", str(tmp_path / "file")], "a file; expected a folder, or a name that is free."),
     ):
         result = run("demo", *arguments)
         assert result.exit_code == 1
@@ -316,18 +337,18 @@ def test_broken_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "0,2"], "ConfigError: batch is '0,2'"),
-        (["--batch", "1,x"], "ConfigError: batch is '1,x'"),
+        (["--batch-size", "0,2"], "ConfigError: batch-size is '0,2'"),
+        (["--batch-size", "1,x"], "ConfigError: batch-size is '1,x'"),
         (["--tier", "100"], "ConfigError: tier is 100"),
         (["--method", "magic"], "ConfigError: method is 'magic'"),
         (["--backend", "tpu"], "ConfigError: backend is 'tpu'"),
-        (["--device", "tpu"], "ConfigError: device is 'tpu'; expected cpu, cuda, or cuda:N"),
+        (["--device", "tpu"], "ConfigError: device is 'tpu'; expected auto, cpu, cuda, or cuda:N"),
         (["--device", "cuda:one"], "ConfigError: device is 'cuda:one'"),
         (["--backend", "tensorrt"], "BackendUnavailableError: backend is 'tensorrt'"),
         (["--dtype", "int8"], "ConfigError: dtype is 'int8'"),
         (["--image", "nowhere.png"], "InputError: image is 'nowhere.png'"),
         (["--image", __file__], "InputError: image is"),
-        (["--json", "nowhere/times.json"], "InputError: path is 'nowhere/times.json'"),
+        (["--output-json", "nowhere/times.json"], "InputError: path is 'nowhere/times.json'"),
         (["--plot", "times.xyz"], "InputError: path is 'times.xyz'"),
     ],
 )
@@ -351,9 +372,15 @@ def test_the_number_of_a_gpu_is_kept_and_checked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device in ("cpu", "cuda", "cuda:0", "cuda:1"):
-        check_device(device, "auto")
+        assert choose_device(device, "auto") == device
     with pytest.raises(ConfigError, match="device is 'cuda:2', but torch finds 2 GPUs"):
-        check_device("cuda:2", "auto")
+        choose_device("cuda:2", "auto")
+
+
+@pytest.mark.parametrize(("found", "chosen"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_a_gpu_if_there_is_one(monkeypatch, found, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    assert choose_device("auto", "float32") == chosen
 
 
 def test_bench_needs_weights_and_an_existing_model(checkpoint, tmp_path):
@@ -375,26 +402,26 @@ def test_bench_needs_weights_and_an_existing_model(checkpoint, tmp_path):
 def test_export_refuses_before_it_loads_anything(checkpoint, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setattr("reroute_fx.loading.models_by_name.load_model", lambda *a: pytest.fail("loaded"))
-    result = run("export", str(checkpoint), str(tmp_path / "out"), *arguments)
+    result = run("artifact", "export", checkpoint, tmp_path / "out", *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
+def test_limits_that_are_left_out_fit_those_that_are_given():
+    defaults = reroute_fx.Limits(16, 2048, 2048)
+    assert _limits(defaults, None, None, None) == defaults
+    assert _limits(defaults, 2, 100, None) == reroute_fx.Limits(2, 100, 100)
+    assert _limits(defaults, None, None, 64) == reroute_fx.Limits(16, 2048, 64)
+    with pytest.raises(ConfigError, match=r"limits\.image_tokens is 64; expected at most limits\.length=32"):
+        _limits(defaults, None, 32, 64)
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_visualize_draws_a_prompt(checkpoint, tmp_path):
     picture(1).save(tmp_path / "cat.png")
-    options = [
-        "--prompt",
-        "What is that?",
-        "--image",
-        str(tmp_path / "cat.png"),
-        "--tier",
-        "0.5",
-        "--new-tokens",
-        "3",
-    ]
-    result = run("visualize", str(checkpoint), str(tmp_path / "out"), *options)
+    asked = ["--prompt", "What is that?", "--image", tmp_path / "cat.png", "--max-new-tokens", 3]
+    result = run("visualize", checkpoint, tmp_path / "out", *asked, "--tier", 0.5)
     assert result.exit_code == 0, result.stderr
     assert "index.html" in result.stdout
     page = (tmp_path / "out" / "index.html").read_text()
@@ -421,10 +448,206 @@ def test_visualize_refuses_before_it_loads_anything(checkpoint, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_tasks_are_written(tmp_path):
+    result = run("lmms", "tasks", tmp_path / "tasks", "--num-prompts", 2, "--seed", 1)
+    assert result.exit_code == 0, result.stderr
+    assert f"--include_path {tmp_path / 'tasks'}" in result.stdout
+    assert "the paper's, llava: refcoco" in result.stdout
+    assert len(list((tmp_path / "tasks").glob("*.yaml"))) > 2
+
+
 def test_tasks_say_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    result = run("tasks", str(tmp_path / "tasks"))
+    result = run("lmms", "tasks", tmp_path / "tasks")
     assert result.exit_code == 1
     assert "BackendUnavailableError: datasets is not installed" in result.stderr
     assert "reroute-fx[eval]" in result.stderr
     assert not (tmp_path / "tasks").exists()
+
+
+# Routing and model options, the same for every command that routes a model
+
+
+ROUTED_BY = {
+    "inspect": ("inspect", "demo"),
+    "bench": ("bench", "demo"),
+    "visualize": ("visualize", "demo", "out", "--prompt", "What?", "--image", "cat.png"),
+    "export": ("artifact", "export", "demo", "out"),
+}
+
+
+@pytest.fixture(params=ROUTED_BY)
+def routed_by(request, tmp_path, monkeypatch):
+    """A command that routes a model, and would end the test if it loaded one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models_by_name, "load_model", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("reroute_fx.api.capture_decoder", lambda _: pytest.fail("traced"))
+    picture(0).save("cat.png")
+    return ROUTED_BY[request.param]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tier", "100"], "ConfigError: tier is 100"),
+        (["--method", "magic"], "ConfigError: method is 'magic'"),
+        (["--action", "drop"], "ConfigError: action is 'drop'"),
+        (["--schedule", "soon"], "ConfigError: schedule is 'soon'"),
+        (["--pool", "sea"], "ConfigError: pool is 'sea'"),
+        (
+            ["--config", "none.json"],
+            "ConfigError: config is 'none.json'; expected a JSON file with a RoutingConfig",
+        ),
+        (
+            ["--config", "broken.json"],
+            "ConfigError: broken.json: keep_ratio is [0.5], but a RoutingConfig has no such",
+        ),
+        (["--config", "deep.json"], "ConfigError: decision_layers has [99], but the decoder has 16 layers"),
+        (
+            ["--config", "good.json", "--pool", "row", "--tier", "64"],
+            "ConfigError: config is given together with tier=64.0, pool='row'; expected one or the other.",
+        ),
+        (
+            ["--revision", "v1"],
+            "ConfigError: revision is 'v1', but model is 'demo', which is on this machine",
+        ),
+    ],
+)
+def test_routing_is_refused_before_a_model_is_loaded(routed_by, arguments, message):
+    for name, content in (
+        ("broken", {"decision_layers": [2], "keep_ratio": [0.5]}),
+        ("deep", {"decision_layers": [2, 99], "keep_ratios": [0.5, 0.5]}),
+        ("good", {"decision_layers": [2], "keep_ratios": [0.5]}),
+    ):
+        Path(f"{name}.json").write_text(json.dumps(content))
+    result = run(*routed_by, *arguments)
+    assert result.exit_code == 1
+    assert message in said(result)
+    assert "Traceback" not in said(result)
+
+
+def test_what_inspect_prints_is_a_configuration(checkpoint, tmp_path):
+    """That of all choices, and the same when it comes from a file."""
+    choices = {
+        "tier": 0.5,
+        "method": "fastv",
+        "action": "physical_delete",
+        "schedule": "exact",
+        "pool": "image",
+    }
+    given = [word for name, value in choices.items() for word in (f"--{name}", value)]
+    report = json.loads(run("inspect", checkpoint, *given, "--json").stdout)
+    expected = reroute_fx.RoutingConfig.from_tier(**choices, num_layers=4)
+    assert report["config"] == expected.to_dict()
+    assert report["config"]["pool"] == "image"
+    (tmp_path / "config.json").write_text(json.dumps(report["config"]))
+    result = run("inspect", checkpoint, "--config", tmp_path / "config.json", "--json")
+    assert not result.stderr
+    again = json.loads(result.stdout)
+    assert again["config"] == report["config"]
+    assert again["tokens_per_layer"] == report["tokens_per_layer"]
+
+
+def test_the_schedule_reaches_the_routing():
+    given = {"tier": 64, "method": "pdrop", "schedule": "paper"}
+    config = models_by_name.read_routing("demo", **given)
+    assert config == reroute_fx.RoutingConfig.from_tier(**given, num_layers=16)
+    assert config != models_by_name.read_routing("demo", tier=64)
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path, monkeypatch):
+    """The cache of a hub with one model of two revisions, the newer one with more layers."""
+    folder = tmp_path / "models--someone--tiny"
+    for revision, commit, layers in (("main", "a" * 40, 6), ("v1", "b" * 40, 4)):
+        snapshot = folder / "snapshots" / commit
+        shutil.copytree(checkpoint, snapshot)
+        content = json.loads((snapshot / "config.json").read_text())
+        content["text_config"]["num_hidden_layers"] = layers
+        (snapshot / "config.json").write_text(json.dumps(content))
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return "someone/tiny"
+
+
+def test_a_revision_is_that_of_the_hub(hub):
+    for revision, layers in ((None, 6), ("v1", 4)):
+        config = models_by_name.read_routing(hub, revision, tier=0.5)
+        assert config == reroute_fx.RoutingConfig.from_tier(0.5, num_layers=layers)
+        assert (
+            models_by_name.build_without_weights(hub, revision).config.text_config.num_hidden_layers == layers
+        )
+    loaded = load_model(hub, "cpu", "auto", "v1")
+    assert len(loaded.model.model.language_model.layers) == 4
+    for command in (("inspect",), ("bench",)):
+        result = run(*command, hub, "--revision", "v9")
+        assert result.exit_code == 1
+        assert f"ConfigError: model is '{hub}' and revision 'v9'; expected" in result.stderr
+
+
+# What is logged
+
+
+def test_the_log_is_shown_from_a_level_on(capsys):
+    logger = logging.getLogger("reroute_fx.lowering.executable")
+    before = logging.getLogger("reroute_fx").handlers[:]
+    for level, shown in (("info", ["first", "again"]), ("warning", ["again"]), ("error", [])):
+        with logged(level):
+            logger.info("first call")
+            logger.warning("called again")
+        printed = capsys.readouterr()
+        assert [word for word in ("first", "again") if word in printed.err] == shown
+        assert not printed.out
+    assert logging.getLogger("reroute_fx").handlers == before
+
+
+def test_the_log_of_a_command_is_shown(checkpoint):
+    told = said(run("--log-level", "debug", "inspect", checkpoint, "--tier", 0.5))
+    assert "4 layers routed in" in told
+    assert "FindLayers: 4 matched" in told
+    result = run("--log-level", "loud", "methods")
+    assert result.exit_code == 1
+    assert "ConfigError: log-level is 'loud'; expected one of ['debug', 'info', 'warning', 'error']" in said(
+        result
+    )
+
+
+# Help
+
+
+COMMANDS = (
+    "inspect",
+    "methods",
+    "demo",
+    "visualize",
+    "bench",
+    "artifact export",
+    "artifact show",
+    "artifact run",
+    "paper configs",
+    "lmms tasks",
+)
+
+
+def test_the_help_leads_to_every_command():
+    def below(name):
+        shown = run(*name.split(), "--help").stdout
+        return re.findall(r"^│ (\w+)  ", shown[shown.index("─ Commands ─") :], re.M)
+
+    names = below("")
+    groups = ("artifact", "paper", "lmms")
+    found = [name for name in names if name not in groups]
+    found += [f"{group} {name}" for group in groups for name in below(group)]
+    assert found == list(COMMANDS)
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_help_breaks_no_words(columns):
+    """Words stand whole in the help: what is broken in two can't be found in wider lines."""
+    for command in COMMANDS:
+        narrow = run(*command.split(), "--help", columns=columns).stdout
+        wide = set(re.findall(r"[\w:|.-]+", run(*command.split(), "--help", columns=300).stdout))
+        assert max(map(len, narrow.splitlines())) <= columns
+        assert set(re.findall(r"[\w:|.-]+", narrow)) <= wide, command

@@ -20,7 +20,15 @@ def record(tmp_path_factory):
     """What a dry run writes."""
     folder = tmp_path_factory.mktemp("results")
     # One model: the other one is built below.
-    options = ["--dry-run", "--backend", "eager", "--models", "llava-1.5-7b", "--folder", folder]
+    options = [
+        "--dry-run",
+        "--backend",
+        "eager",
+        "--models",
+        "llava-1.5-7b",
+        "--output-json",
+        folder / "gpu.json",
+    ]
     command = [sys.executable, BENCHMARKS / "gpu.py", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -31,8 +31,8 @@ def lmms(monkeypatch):
     lmms = import_module("reroute_fx.evals.lmms")
     asked = {}
 
-    def load(name, device, dtype):
-        asked["device"] = device
+    def load(name, device, dtype, revision):
+        asked.update(device=device, revision=revision)
         return load_model(name, "cpu", dtype)
 
     monkeypatch.setattr(lmms, "load_model", load)
@@ -61,3 +61,16 @@ def test_without_a_tier_a_method_has_its_own(lmms, method, tier):
         float(tier) if tier else None, method, "physical_delete", num_layers=16
     )
     assert asked["config"] == expected
+
+
+def test_routing_comes_from_a_file_and_the_model_from_a_revision(lmms, tmp_path):
+    module, asked = lmms
+    config = api.RoutingConfig((2, 5), (0.5, 0.25), pool="image")
+    config.save(tmp_path / "config.json")
+    module.RerouteFx("demo", config=str(tmp_path / "config.json"))
+    assert asked["config"] == config
+    assert (asked["device"], asked["revision"]) == ("cuda", None)
+    module.RerouteFx("demo", pool="image", schedule="paper", tier=64)
+    assert asked["config"] == api.RoutingConfig.from_tier(64, schedule="paper", pool="image", num_layers=16)
+    with pytest.raises(ConfigError, match="revision is 'v1', but model is 'demo'"):
+        module.RerouteFx("demo", revision="v1")

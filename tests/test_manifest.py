@@ -57,6 +57,13 @@ def test_they_come_back_as_they_were(tmp_path, manifest):
     assert Manifest.read(tmp_path) == manifest
 
 
+def test_routing_is_written_as_in_files_of_its_own(tmp_path):
+    MANIFEST.write(tmp_path)
+    written = json.loads((tmp_path / NAME).read_text())["routing"]
+    assert written == MANIFEST.routing.to_dict()
+    assert RoutingConfig.from_dict(written) == MANIFEST.routing
+
+
 def test_every_changed_byte_is_noticed(tmp_path):
     MANIFEST.write(tmp_path)
     written, passed = (tmp_path / NAME).read_bytes(), 0
@@ -114,6 +121,7 @@ def test_folders_without_a_manifest(tmp_path):
         (lambda c: c["limits"].update(batch="8"), r"limits\.batch"),
         (lambda c: c["routing"].update(decision_layers=[-1, 2]), "routing"),
         (lambda c: c["routing"].update(keep_ratios=[0.5, 2.0]), "routing"),
+        (lambda c: c["routing"].update(keep_ratio=[0.5, 0.5]), r"routing\.keep_ratio"),
         (lambda c: c["images"].update(kind="other"), "images"),
         (lambda c: c.update(schema=0), "Export the model again"),
         (lambda c: c.update(format="pickle"), "Export the model again"),

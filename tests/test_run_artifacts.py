@@ -56,15 +56,15 @@ def said(result):
 @pytest.mark.parametrize("format", ["aot", "onnx"])
 def test_from_a_folder_to_an_answer(model_folder, made, picture, tmp_path, format):
     out = tmp_path / "llava"
-    options = ("--tier", TIER, "--format", format, "--batch", 2, "--length", 128, "--image-tokens", 16)
-    done = invoke("export", model_folder, out, *options)
+    limits = ("--max-batch-size", 2, "--max-length", 128, "--max-image-tokens", 16)
+    done = invoke("artifact", "export", model_folder, out, "--tier", TIER, "--format", format, *limits)
     assert done.exit_code == 0, said(done)
     assert "2 rows, 128 tokens in a row, 16 tokens in a picture" in said(done)
-    shown = invoke("show", out, "--json")
+    shown = invoke("artifact", "show", out, "--json")
     assert json.loads(shown.stdout)["format"] == format
     assert json.loads(shown.stdout)["limits"] == {"batch": 2, "length": 128, "image_tokens": 16}
-    assert "LlavaForConditionalGeneration" in invoke("show", out).stdout
-    answered = invoke("run", out, "--image", picture, "--prompt", "w9 w11", "--new-tokens", 5)
+    assert "LlavaForConditionalGeneration" in invoke("artifact", "show", out).stdout
+    answered = invoke("artifact", "run", out, "--image", picture, "--prompt", "w9 w11", "--max-new-tokens", 5)
     assert answered.exit_code == 0, said(answered)
     loaded = reroute_fx.load(out)
     inputs = make_batch(loaded.processor, loaded, 1, "w9 w11", read_image(picture))
@@ -83,19 +83,8 @@ def test_running_imports_no_model(made, picture):
         "try: app()\n"
         "finally: print([m for m in sys.modules if '.models.' in m and '.modeling_' in m and '.auto.' not in m])"
     )
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "run",
-        str(made),
-        "--image",
-        str(picture),
-        "--prompt",
-        "w9",
-        "--new-tokens",
-        "2",
-    ]
+    asked = ["--image", str(picture), "--prompt", "w9", "--max-new-tokens", "2"]
+    command = [sys.executable, "-c", code, "artifact", "run", str(made), *asked]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
@@ -124,33 +113,36 @@ def test_an_artifact_is_replaced_only_when_asked(model_folder, made, tmp_path):
     out = tmp_path / "llava"
     out.mkdir()
     (out / "mine").write_text("")
-    refused = invoke("export", model_folder, out, "--tier", TIER)
+    refused = invoke("artifact", "export", model_folder, out, "--tier", TIER)
     assert refused.exit_code == 1
     assert "which exists" in said(refused)
     assert (out / "mine").exists()
-    done = invoke("export", model_folder, out, "--tier", TIER, "--overwrite")
+    done = invoke("artifact", "export", model_folder, out, "--tier", TIER, "--overwrite")
     assert done.exit_code == 0, said(done)
     assert not (out / "mine").exists()
 
 
 def test_what_fails_is_said_in_a_line(model_folder, made, picture, tmp_path):
-    ask = ("run", made, "--prompt", "w9", "--image", picture)
+    ask = ("artifact", "run", made, "--prompt", "w9", "--image", picture)
     for arguments, match in (
-        (("show", tmp_path), "ArtifactError: "),
-        (("run", tmp_path, "--prompt", "w9", "--image", picture), "ArtifactError: "),
-        (("run", made, "--prompt", "w9", "--image", tmp_path / "none.png"), "InputError: image is"),
+        (("artifact", "show", tmp_path), "ArtifactError: "),
+        (("artifact", "run", tmp_path, "--prompt", "w9", "--image", picture), "ArtifactError: "),
+        (
+            ("artifact", "run", made, "--prompt", "w9", "--image", tmp_path / "none.png"),
+            "InputError: image is",
+        ),
         ((*ask, "--device", "cuda"), "ArtifactError: "),
         ((*ask, "--device", "tpu:one"), "ConfigError: device is 'tpu:one'"),
-        (("run", made, "--prompt", " ".join(["w9"] * 90), "--image", picture), "InputError: "),
+        (("artifact", "run", made, "--prompt", " ".join(["w9"] * 90), "--image", picture), "InputError: "),
         (
-            ("export", model_folder, tmp_path / "new", "--tier", TIER, "--format", "zip"),
+            ("artifact", "export", model_folder, tmp_path / "new", "--tier", TIER, "--format", "zip"),
             "ConfigError: format is 'zip'",
         ),
         (
-            ("export", model_folder, tmp_path / "new", "--tier", TIER, "--batch", 0),
-            "ConfigError: limits.batch is 0",
+            ("artifact", "export", tmp_path, tmp_path / "new", "--max-length", 8, "--max-image-tokens", 9),
+            "ConfigError: limits.image_tokens is 9; expected at most limits.length=8",
         ),
-        (("export", tmp_path, tmp_path / "new"), "ConfigError: model is"),
+        (("artifact", "export", tmp_path, tmp_path / "new"), "ConfigError: model is"),
     ):
         failed = invoke(*arguments)
         assert failed.exit_code == 1, arguments
@@ -160,6 +152,8 @@ def test_what_fails_is_said_in_a_line(model_folder, made, picture, tmp_path):
 
 
 def test_an_artifact_without_a_processor_says_so(tmp_path_factory, picture):
-    failed = invoke("run", artifact(tmp_path_factory, "qwen"), "--prompt", "w9", "--image", picture)
+    failed = invoke(
+        "artifact", "run", artifact(tmp_path_factory, "qwen"), "--prompt", "w9", "--image", picture
+    )
     assert failed.exit_code == 1
     assert "has no processor; expected one. Export it with processor=" in said(failed)

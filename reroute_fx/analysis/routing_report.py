@@ -100,7 +100,7 @@ class RoutingReport:
             "source": self.source,
             "backend": self.backend,
             "operators": self.operators,
-            "config": asdict(self.config),
+            "config": self.config.to_dict(),
             "visual_tokens": self.visual_tokens,
             "text_tokens": self.text_tokens,
             "element_bytes": self.element_bytes,

@@ -1,8 +1,8 @@
 """The front door: `benchmark` a routed model against the model it was made from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +18,7 @@ from .parity import Computed, Parity, check_parity
 from .result import BenchmarkResult, ContenderResult, Timing
 from .workload import Workload, check_count, check_memory, check_models, read_workload
 
+Step = TypeVar("Step")
 _baselines: "WeakKeyDictionary[torch.nn.Module, Any]" = WeakKeyDictionary()
 """What was compiled without routing for a routed model: the next batch finds it compiled."""
 
@@ -37,6 +38,7 @@ def benchmark(
     *,
     new_tokens: int = 64,
     rounds: int = 10,
+    warmup: int = 1,
     progress: bool = False,
 ) -> BenchmarkResult:
     """Time a model in eager mode, compiled without routing, and routed, alternating in one run.
@@ -58,23 +60,24 @@ def benchmark(
             rows padded on the left.
         new_tokens: tokens to generate for each row.
         rounds: how often everything is measured. Below 100 the 99th percentile is close to the largest sample.
+        warmup: rounds that run before these, after the first calls, and are not measured. With none, the first
+            measured round has what else is called for the first time, as `generate` is.
         progress: show progress bars on stderr.
 
     Raises:
         ConfigError, InputError, UnsupportedModelError: before anything runs.
         ParityError: before anything but first calls is timed.
     """
-    work = check_benchmark(model, routed, inputs, new_tokens=new_tokens, rounds=rounds)
-    device, screen = work.inputs["input_ids"].device, Console(stderr=True)
+    work = check_benchmark(model, routed, inputs, new_tokens=new_tokens, rounds=rounds, warmup=warmup)
+    device = work.inputs["input_ids"].device
     with torch.no_grad():
         contenders = _contenders(model, routed, work)
         first = {}
-        for contender in track(contenders, "compiling", console=screen, disable=not progress, transient=True):
+        for contender in _shown(contenders, "compiling", progress):
             first[contender.name] = _first_calls(contender)
         parity = _check(model, routed, work, {name: calls.computed for name, calls in first.items()})
-        alternate(contenders, MEASUREMENTS, range(1))  # what else has a first call
-        counted = track(range(rounds), "measuring", console=screen, disable=not progress, transient=True)
-        seconds = alternate(contenders, MEASUREMENTS, iter(counted))
+        alternate(contenders, MEASUREMENTS, _shown(range(warmup), "warming up", progress))
+        seconds = alternate(contenders, MEASUREMENTS, _shown(range(rounds), "measuring", progress))
         peaks = {c.name: peak_bytes(c.generate, device) for c in contenders}
     results = {}
     for name, calls in first.items():
@@ -92,6 +95,7 @@ def benchmark(
         text_tokens=work.text_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
+        warmup=warmup,
         contenders=results,
         theory=theory_of(model, routed.report, work),
         parity=parity,
@@ -100,15 +104,28 @@ def benchmark(
 
 
 def check_benchmark(
-    model: torch.nn.Module, routed: Any, inputs: Mapping[str, Any], *, new_tokens: int, rounds: int
+    model: torch.nn.Module,
+    routed: Any,
+    inputs: Mapping[str, Any],
+    *,
+    new_tokens: int,
+    rounds: int,
+    warmup: int = 1,
 ) -> Workload:
     """What `benchmark` would measure, after all that it refuses before anything runs."""
     check_models(model, routed)
     check_count("new_tokens", new_tokens)
     check_count("rounds", rounds)
+    check_count("warmup", warmup, least=0)
     work = read_workload(routed, inputs, new_tokens)
     check_memory(model, routed.report, work)
     return work
+
+
+def _shown(steps: Sequence[Step], what: str, progress: bool) -> Iterator[Step]:
+    """The steps, with a progress bar on stderr if one is wanted."""
+    screen = Console(stderr=True)
+    return iter(track(steps, what, console=screen, disable=not progress, transient=True))
 
 
 def _contenders(model: Any, routed: Any, work: Workload) -> list[Contender]:

@@ -92,6 +92,7 @@ class BenchmarkResult:
         text_tokens: of each row.
         new_tokens: that were generated for each row.
         rounds: how often everything was measured.
+        warmup: rounds before these, not measured.
         contenders: ``"eager"``, ``"compiled"`` and ``"routed"``.
         theory: costs of the decoder.
         parity: how far the routed model agrees with its graph.
@@ -107,6 +108,7 @@ class BenchmarkResult:
     text_tokens: tuple[int, ...]
     new_tokens: int
     rounds: int
+    warmup: int
     contenders: Mapping[str, ContenderResult]
     theory: Theory
     parity: Parity
@@ -149,7 +151,7 @@ class BenchmarkResult:
         """Plain numbers, strings, lists and dictionaries."""
         record = {
             "model": self.model,
-            "config": asdict(self.config),
+            "config": self.config.to_dict(),
             "backend": self.backend,
             "device": self.device,
             "dtype": self.dtype,
@@ -158,6 +160,7 @@ class BenchmarkResult:
             "text_tokens": self.text_tokens,
             "new_tokens": self.new_tokens,
             "rounds": self.rounds,
+            "warmup": self.warmup,
             "contenders": {name: _contender_dict(result) for name, result in self.contenders.items()},
             "routed_against_theory": {measure: self._comparison(measure) for measure in MEASURES},
             "theory": asdict(self.theory),

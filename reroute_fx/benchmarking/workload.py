@@ -86,9 +86,9 @@ def read_workload(routed: Any, inputs: Any, new_tokens: int) -> Workload:
     return Workload(given, visual, text, new_tokens)
 
 
-def check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; expected a whole number of 1 or more.")
+def check_count(name: str, value: object, *, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number of {least} or more.")
 
 
 def check_memory(model: Any, report: RoutingReport, work: Workload) -> None:

@@ -1,12 +1,14 @@
 """Routing configurations: which layers decide, how much they keep, and what happens to the rest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from math import ceil
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+from ..common.json_files import write_json
 from ..errors import ConfigError
 from ..kernels import keep_count
 from ..methods import (
@@ -22,6 +24,7 @@ from ..methods import (
 )
 from ..methods.tiers import REFERENCE_TOKENS, entering, tier_share
 from ..passes import ACTIONS, POSITIONS, SCORING
+from .config_files import from_file, from_plain, to_plain
 
 SCHEDULES = ("exact", "paper")
 POOLS = ("row", "image")
@@ -55,6 +58,9 @@ class RoutingConfig:
     Raises:
         ConfigError: on construction, naming the field.
     """
+
+    # A misspelt field must not be read as one that was left out.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     decision_layers: tuple[int, ...]
     keep_ratios: tuple[float, ...] = ()
@@ -210,6 +216,36 @@ class RoutingConfig:
         if schedule == "paper":
             return _published(make, method, plan, tier, num_layers)
         return _solve(make, method, plan, share, num_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain numbers, strings and lists: the form that artifacts, reports and results hold."""
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "RoutingConfig":
+        """What `to_dict` wrote; fields that have defaults may be left out.
+
+        Raises:
+            ConfigError: naming the first field that is missing, unknown or wrong.
+        """
+        return from_plain(cls, content)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as a JSON file, whole or not at all.
+
+        Raises:
+            InputError: the folder doesn't exist, or `path` is one.
+        """
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RoutingConfig":
+        """What `save` wrote, or a file by hand with the same fields, of which those with defaults may be left out.
+
+        Raises:
+            ConfigError: naming the file, and the first field that is missing, unknown or wrong.
+        """
+        return from_file(cls, path)
 
     def check_depth(self, num_layers: int) -> None:
         """Raise `ConfigError` unless every decision layer exists in a decoder of `num_layers`."""

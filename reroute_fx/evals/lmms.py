@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .. import api
 from ..errors import ConfigError, InputError
-from ..loading.models_by_name import check_device, load_model, read_config
+from ..loading.models_by_name import AUTO, choose_device, load_model, read_routing
 from ..loading.prompts import render_chat
 
 _MAX_NEW_TOKENS = 1024
@@ -25,10 +25,11 @@ _MAX_NEW_TOKENS = 1024
 class RerouteFx(lmms):
     """Args:
     pretrained: model id or folder, or ``"demo"``.
-    tier, method, action, schedule: see `reroute_fx.compile`, with its defaults; ``method=none`` is the same compiler
-        without routing.
+    tier, method, action, schedule, pool, config: see `reroute_fx.compile`, with its defaults; ``method=none`` is the
+        same compiler without routing, and ``config`` the path of a JSON file.
+    revision: branch, tag or commit of a model id.
     backend: ``"inductor"`` or ``"eager"``.
-    device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; with a GPU in the machine that is the default.
+    device: ``"auto"``, the default: a GPU if there is one; ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
     dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
     max_pixels: most pixels of a picture, for processors that have such a limit. The paper's numbers for Qwen take
         451584, 576 visual tokens of 28 x 28 pixels.
@@ -41,9 +42,12 @@ class RerouteFx(lmms):
         self,
         pretrained: str,
         tier: float | None = None,
-        method: str = "pdrop",
-        action: str = "compact_route_stagewise",
-        schedule: str = "exact",
+        method: str | None = None,
+        action: str | None = None,
+        schedule: str | None = None,
+        pool: str | None = None,
+        config: str | None = None,
+        revision: str | None = None,
         backend: str = "inductor",
         device: str | None = None,
         dtype: str = "auto",
@@ -56,15 +60,23 @@ class RerouteFx(lmms):
             raise ConfigError(f"model_args has {sorted(unknown)}; expected {_ARGUMENTS}.")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size is {batch_size!r}; expected a whole number of 1 or more.")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        check_device(device, dtype)
-        config = read_config(pretrained, None if tier is None else float(tier), method, action, schedule)
-        loaded = load_model(pretrained, device, dtype)
+        device = choose_device(device or AUTO, dtype)
+        routing = read_routing(
+            pretrained,
+            revision,
+            tier=None if tier is None else float(tier),
+            method=method,
+            action=action,
+            schedule=schedule,
+            pool=pool,
+            config=config,
+        )
+        loaded = load_model(pretrained, device, dtype, revision)
         self.processor, self.batch = loaded.processor, int(batch_size)
         self.processor.tokenizer.padding_side = "left"
         if max_pixels is not None:
             _limit_pixels(self.processor, int(max_pixels))
-        self.model = api.compile(loaded.model, config=config, backend=backend)
+        self.model = api.compile(loaded.model, config=routing, backend=backend)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests; requests of one batch have the same generation arguments."""
@@ -107,7 +119,10 @@ class RerouteFx(lmms):
         raise NotImplementedError("reroute_fx has no tasks of several rounds yet; choose others.")
 
 
-_ARGUMENTS = "pretrained, tier, method, action, schedule, backend, device, dtype, max_pixels and batch_size"
+_ARGUMENTS = (
+    "pretrained, tier, method, action, schedule, pool, config, revision, backend, device, dtype, max_pixels and "
+    "batch_size"
+)
 
 
 def _batches(requests: list[Instance], size: int) -> list[list[int]]:
