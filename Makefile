@@ -7,7 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types wheel-check corners clean
+.PHONY: install demo test lint types format docs docs-serve wheel-check corners clean
+
+install: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/reroute-fx demo
@@ -19,9 +21,20 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The site of docs/ in build/site; a warning is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 # The checkout maps passes/ and kernels/ into the package, which type checkers can't follow: check what is installed.
 types: $(INSTALLED)
-	rm -rf build
+	rm -rf build/lib build/bdist.* build/typecheck
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p reroute_fx
 	MYPYPATH=build/typecheck $(BIN)/mypy tests/typed_use.py
