@@ -7,9 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint types format docs docs-serve wheel-check corners clean
-
-install: $(INSTALLED)
+.PHONY: demo test lint types wheel-check corners clean
 
 demo: $(INSTALLED)
 	$(BIN)/reroute-fx demo
@@ -20,6 +18,10 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+.PHONY: install format docs docs-serve
+
+install: $(INSTALLED)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
@@ -34,7 +36,7 @@ docs-serve: $(INSTALLED)
 
 # The checkout maps passes/ and kernels/ into the package, which type checkers can't follow: check what is installed.
 types: $(INSTALLED)
-	rm -rf build/lib build/bdist.* build/typecheck
+	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p reroute_fx
 	MYPYPATH=build/typecheck $(BIN)/mypy tests/typed_use.py
