@@ -87,22 +87,22 @@ def stand_ins():
     read_config = transformers.AutoConfig.from_pretrained
 
     def stand_in(thing):
-        def from_pretrained(name, **_):
-            assert str(name) in (NAMED, str(CHECKPOINT))
+        def from_pretrained(pretrained_model_name_or_path, **_):
+            assert str(pretrained_model_name_or_path) in (NAMED, str(CHECKPOINT))
             return thing
 
         return from_pretrained
+
+    def config_of(pretrained_model_name_or_path, **options):
+        name = CHECKPOINT if pretrained_model_name_or_path == NAMED else pretrained_model_name_or_path
+        return read_config(name, **options)
 
     compiled = reroute_fx.compile
     with pytest.MonkeyPatch.context() as patch:
         for name in ("LlavaForConditionalGeneration", "AutoModelForImageTextToText"):
             patch.setattr(getattr(transformers, name), "from_pretrained", stand_in(loaded.model))
         patch.setattr(transformers.AutoProcessor, "from_pretrained", stand_in(loaded.processor))
-        patch.setattr(
-            transformers.AutoConfig,
-            "from_pretrained",
-            lambda name, **options: read_config(CHECKPOINT if name == NAMED else name, **options),
-        )
+        patch.setattr(transformers.AutoConfig, "from_pretrained", config_of)
         patch.setattr(reroute_fx, "compile", lambda *a, **k: compiled(*a, **{"backend": "eager", **k}))
         yield
 
