@@ -19,6 +19,21 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+.PHONY: install format docs docs-serve
+
+install: $(INSTALLED)
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The site of docs/ in build/site; a warning is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 # The checkout maps passes/ and kernels/ into the package, which type checkers can't follow: check what is installed.
 types: $(INSTALLED)
 	rm -rf build

@@ -3,7 +3,7 @@
     python benchmarks/grounding/evaluate.py
 
 writes the answers of every contender to `benchmarks/results/grounding.json`, two plots beside it, and prints the table
-of the README. `--from-json` draws and prints again without running anything.
+of docs/grounding.md. `--from-json` draws and prints again without running anything.
 """
 
 import hashlib

@@ -20,7 +20,7 @@ from reroute_fx.grounding.scenes import SIDE
 from reroute_fx.loading.models_by_name import CHECKPOINT, load_model
 from reroute_fx.loading.prompts import render_chat
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "grounding.md"
 LMMS_EVAL = json.loads((RESULTS / "lmms_eval.json").read_text())
 
 
@@ -102,8 +102,8 @@ def test_the_study_is_of_this_checkpoint_and_of_every_contender(study):
     assert all(len(r["answers"]) == 300 for r in study["records"])
 
 
-def test_the_readme_has_the_study_s_table(study):
-    assert markdown_table(study["records"]) in README.read_text()
+def test_the_page_has_the_study_s_table(study):
+    assert markdown_table(study["records"]) in PAGE.read_text()
 
 
 @pytest.mark.parametrize("model", ["unrouted", "deleted", "routed"])

@@ -1,4 +1,4 @@
-"""The comparison of methods: on the command line, in JSON, and in the README."""
+"""The comparison of methods: on the command line, in JSON, and on its page."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from reroute_fx.command_line.main import app
 from reroute_fx.methods import all_methods
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "choosing.md").read_text()
 
 
 def layers(action):
@@ -26,14 +26,14 @@ def share(action):
     return "-" if action.flops_share is None else f"{100 * action.flops_share:.1f} %"
 
 
-def test_the_readme_has_them_all():
+def test_the_page_has_them_all():
     built_in = compare_methods(128)
     for row in built_in:
         scoring_layer = f"{row.deleted.scoring} layer" if row.deleted.decision_layers else "-"
         cells = [f"`{row.name}`", row.ranks_by, scoring_layer]
         cells += [layers(row.deleted), layers(row.routed), row.positions, f"{row.default_tokens:.0f}"]
-        assert f"| {' | '.join([*cells, share(row.deleted), share(row.routed)])} |" in README
-    assert len(re.findall(r"^\| `[\w-]+` \| \w+ \| (?:own layer|previous layer|-) \|", README, re.M)) == len(
+        assert f"| {' | '.join([*cells, share(row.deleted), share(row.routed)])} |" in PAGE
+    assert len(re.findall(r"^\| `[\w-]+` \| \w+ \| (?:own layer|previous layer|-) \|", PAGE, re.M)) == len(
         built_in
     )
 
