@@ -1,4 +1,4 @@
-"""The gate's phases, side by side where they need nothing of each other: .ci/gate.py [--record FILE]
+"""The gate: phases side by side where they need nothing of each other. Usage: .ci/gate.py [--record FILE].
 
 Each phase's output is printed when it ends, with its seconds. Ends with an error if any phase failed.
 """

@@ -35,7 +35,7 @@ def test_all_tests_were_run_lately():
 SUITE = """
 import pytest
 from hypothesis import given, strategies as st
-from tiers import examples, fewer, share
+from tiers import examples, fewer, pairs, share, singles
 
 @pytest.mark.full("takes an hour")
 def test_long(): pass
@@ -43,6 +43,17 @@ def test_long(): pass
 @pytest.mark.parametrize("other", [1, 2])
 @pytest.mark.parametrize("case", share("abc", gate="b", reason="all alike"))
 def test_cases(case, other): pass
+
+@pairs("a grid")
+@pytest.mark.parametrize("third", "xy")
+@pytest.mark.parametrize("second", "uv")
+@pytest.mark.parametrize("first", "st")
+def test_grid(first, second, third): pass
+
+@singles("each once")
+@pytest.mark.parametrize("second", "uv")
+@pytest.mark.parametrize("first", "rst")
+def test_values(first, second): pass
 
 drawn = []
 
@@ -70,7 +81,7 @@ pytest_collection_modifyitems = tier_plugin.modify_items
 def suite(pytester):
     """Some tests with all kinds of marks, run in a process of their own."""
     folder = str(tier_plugin.LIST.parent)
-    markers = "markers = \n  full(reason): \n  fewer(reason, gate, full): \n"
+    markers = "markers = \n  full: \n  covered: \n  fewer: \n"
     pytester.makeini(f"[pytest]\n{markers}addopts = --strict-markers\ntestpaths = .\n")
     pytester.makeconftest(CONFTEST.format(paths=[folder]))
     pytester.makepyfile(test_some=SUITE)
@@ -79,13 +90,13 @@ def suite(pytester):
 
 def test_the_gate_leaves_out_what_is_marked(suite):
     result = suite.runpytest_subprocess("-s")
-    result.assert_outcomes(passed=4, deselected=5)
+    result.assert_outcomes(passed=11, deselected=12)
     result.stdout.fnmatch_lines(["*3 drawn, 2 rounds*"])
 
 
 def test_the_full_tier_has_everything(suite):
     result = suite.runpytest_subprocess("--tier", "full", "-s")
-    result.assert_outcomes(passed=9)
+    result.assert_outcomes(passed=23)
     result.stdout.fnmatch_lines(["*9 drawn, 20 rounds*"])
 
 
@@ -94,8 +105,10 @@ def test_the_list_has_shares_and_reasons(suite):
     assert (suite.path / "FULL.md").read_text() == tier_plugin.HEAD + (
         "| `test_some.py::test_cases` | 2 of 6 | all alike |\n"
         "| `test_some.py::test_drawn` | 3 of 9 rounds | drawn at random |\n"
+        "| `test_some.py::test_grid` | 4 of 8 | a grid |\n"
         "| `test_some.py::test_long` | 0 of 1 | takes an hour |\n"
         "| `test_some.py::test_rounds` | 2 of 20 rounds | slow |\n"
+        "| `test_some.py::test_values` | 3 of 6 | each once |\n"
     )
 
 

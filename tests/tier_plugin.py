@@ -1,6 +1,7 @@
 """What pytest does about tiers: choose, order, list, and record the run of all tests."""
 
 from collections import defaultdict
+from itertools import combinations
 from pathlib import Path
 
 import full_record
@@ -61,8 +62,11 @@ def is_whole(config: pytest.Config) -> bool:
 def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long files first, so that no processor waits for the last one; the gate's share, if that is the tier."""
     seconds = full_record.seconds_by_file()
-    items.sort(key=lambda item: -seconds.get(file_of(item), 0.0))
-    config.stash[FOUND] = HEAD + "".join(rows(items)) if is_whole(config) else None
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0.0))
+    tests = by_test(items)
+    for cases in tests.values():
+        mark_covered(cases)
+    config.stash[FOUND] = HEAD + "".join(rows(tests)) if is_whole(config) else None
     if config.getoption("write_full_list"):
         if not is_whole(config):
             raise pytest.UsageError("--write-full-list lists the whole suite; expected no choice of tests")
@@ -73,16 +77,36 @@ def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
         config.hook.pytest_deselected(items=left_out)
 
 
-def file_of(item: pytest.Item) -> str:
-    return item.nodeid.partition("::")[0]
-
-
-def rows(items: list[pytest.Item]) -> list[str]:
-    """Lines of the list, one for each test of which the gate has less."""
-    by_test = defaultdict(list)
+def by_test(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """The cases of each test."""
+    found = defaultdict(list)
     for item in items:
-        by_test[item.nodeid.partition("[")[0]].append(item)
-    return [line for test in sorted(by_test) for line in row(test, by_test[test])]
+        found[item.nodeid.partition("[")[0]].append(item)
+    return found
+
+
+def mark_covered(cases: list[pytest.Item]) -> None:
+    """Mark the cases of a test that its other cases cover, if the test is marked so."""
+    mark = cases[0].get_closest_marker("covered")
+    if mark is None:
+        return
+    size = mark.kwargs["size"]
+    # Values need not be hashable; those of the cases of a test are the same objects.
+    values = {case: [(name, id(value)) for name, value in case.callspec.params.items()] for case in cases}
+    covers = {case: set(combinations(sorted(values[case]), size)) for case in cases}
+    missing = set().union(*covers.values())
+    left_out = list(cases)
+    while missing:
+        best = max(left_out, key=lambda case: len(covers[case] & missing))
+        missing -= covers[best]
+        left_out.remove(best)
+    for case in left_out:
+        case.add_marker(pytest.mark.full(mark.args[0]))
+
+
+def rows(tests: dict[str, list[pytest.Item]]) -> list[str]:
+    """Lines of the list, one for each test of which the gate has less."""
+    return [line for test in sorted(tests) for line in row(test, tests[test])]
 
 
 def row(test: str, cases: list[pytest.Item]) -> list[str]:

@@ -4,6 +4,8 @@ What the gate leaves out is marked where it stands, with the reason:
 
     @pytest.mark.full("reason")                                the test, or a case of it, is left out
     @pytest.mark.parametrize("case", share(CASES, gate, "reason"))   the gate has some of the cases
+    @pairs("reason")                                           the gate has cases in which each two values meet
+    @singles("reason")                                         the gate has each value of each argument
     @examples(gate=25, full=200, reason="...")                  the gate draws fewer examples
     @fewer(gate=2, full=20, reason="...")                       the fixture `rounds` is smaller in the gate
 
@@ -54,6 +56,16 @@ def _parameter(value: Any) -> ParameterSet:
 
 def _name(case: ParameterSet) -> Any:
     return case.values[0] if case.id is None else case.id
+
+
+def pairs(reason: str) -> pytest.MarkDecorator:
+    """Of the cases of a test the gate has as many as it takes for each two values of two arguments to meet."""
+    return pytest.mark.covered(reason, size=2)
+
+
+def singles(reason: str) -> pytest.MarkDecorator:
+    """Of the cases of a test the gate has as many as it takes for each value of each argument to be there."""
+    return pytest.mark.covered(reason, size=1)
 
 
 def fewer(gate: int, full: int, reason: str) -> pytest.MarkDecorator:
