@@ -5,8 +5,9 @@ from functools import lru_cache
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given
 from hypothesis import strategies as st
+from tiers import examples
 from tiny_models import (
     IMAGE,
     LAYERS,
@@ -190,9 +191,10 @@ def batches_of(draw, family):
     return family, rows
 
 
-@settings(
-    max_examples=200,
-    deadline=None,
+@examples(
+    gate=30,
+    full=200,
+    reason="each example generates for every row alone and for the batch",
     derandomize=True,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow],

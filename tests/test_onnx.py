@@ -12,8 +12,10 @@ import torch
 from artifacts import LIMITS, sign
 from conversations import (
     BATCHES,
+    IMAGE,
     NOISE,
     ROUTING,
+    SINGLE,
     batch,
     build,
     forward_and_steps,
@@ -28,7 +30,7 @@ from torch.export import Dim
 import reroute_fx
 from reroute_fx import RoutingConfig
 from reroute_fx.capture import text_decoder
-from reroute_fx.errors import ArtifactError, BackendUnavailableError, CaptureError
+from reroute_fx.errors import ArtifactError, BackendUnavailableError, CaptureError, InputError
 from reroute_fx.kernels import select_tokens_reference
 from reroute_fx.lowering.onnx.onnx_operators import select_tokens_by_counting, supported_operators
 from reroute_fx.lowering.onnx.onnx_program import OPSET, WEIGHTS, OnnxProgram, operators, write_onnx
@@ -226,6 +228,22 @@ def test_artifacts_generate_without_the_model(made):
             assert all(map(torch.equal, found.routing.selected[layer], expected.routing.selected[layer]))
         answers = [new_tokens(m, inputs, max_new_tokens=8, do_sample=False) for m in (loaded, made.routed)]
         assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("made", ["qwen"], indirect=True)
+@torch.no_grad()
+def test_pictures_that_do_not_fit(made):
+    """`test_artifact.py` has it for artifacts of machine code."""
+    loaded = reroute_fx.load(made.folder)
+    inputs = batch("qwen", [1, 5, *[IMAGE] * 36, 9])
+    inputs |= {"pixel_values": torch.zeros(144, 96), "image_grid_thw": torch.tensor([[1, 12, 12]])}
+    with pytest.raises(InputError, match=r"36 visual tokens in a picture.*limits.image_tokens=32"):
+        loaded(**inputs)
+    inputs = batch("qwen", *SINGLE)
+    with pytest.raises(InputError, match="grids"):
+        loaded(**{**inputs, "image_grid_thw": None})
+    with pytest.raises(InputError, match="multiples of 2"):
+        loaded(**{**inputs, "image_grid_thw": torch.tensor([[1, 64, 1]])})
 
 
 def test_they_run_on_cpu(made):
