@@ -32,7 +32,7 @@ from reroute_fx.runtime.loaded_model import PROGRAMS
 
 TIER = TIERS[0]
 CONVERSATIONS = {**BATCHES, "text": TEXT, "right": MIXED}
-QWEN = pytest.mark.full("compiling Qwen takes 150 s; the gate has LLaVA, and in ONNX (test_onnx.py) both")
+QWEN = pytest.mark.full("compiling Qwen takes 150 s; the gate has LLaVA, and Qwen in ONNX (test_onnx.py)")
 
 
 @pytest.fixture(params=["llava", pytest.param("qwen", marks=QWEN)])

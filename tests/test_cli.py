@@ -32,6 +32,9 @@ PUBLISHED = Path(__file__).parent / "published"
 GIB = 2**30
 
 
+ONE_MODEL = pytest.mark.full("each in an interpreter of its own; the gate has the largest")
+
+
 def run(*arguments):
     return CliRunner().invoke(app, list(arguments))
 
@@ -39,8 +42,8 @@ def run(*arguments):
 @pytest.mark.parametrize(
     ("name", "layers", "decision_layers", "teraflops"),
     [
-        ("llava-1.5-7b", 32, [2, 7, 15, 23], 8.18),
-        ("llava-1.5-13b", 40, [2, 9, 19, 29], 15.94),
+        pytest.param("llava-1.5-7b", 32, [2, 7, 15, 23], 8.18, marks=ONE_MODEL),
+        pytest.param("llava-1.5-13b", 40, [2, 9, 19, 29], 15.94, marks=ONE_MODEL),
         ("qwen2.5-vl-72b", 80, [5, 17, 37, 57], 87.50),
     ],
 )

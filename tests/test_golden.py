@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 from golden_models import GOLDEN
+from tiers import share
 
 import reroute_fx
 from reroute_fx import Savings
@@ -80,14 +81,11 @@ def test_eager_without_savings_matches_the_release(model, case, request):
     check(request.getfixturevalue(MODELS[model]), case, "eager", savings)
 
 
+COMPILED = [("llava", "pdrop-compact_route_stagewise-128"), ("qwen2_5_vl", "fastv-compact_route-64")]
+
+
 @pytest.mark.parametrize(
-    ("model", "case"),
-    [
-        (model, case)
-        if (model, case) in SELECTION
-        else pytest.param(model, case, marks=pytest.mark.full("8 s each; all 36 run in eager, and 6 here"))
-        for model, case in CASES
-    ],
+    ("model", "case"), share(CASES, gate=COMPILED, reason="20 s each; all 36 run in eager")
 )
 def test_inductor_matches_the_release(model, case, request):
     check(request.getfixturevalue(MODELS[model]), case, "inductor")

@@ -25,6 +25,7 @@ from conversations import (
 )
 from kernel_examples import SELECTIONS, selection_inputs
 from safetensors.torch import load_file
+from tiers import share
 from torch.export import Dim
 
 import reroute_fx
@@ -51,7 +52,10 @@ SORTING_OR_SIZED_BY_VALUES = {"TopK", "NonZero", "Unique", "Compress", "NonMaxSu
 """Operators that TensorRT takes up to 3840 values, or whose results have sizes that depend on values."""
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
+ONE_FAMILY = "35 s; the gate has Qwen here and LLaVA ahead of time (test_artifact.py)"
+
+
+@pytest.fixture(scope="module", params=share(["llava", "qwen"], gate=["qwen"], reason=ONE_FAMILY))
 def made(request, tmp_path_factory):
     """A routed model, and an artifact of it."""
     folder = tmp_path_factory.mktemp("onnx") / request.param
@@ -131,6 +135,7 @@ def write_prefill(routed, programs, folder):
     return write_onnx({"prefill": programs["prefill"]}, folder)
 
 
+@pytest.mark.full("17 s; selecting by counting is compared with sorting for such pools, too")
 def test_images_with_pools_of_their_own(tmp_path_factory):
     config = RoutingConfig((1,), (0.5,), "compact_route", pool="image")
     made = make("llava", build("llava", layers=2), config, tmp_path_factory.mktemp("onnx"), write_prefill)

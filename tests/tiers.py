@@ -37,7 +37,7 @@ def chosen() -> str:
 def share(values: Iterable[Any], gate: Collection[Any], reason: str) -> list[ParameterSet]:
     """Values to parametrise a test with, of which the gate has only those in `gate`.
 
-    Values of several arguments are told apart by the first one, those with an id by their id.
+    Values with an id are told apart by it, and those of several arguments are tuples.
     """
     cases = [value if isinstance(value, ParameterSet) else _parameter(value) for value in values]
     found = [_name(case) for case in cases]
@@ -55,7 +55,9 @@ def _parameter(value: Any) -> ParameterSet:
 
 
 def _name(case: ParameterSet) -> Any:
-    return case.values[0] if case.id is None else case.id
+    if case.id is not None:
+        return case.id
+    return case.values if len(case.values) > 1 else case.values[0]
 
 
 def pairs(reason: str) -> pytest.MarkDecorator:
