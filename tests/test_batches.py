@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given
 from hypothesis import strategies as st
-from tiers import examples
+from tiers import examples, pairs, singles
 from tiny_models import (
     IMAGE,
     LAYERS,
@@ -283,6 +283,7 @@ def qwen_rows():
 ROWS = {"llava": llava_rows, "qwen": qwen_rows}
 
 
+@pairs("3 s each")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("action", ACTIONS)
@@ -399,6 +400,7 @@ class ByHand:
             self.hidden[:, active] = output[0] if isinstance(output, tuple) else output
 
 
+@pairs("3 s each")
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("family", ROWS)
@@ -428,6 +430,7 @@ def kept_of_each_picture(row, selections):
     return {layer: [of.count(number) for number in range(len(row.pictures))] for layer, of in chosen.items()}
 
 
+@singles("4 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("family", ROWS)
 def test_each_image_keeps_its_share_if_it_is_a_pool_of_its_own(family, action):
