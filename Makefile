@@ -11,7 +11,7 @@ WHEEL := build/wheel/.built
 export UV_CACHE_DIR ?= $(CURDIR)/build/cache/uv
 export PIP_CACHE_DIR ?= $(CURDIR)/build/cache/pip
 
-.PHONY: demo test full full-list lint format types docs wheel wheel-check corners gate-times clean
+.PHONY: demo test full full-list lint types wheel wheel-check corners gate-times clean
 
 demo: $(INSTALLED)
 	$(BIN)/reroute-fx demo
