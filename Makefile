@@ -20,8 +20,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-# All tests, recorded with the commit. The gate asks for it when 40 commits came after the last record.
-full: $(INSTALLED)
+# All tests, recorded with the commit, after the installed wheel's demo on compiled code. The gate asks for it when 40
+# commits came after the last record.
+full: $(INSTALLED) $(WHEEL)
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" BACKEND=inductor .ci/check_wheel
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --tier full --record-full
 
 # What the gate leaves out, from the marks in the tests.

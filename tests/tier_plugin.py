@@ -15,6 +15,7 @@ FOUND = pytest.StashKey[str | None]()
 HEAD = """# What the gate leaves out
 
 `make full` runs it, and everything else. Written by `make full-list` from the marks in the tests; a test compares.
+Besides, the demo of the installed wheel runs in eager mode in the gate, and compiled in `make full`.
 
 | test | in the gate | why |
 |---|---|---|
