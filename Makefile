@@ -1,4 +1,4 @@
-# Everything runs in .venv. torch comes first and pinned, with the Triton that belongs to it: left to itself pip would
+# Everything runs in .venv. torch comes pinned, with the Triton that belongs to it: left to itself the installer would
 # take other builds.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -6,14 +6,29 @@ TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WHEEL := build/wheel/.built
+# What is downloaded and unpacked lies beside the checkout's other builds; environments link to it.
+export UV_CACHE_DIR ?= $(CURDIR)/build/cache/uv
+export PIP_CACHE_DIR ?= $(CURDIR)/build/cache/pip
 
-.PHONY: demo test lint types wheel-check corners clean
+.PHONY: demo test full full-list lint types wheel wheel-check corners gate-times clean
 
 demo: $(INSTALLED)
 	$(BIN)/reroute-fx demo
 
+# What every change has to pass.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+# All tests, recorded with the commit, after the installed wheel's demo on compiled code. The gate asks for it when 40
+# commits came after the last record.
+full: $(INSTALLED) $(WHEEL)
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" BACKEND=inductor .ci/check_wheel
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --tier full --record-full
+
+# What the gate leaves out, from the marks in the tests.
+full-list: $(INSTALLED)
+	$(BIN)/python -m pytest --collect-only --quiet --write-full-list > /dev/null
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -35,9 +50,9 @@ docs-serve: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 # The checkout maps passes/ and kernels/ into the package, which type checkers can't follow: check what is installed.
-types: $(INSTALLED)
-	rm -rf build
-	$(BIN)/pip install --quiet --no-deps --target build/typecheck .
+types: $(INSTALLED) $(WHEEL)
+	rm -rf build/typecheck
+	$(BIN)/python .ci/install.py $(VENV) --no-deps --target build/typecheck build/wheel/*.whl
 	MYPYPATH=build/typecheck $(BIN)/mypy -p reroute_fx
 	MYPYPATH=build/typecheck $(BIN)/mypy tests/typed_use.py
 
@@ -46,13 +61,21 @@ corners: $(INSTALLED)
 	$(BIN)/python benchmarks/version_corners.py
 
 # What users install, in an environment of its own.
-wheel-check: $(INSTALLED)
+wheel-check: $(INSTALLED) $(WHEEL)
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" .ci/check_wheel
 
-$(INSTALLED): pyproject.toml setup.py
+wheel: $(WHEEL)
+
+$(WHEEL): $(INSTALLED) $(shell find reroute_fx passes kernels -type f -not -name '*.pyc') README.md LICENSE MANIFEST.in
+	.ci/build_wheel
+
+# Seconds of the gate by phase on a fresh clone of this commit.
+gate-times: $(INSTALLED)
+	$(BIN)/python benchmarks/gate.py after
+
+$(INSTALLED): pyproject.toml setup.py .ci/install.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)"
-	$(BIN)/pip install --quiet -e ".[dev,bench,onnx]"
+	$(BIN)/python .ci/install.py $(VENV) "$(TORCH)" "$(TRITON)" -e ".[dev,bench,onnx]"
 	touch $@
 
 clean:

@@ -2,22 +2,45 @@
 
 import gc
 import os
+from pathlib import Path
 
 # There is no GPU to run Triton's kernels on: they are interpreted, which Triton settles as it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # Every core has a test to run: no pools of compilers, and none that optimises what calls the kernels.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
+# What was compiled once is found again, by the other workers too, and nothing of another checkout is.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build/cache/inductor"))
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build/cache/triton"))
 
+import processor_seconds
 import pytest
+import tier_plugin
 import torch
 from golden_models import Golden, load_golden
 
 from reroute_fx._compat import settle_cpu_math
 from reroute_fx.lowering.inductor import compiled_regions
 
+rounds = tier_plugin.rounds
+
 # Graphs are many small objects that live long: looking through them again and again takes a tenth of the time.
 gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    tier_plugin.add_options(parser)
+    processor_seconds.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tier_plugin.configure(config)
+    processor_seconds.configure(config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tier_plugin.modify_items(config, items)
 
 
 @pytest.fixture(scope="session", autouse=True)

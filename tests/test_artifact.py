@@ -32,6 +32,12 @@ from reroute_fx.runtime.loaded_model import PROGRAMS
 
 TIER = TIERS[0]
 CONVERSATIONS = {**BATCHES, "text": TEXT, "right": MIXED}
+QWEN = pytest.mark.full("compiling Qwen takes 150 s; the gate has LLaVA, and Qwen in ONNX (test_onnx.py)")
+
+
+@pytest.fixture(params=["llava", pytest.param("qwen", marks=QWEN)])
+def family(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +143,7 @@ def test_words_stream(loaded, capsys):
     assert words == model.processor.tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :]).split()
 
 
+@QWEN
 @torch.no_grad()
 def test_videos(loaded):
     """Two frames with 2.5 seconds between them, next to an image: positions in time, height and width."""
@@ -243,6 +250,10 @@ def test_the_report_tells_what_is_there(loaded, family):
 def test_the_processor_travels(loaded):
     model, _ = loaded("llava")
     assert model.processor.tokenizer.decode([5, 9]) == "w5 w9"
+
+
+@QWEN
+def test_without_a_processor_none_travels(loaded):
     assert loaded("qwen")[0].processor is None
 
 
@@ -262,6 +273,7 @@ def test_limits_of_a_prompt(loaded, family, rows, match, way):
         model(**inputs) if way == "forward" else model.generate(**inputs, max_new_tokens=1)
 
 
+@QWEN
 @torch.no_grad()
 def test_limits_of_a_picture(loaded):
     model, _ = loaded("qwen")
@@ -314,6 +326,11 @@ def test_pictures_that_are_not_asked_for(loaded):
     inputs = batch("llava", *SINGLE)
     with pytest.raises(InputError, match="videos"):
         model(**inputs, pixel_values_videos=inputs["pixel_values"])
+
+
+@QWEN
+@torch.no_grad()
+def test_grids_that_do_not_fit(loaded):
     model, _ = loaded("qwen")
     inputs = batch("qwen", *SINGLE)
     with pytest.raises(InputError, match="grids"):

@@ -5,8 +5,9 @@ from functools import lru_cache
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given
 from hypothesis import strategies as st
+from tiers import examples, pairs, singles
 from tiny_models import (
     IMAGE,
     LAYERS,
@@ -190,9 +191,10 @@ def batches_of(draw, family):
     return family, rows
 
 
-@settings(
-    max_examples=200,
-    deadline=None,
+@examples(
+    gate=30,
+    full=200,
+    reason="each example generates for every row alone and for the batch",
     derandomize=True,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow],
@@ -281,6 +283,7 @@ def qwen_rows():
 ROWS = {"llava": llava_rows, "qwen": qwen_rows}
 
 
+@pairs("3 s each")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("action", ACTIONS)
@@ -397,6 +400,7 @@ class ByHand:
             self.hidden[:, active] = output[0] if isinstance(output, tuple) else output
 
 
+@pairs("3 s each")
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("family", ROWS)
@@ -426,6 +430,7 @@ def kept_of_each_picture(row, selections):
     return {layer: [of.count(number) for number in range(len(row.pictures))] for layer, of in chosen.items()}
 
 
+@singles("4 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("family", ROWS)
 def test_each_image_keeps_its_share_if_it_is_a_pool_of_its_own(family, action):

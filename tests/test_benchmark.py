@@ -148,6 +148,7 @@ def test_models_come_back_as_they_were(result):
 
 
 @pytest.mark.usefixtures("fresh_regions")
+@pytest.mark.full("two compiled models take 40 s; what is measured is tested in eager")
 def test_inductor_compiles_in_the_first_calls_only():
     model = build("llava", layers=2)
     routed = reroute_fx.compile(model, config=reroute_fx.RoutingConfig((1,), (0.5,)))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden_models import decoder_inputs
+from tiers import singles
 from torch.export import Dim
 
 from reroute_fx import RoutingConfig
@@ -11,6 +12,7 @@ from reroute_fx.passes import ACTIONS
 from reroute_fx.pipeline import route
 
 
+@singles("exporting a golden model takes 10 s")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("model", ["llava", "qwen"])
 def test_routed_program_exports_again(model, action, request):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import share
 from tiny_models import IMAGE, TEXT, VISION
 from transformers import (
     CLIPVisionConfig,
@@ -214,7 +215,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("family", ROUTED)
+IN_THE_GATE = ("scaled residuals", "parallel blocks, Phi", "experts", "InternVL", "Qwen2-VL")
+
+
+@pytest.mark.parametrize("family", share(ROUTED, IN_THE_GATE, "three routings of a captured model take 6 s"))
 def test_routed_exactly(family):
     torch.manual_seed(0)
     model, inputs = ROUTED[family]()

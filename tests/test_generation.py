@@ -26,6 +26,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
+from tiers import singles
 from transformers import (
     StoppingCriteria,
 )
@@ -412,6 +413,7 @@ def small_model(family, dtype):
     return build(family, layers=2, spread=0.1).to(dtype)
 
 
+@singles("each captures a model in half and in double precision")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_keeping_everything_in_half_precision(family, dtype):
     """As close to the float32 model as the unrouted model in the same precision, in a padded batch too."""

@@ -15,6 +15,9 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TIMES = ("first_token", "first_token_without_tower", "decode_step", "generate")
 
 
+DRY_RUN = pytest.mark.full("a dry run takes 40 s; arguments and imports are tested in the gate")
+
+
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     """What a dry run writes."""
@@ -35,12 +38,14 @@ def record(tmp_path_factory):
     return json.loads((folder / "gpu.json").read_text())
 
 
+@DRY_RUN
 def test_nothing_failed_or_was_left_out(record):
     assert (record["errors"], record["left_out"]) == ([], [])
     assert record["run"]["finished"]
     assert record["environment"]["torch"] == torch.__version__
 
 
+@DRY_RUN
 def test_checks_were_made(record):
     calls = record["checks"]["kernels"]["calls"]
     assert set(calls) == {"visual_scores", "select_tokens", "compact_tokens", "restore_tokens"}
@@ -48,6 +53,7 @@ def test_checks_were_made(record):
     assert {name.split("/")[0] for name in record["checks"]["golden"]} == {"llava", "qwen2_5_vl"}
 
 
+@DRY_RUN
 def test_kernels_were_measured(record):
     (rows,) = record["kernels"].values()
     assert set(rows) == {"visual_scores", "select_tokens", "compact_tokens", "restore_tokens_"}
@@ -55,6 +61,7 @@ def test_kernels_were_measured(record):
         assert min(row.values()) > 0
 
 
+@DRY_RUN
 def test_artifacts_were_loaded(record):
     facts = record["artifacts"]["llava"]
     assert facts["difference"] < 1e-3
@@ -62,6 +69,7 @@ def test_artifacts_were_loaded(record):
     assert record["tensorrt"]["llava"]["left"] == []
 
 
+@DRY_RUN
 def test_models_were_measured(record):
     assert len(record["models"]) == 1
     for rows in record["models"].values():

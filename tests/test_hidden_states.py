@@ -14,6 +14,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
+from tiers import pairs
 
 import reroute_fx
 from reroute_fx import InputError, RoutingConfig
@@ -44,6 +45,7 @@ def noise(states):
     return NOISE * max(1.0, float(states.abs().max()) / 8)
 
 
+@pairs("each routes a model anew")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("rows", BATCHES)
 def test_with_all_tokens_they_are_those_of_the_unrouted_model(family, rows, action):

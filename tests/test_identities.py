@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiers import singles
 
 import reroute_fx
 from reroute_fx import RoutingConfig
@@ -26,6 +27,7 @@ def cache_tensors(output):
     return [t for layer in output.past_key_values.layers for t in (layer.keys, layer.values)]
 
 
+@singles("routes a golden model, which test_golden.py does 36 times")
 @pytest.mark.parametrize("action", ["physical_delete", "compact_route", "compact_route_stagewise"])
 def test_keeping_everything_is_the_unrouted_model(golden, action):
     output = forward(golden, RoutingConfig((2, 7, 15), (1.0, 1.0, 1.0), action))
@@ -47,6 +49,7 @@ def test_compiling_without_routing_is_the_unrouted_model(golden):
     assert torch.equal(*generated)
 
 
+@singles("routes a golden model, which test_golden.py does 36 times")
 @pytest.mark.parametrize("case", ["pdrop-{}-192", "pdrop-{}-64", "fastv-{}-128"])
 def test_both_routing_actions_are_bit_identical(golden, case):
     per_layer = forward(golden, golden.config(case.format("compact_route")))
@@ -86,6 +89,7 @@ def test_scores_are_the_last_row_of_the_full_attention_map(golden):
     torch.testing.assert_close(scores, reference, atol=1e-6, rtol=1e-4)
 
 
+@singles("routes a golden model, which test_golden.py does 36 times")
 @pytest.mark.parametrize("action", ["physical_delete", "compact_route", "compact_route_stagewise"])
 def test_cache_holds_text_and_kept_tokens(golden, action):
     config = RoutingConfig((3, 10, 20), (0.4, 0.2, 0.05), action)

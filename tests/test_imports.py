@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -33,16 +34,31 @@ def test_python_and_type_checkers_see_the_same_names():
     assert dir(reroute_fx) == sorted([*reroute_fx.__all__, "__version__"])
 
 
-def fresh(code):
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.fixture(scope="module")
+def fresh():
+    """A function that runs code in a process that has imported torch and transformers, and nothing of the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "transformers.exporters.exporter_dynamo"])
+
+    def run(code):
+        process = context.Process(target=exec, args=(BARE + code, {}))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, code
+
+    return run
+
+
+BARE = "import sys; assert not [name for name in sys.modules if name.startswith('reroute_fx')]\n"
 
 
 def test_importing_the_package_imports_nothing_that_takes_time():
-    fresh(
+    code = (
         "import sys, reroute_fx\n"
         "dir(reroute_fx), reroute_fx.__version__, hasattr(reroute_fx, 'prune')\n"
         "assert not {'torch', 'transformers', 'numpy', 'rich', 'fcntl'} & set(sys.modules)"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +74,7 @@ def test_importing_the_package_imports_nothing_that_takes_time():
         "from reroute_fx import load; import torch; torch.ops.reroute.compact_tokens.default",
     ],
 )
-def test_ways_to_import(code):
+def test_ways_to_import(fresh, code):
     """Each in a process that has not imported the package."""
     fresh(code)
 
@@ -70,7 +86,7 @@ def test_a_name_that_is_not_there():
         exec("from reroute_fx import prune")
 
 
-def test_what_was_pickled_is_read_where_nothing_was_imported(tmp_path):
+def test_what_was_pickled_is_read_where_nothing_was_imported(fresh, tmp_path):
     config = reroute_fx.RoutingConfig.from_tier(128)
     path = Path(tmp_path, "config")
     path.write_bytes(pickle.dumps(config))

@@ -12,8 +12,10 @@ import torch
 from artifacts import LIMITS, sign
 from conversations import (
     BATCHES,
+    IMAGE,
     NOISE,
     ROUTING,
+    SINGLE,
     batch,
     build,
     forward_and_steps,
@@ -23,12 +25,13 @@ from conversations import (
 )
 from kernel_examples import SELECTIONS, selection_inputs
 from safetensors.torch import load_file
+from tiers import share
 from torch.export import Dim
 
 import reroute_fx
 from reroute_fx import RoutingConfig
 from reroute_fx.capture import text_decoder
-from reroute_fx.errors import ArtifactError, BackendUnavailableError, CaptureError
+from reroute_fx.errors import ArtifactError, BackendUnavailableError, CaptureError, InputError
 from reroute_fx.kernels import select_tokens_reference
 from reroute_fx.lowering.onnx.onnx_operators import supported_operators
 from reroute_fx.lowering.onnx.onnx_program import OPSET, WEIGHTS, OnnxProgram, operators, write_onnx
@@ -50,7 +53,10 @@ SORTING_OR_SIZED_BY_VALUES = {"TopK", "NonZero", "Unique", "Compress", "NonMaxSu
 """Operators that TensorRT takes up to 3840 values, or whose results have sizes that depend on values."""
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
+ONE_FAMILY = "35 s; the gate has Qwen here and LLaVA ahead of time (test_artifact.py)"
+
+
+@pytest.fixture(scope="module", params=share(["llava", "qwen"], gate=["qwen"], reason=ONE_FAMILY))
 def made(request, tmp_path_factory):
     """A routed model, and an artifact of it."""
     folder = tmp_path_factory.mktemp("onnx") / request.param
@@ -130,6 +136,7 @@ def write_prefill(routed, programs, folder):
     return write_onnx({"prefill": programs["prefill"]}, folder)
 
 
+@pytest.mark.full("17 s; selecting by counting is compared with sorting for such pools, too")
 def test_images_with_pools_of_their_own(tmp_path_factory):
     config = RoutingConfig((1,), (0.5,), "compact_route", pool="image")
     made = make("llava", build("llava", layers=2), config, tmp_path_factory.mktemp("onnx"), write_prefill)
@@ -227,6 +234,22 @@ def test_artifacts_generate_without_the_model(made):
             assert all(map(torch.equal, found.routing.selected[layer], expected.routing.selected[layer]))
         answers = [new_tokens(m, inputs, max_new_tokens=8, do_sample=False) for m in (loaded, made.routed)]
         assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("made", ["qwen"], indirect=True)
+@torch.no_grad()
+def test_pictures_that_do_not_fit(made):
+    """`test_artifact.py` has it for artifacts of machine code."""
+    loaded = reroute_fx.load(made.folder)
+    inputs = batch("qwen", [1, 5, *[IMAGE] * 36, 9])
+    inputs |= {"pixel_values": torch.zeros(144, 96), "image_grid_thw": torch.tensor([[1, 12, 12]])}
+    with pytest.raises(InputError, match=r"36 visual tokens in a picture.*limits.image_tokens=32"):
+        loaded(**inputs)
+    inputs = batch("qwen", *SINGLE)
+    with pytest.raises(InputError, match="grids"):
+        loaded(**{**inputs, "image_grid_thw": None})
+    with pytest.raises(InputError, match="multiples of 2"):
+        loaded(**{**inputs, "image_grid_thw": torch.tensor([[1, 64, 1]])})
 
 
 def test_they_run_on_cpu(made):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiers import singles
 from tiny_models import IMAGE, TEXT, VISION, llava_config, sharp
 from transformers import (
     CLIPVisionConfig,
@@ -65,6 +66,7 @@ def test_what_the_captured_attention_does_not_know_is_refused(build):
         reroute_fx.compile(build(), config=EVERYTHING, backend="eager")
 
 
+@singles("each captures a model")
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_another_implementation_of_the_same_is_no_difference(implementation, dtype):

@@ -90,13 +90,18 @@ def test_running_imports_no_model(made, picture):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_phases_of_an_export_show(made, tmp_path, monkeypatch):
-    screen = io.StringIO()
-    monkeypatch.setattr(
-        exporting, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100)
-    )
-    reroute_fx.export(routed_at("llava", TIERS[0]), tmp_path / "new", progress=True)
-    shown = screen.getvalue()
+@pytest.fixture(scope="module")
+def bare(made, tmp_path_factory):
+    """An artifact without a processor, and what the screen showed while it was made."""
+    folder, screen = tmp_path_factory.mktemp("bare") / "new", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100))
+        reroute_fx.export(routed_at("llava", TIERS[0]), folder, progress=True)
+    return folder, screen.getvalue()
+
+
+def test_the_phases_of_an_export_show(bare):
+    _, shown = bare
     phases = [
         "tracing",
         *(f"compiling {name}" for name in PROGRAMS),
@@ -151,9 +156,7 @@ def test_what_fails_is_said_in_a_line(model_folder, made, picture, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_an_artifact_without_a_processor_says_so(tmp_path_factory, picture):
-    failed = invoke(
-        "artifact", "run", artifact(tmp_path_factory, "qwen"), "--prompt", "w9", "--image", picture
-    )
+def test_an_artifact_without_a_processor_says_so(bare, picture):
+    failed = invoke("artifact", "run", bare[0], "--prompt", "w9", "--image", picture)
     assert failed.exit_code == 1
     assert "has no processor; expected one. Export it with processor=" in said(failed)

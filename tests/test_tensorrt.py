@@ -29,6 +29,7 @@ from conversations import (
     unrouted_model,
 )
 from kernel_examples import NO_TOKEN, SELECTIONS, positions_of, scoring_inputs, selection_inputs
+from tiers import share
 from torch.export import Dim, ExportedProgram
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -119,7 +120,10 @@ def library():
     return Library()
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
+EXPERIMENTAL = "25 s for a backend that is experimental; the gate has LLaVA"
+
+
+@pytest.fixture(scope="module", params=share(["llava", "qwen"], gate=["llava"], reason=EXPERIMENTAL))
 def made(request, library):
     """A routed model, and the same one on what the library would be given."""
     model, config = unrouted_model(request.param), ROUTING[request.param]
@@ -317,6 +321,7 @@ def test_files_of_others_are_refused(library, tmp_path):
             engines.load_tensorrt(path)
 
 
+@pytest.mark.full("20 s; lowering, and saving what was lowered, are tested apart")
 def test_compile_and_export(library, tmp_path_factory, tmp_path):
     """From a model to engines to an artifact, whose other programs are machine code, and back."""
     made, eager = artifact(tmp_path_factory, "llava"), routed_at("llava", TIERS[0])

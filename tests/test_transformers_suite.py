@@ -80,6 +80,7 @@ def outcomes(tmp_path_factory):
     return {node.partition("::")[2]: suite.outcome(how) for node, how in json.loads(out.read_text()).items()}
 
 
+@pytest.mark.full("runs pytest in a process of its own; it guards a measurement, no product code")
 def test_the_recording_tells_outcomes_apart(outcomes):
     assert {name: how["outcome"] for name, how in outcomes.items()} == {
         "test_passes": "pass",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from tiers import singles
 from tiny_models import PAD, llava_config, sharp
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 from transformers import LlavaForConditionalGeneration, TorchAoConfig
@@ -87,6 +88,7 @@ def test_what_torch_compile_returned_is_refused(model):
         reroute_fx.compile(torch.compile(model), config=EVERYTHING)
 
 
+@singles("each captures a model, and compiles it twice")
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("config", [Int8WeightOnlyConfig, Float8WeightOnlyConfig])
 def test_weights_packed_by_torchao_run(model, inputs, config, backend):

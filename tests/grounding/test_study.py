@@ -20,6 +20,11 @@ from reroute_fx.grounding.scoring import share
 COUNT = 3
 
 
+STUDY = pytest.mark.full(
+    "runs the grounding study, which is no product code; its counting is tested in the gate"
+)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Untrained, and half as deep."""
@@ -52,6 +57,7 @@ def records(results):
     return json.loads((results / "grounding.json").read_text())["records"]
 
 
+@STUDY
 def test_everyone_answers_every_prompt(records):
     names = [record["contender"] for record in records[::2]]
     assert set(names) == {"unrouted", *ORDER}
@@ -62,6 +68,7 @@ def test_everyone_answers_every_prompt(records):
         assert all(set(answer) == fields for answer in record["answers"])
 
 
+@STUDY
 def test_stages_keep_what_the_tier_promises(records):
     for name in ("fastv routed", "pdrop routed"):
         stages = stage_counts(records, name, 128)
@@ -75,6 +82,7 @@ def test_stages_keep_what_the_tier_promises(records):
         assert stage["back"] == 0
 
 
+@STUDY
 def test_table_and_plots_are_drawn(results, records):
     table = markdown_table(records)
     assert len(table.splitlines()) == 2 + 8
@@ -122,6 +130,7 @@ def test_recovery_is_counted():
     assert recovery([], (0, 0, 1, 1)) == []
 
 
+@STUDY
 def test_chance_selects_by_chance(checkpoint):
     """Other tokens with another seed, the same with the same; as many as by score."""
     loaded = reroute_fx.loading.models_by_name.load_model(str(checkpoint), "cpu", "float32")
@@ -141,6 +150,7 @@ def test_chance_selects_by_chance(checkpoint):
     assert overlap < 0.5
 
 
+@STUDY
 def test_pooling_to_every_token_is_the_unrouted_model(checkpoint, monkeypatch):
     loaded = reroute_fx.loading.models_by_name.load_model(str(checkpoint), "cpu", "float32")
     monkeypatch.setattr("contenders.TIERS", {128: 2 / 9})

@@ -1,0 +1,128 @@
+"""What pytest does about tiers: choose, order, list, and record the run of all tests."""
+
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+
+import full_record
+import pytest
+import tiers
+
+LIST = Path(__file__).with_name("FULL.md")
+FOUND = pytest.StashKey[str | None]()
+"""What FULL.md has to hold; None if only a part of the suite was collected."""
+
+HEAD = """# What the gate leaves out
+
+`make full` runs it, and everything else. Written by `make full-list` from the marks in the tests; a test compares.
+Besides, the demo of the installed wheel runs in eager mode in the gate, and compiled in `make full`.
+
+| test | in the gate | why |
+|---|---|---|
+"""
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """`--tier`, and what the Makefile asks for."""
+    group = parser.getgroup("tiers")
+    group.addoption("--tier", choices=tiers.TIERS, default="gate", help="full: what the gate leaves out, too")
+    group.addoption("--write-full-list", action="store_true", help="write tests/FULL.md")
+    group.addoption(
+        "--record-full",
+        action="store_true",
+        help="write tests/full_record.json if all tests of a commit pass",
+    )
+
+
+def configure(config: pytest.Config) -> None:
+    """Settle the tier, and get ready to record."""
+    tiers.choose(config.getoption("tier"))
+    if config.getoption("record_full") and not is_worker(config):
+        if config.getoption("tier") != "full" or not is_whole(config):
+            raise pytest.UsageError(
+                "--record-full records the whole suite; expected --tier full and no choice of tests"
+            )
+        try:
+            config.pluginmanager.register(full_record.Recorder())
+        except full_record.NotRecordable as error:
+            raise pytest.UsageError(str(error)) from None
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process only runs what pytest-xdist hands to it."""
+    return hasattr(config, "workerinput")
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether all tests were asked for."""
+    places = {(config.invocation_params.dir / argument).resolve() for argument in config.args}
+    chosen = config.getoption("keyword") or config.getoption("markexpr")
+    return not chosen and places == {config.rootpath / name for name in config.getini("testpaths")}
+
+
+def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files first, so that no processor waits for the last one; the gate's share, if that is the tier."""
+    seconds = full_record.seconds_by_file()
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0.0))
+    tests = by_test(items)
+    for cases in tests.values():
+        mark_covered(cases)
+    config.stash[FOUND] = HEAD + "".join(rows(tests)) if is_whole(config) else None
+    if config.getoption("write_full_list"):
+        if not is_whole(config):
+            raise pytest.UsageError("--write-full-list lists the whole suite; expected no choice of tests")
+        LIST.write_text(config.stash[FOUND])
+    if config.getoption("tier") == "gate":
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def by_test(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """The cases of each test."""
+    found = defaultdict(list)
+    for item in items:
+        found[item.nodeid.partition("[")[0]].append(item)
+    return found
+
+
+def mark_covered(cases: list[pytest.Item]) -> None:
+    """Mark the cases of a test that its other cases cover, if the test is marked so."""
+    mark = cases[0].get_closest_marker("covered")
+    if mark is None:
+        return
+    size = mark.kwargs["size"]
+    # Values need not be hashable; those of the cases of a test are the same objects.
+    values = {case: [(name, id(value)) for name, value in case.callspec.params.items()] for case in cases}
+    covers = {case: set(combinations(sorted(values[case]), size)) for case in cases}
+    missing = set().union(*covers.values())
+    left_out = list(cases)
+    while missing:
+        best = max(left_out, key=lambda case: len(covers[case] & missing))
+        missing -= covers[best]
+        left_out.remove(best)
+    for case in left_out:
+        case.add_marker(pytest.mark.full(mark.args[0]))
+
+
+def rows(tests: dict[str, list[pytest.Item]]) -> list[str]:
+    """Lines of the list, one for each test of which the gate has less."""
+    return [line for test in sorted(tests) for line in row(test, tests[test])]
+
+
+def row(test: str, cases: list[pytest.Item]) -> list[str]:
+    """The line of a test, if the gate has less of it."""
+    left_out = [case for case in cases if case.get_closest_marker("full")]
+    reasons = [mark.args[0] for case in left_out for mark in case.iter_markers("full")]
+    shares = [f"{len(cases) - len(left_out)} of {len(cases)}"] if left_out else []
+    for mark in cases[0].iter_markers("fewer"):
+        shares.append("{gate} of {full} rounds".format(**mark.kwargs))
+        reasons.append(mark.args[0])
+    return [f"| `{test}` | {', '.join(shares)} | {'; '.join(dict.fromkeys(reasons))} |\n"] if shares else []
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> int:
+    """How often a test marked as `fewer` does what it does."""
+    mark = request.node.get_closest_marker("fewer")
+    return mark.kwargs[tiers.chosen()]
