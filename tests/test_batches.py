@@ -478,6 +478,7 @@ def test_one_image_is_one_pool():
     assert torch.equal(outputs[0].logits, outputs[1].logits)
 
 
+@pytest.mark.full("43 s; test_model.py compiles for other sizes and batches, too")
 def test_compiled_once_for_batches_and_once_for_single_prompts():
     """The batch dimension is the only one whose size 1 needs code of its own."""
     model, random = unrouted("llava"), generator(3)
