@@ -479,6 +479,7 @@ def test_one_image_is_one_pool():
 
 
 @pytest.mark.usefixtures("fresh_regions")
+@pytest.mark.full("43 s; test_routed_model.py compiles for other sizes and batches, too")
 def test_compiled_once_for_batches_and_once_for_single_prompts():
     """The batch dimension is the only one whose size 1 needs code of its own."""
     model, random = unrouted("llava"), generator(3)

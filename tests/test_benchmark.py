@@ -358,7 +358,12 @@ def spoiled(program, name, factor=1.05):
     ("program", "weight", "message"),
     [
         ("prefill", "layers.0.mlp.down_proj.weight", "Scores before layer 1 in row 0 are off by"),
-        ("prefill", "layers.3.mlp.down_proj.weight", "Last logits of the routed model in row 0 are off by"),
+        pytest.param(
+            "prefill",
+            "layers.3.mlp.down_proj.weight",
+            "Last logits of the routed model in row 0 are off by",
+            marks=pytest.mark.full("5 s; the same is off in the next case"),
+        ),
         (
             "continuation",
             "layers.3.mlp.down_proj.weight",

@@ -275,6 +275,7 @@ def test_demo_asks_compares_and_draws(tmp_path):
         assert (tmp_path / "demo" / name).stat().st_size > 10_000
 
 
+@pytest.mark.full("20 s; the wheel check runs the demo where there is no matplotlib")
 def test_demo_succeeds_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = run("demo", "--backend", "eager", "--output-dir", str(tmp_path / "demo"))

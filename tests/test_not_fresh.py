@@ -38,6 +38,13 @@ def model():
 
 
 @pytest.fixture(scope="module")
+def pair():
+    """A model and its routed one, for what leaves both as they are."""
+    model = sharp(LlavaForConditionalGeneration, llava_config(2, pad_token_id=PAD))
+    return model, compile(model)
+
+
+@pytest.fixture(scope="module")
 def inputs():
     random = torch.Generator().manual_seed(1)
     ids = torch.tensor([[1, 7, *[50] * 16, 9, 11, 13]])
@@ -49,8 +56,11 @@ def assert_same(routed, model, inputs):
     torch.testing.assert_close(routed(**inputs).logits, model(**inputs).logits, atol=NOISE, rtol=0)
 
 
+PLACES = ["", "model", "model.language_model"]
+
+
 class TestReplacedForwards:
-    @pytest.mark.parametrize("place", ["", "model", "model.language_model"])
+    @pytest.mark.parametrize("place", PLACES)
     def test_a_forward_of_an_instance_is_refused(self, model, place):
         module = model.get_submodule(place)
         module.forward = torch.compile(module.forward)
@@ -59,8 +69,13 @@ class TestReplacedForwards:
             UnsupportedModelError, match=rf"^{name}\.forward was replaced on the instance.*compile again"
         ):
             compile(model)
+
+    @pytest.mark.parametrize("place", share(PLACES, ["model"], "each captures a model"))
+    def test_a_forward_that_was_put_back_is_taken(self, model, inputs, place):
+        module = model.get_submodule(place)
+        module.forward = torch.compile(module.forward)
         del module.forward
-        compile(model)
+        assert_same(compile(model), model, inputs)
 
     def test_hooks_of_accelerate_are_refused(self, model):
         from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -251,8 +266,8 @@ class TestTheOriginalStaysAsItWas:
     @pytest.mark.parametrize(
         "move", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("meta")]
     )
-    def test_it_is_not_moved_or_cast(self, model, inputs, move):
-        routed = compile(model)
+    def test_it_is_not_moved_or_cast(self, pair, inputs, move):
+        model, routed = pair
         with pytest.raises(InputError, match=r"can't be moved or cast.*compile it again"):
             move(routed)
         assert model.dtype is torch.float32
@@ -274,19 +289,20 @@ class TestTheOriginalStaysAsItWas:
         with pytest.raises(InputError, match="inference only"):
             routed.train()
 
-    def test_refuses_to_resize_embeddings(self, model):
+    def test_refuses_to_resize_embeddings(self, pair):
+        model, routed = pair
         with pytest.raises(InputError, match=r"resize_token_embeddings.*compile it again"):
-            compile(model).resize_token_embeddings(70)
+            routed.resize_token_embeddings(70)
         assert model.get_input_embeddings().num_embeddings == 64
 
     @pytest.mark.parametrize("clone", [pickle.dumps, copy.deepcopy, copy.copy])
-    def test_refuses_to_be_pickled_or_copied(self, model, clone):
+    def test_refuses_to_be_pickled_or_copied(self, pair, clone):
         with pytest.raises(InputError, match=r"can't be pickled or copied.*reroute_fx\.export"):
-            clone(compile(model))
+            clone(pair[1])
 
-    def test_gradients_are_not_half_there(self, model, inputs):
+    def test_gradients_are_not_half_there(self, pair, inputs):
         with torch.enable_grad():
-            assert not compile(model)(**inputs).logits.requires_grad
+            assert not pair[1](**inputs).logits.requires_grad
 
     def test_rope_offsets_are_its_own(self):
         model = sharp(Qwen2_5_VLForConditionalGeneration, qwen_config(2))

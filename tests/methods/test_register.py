@@ -59,6 +59,7 @@ def test_a_method_of_ones_own_selects(largest, action):
     assert torch.equal(routing.selected[first][0], best)
 
 
+@pytest.mark.full("54 s; methods select in the gate, and what is routed is compiled in other tests")
 def test_it_generates_compiled_and_runs_from_an_artifact_that_knows_no_method(
     largest, tmp_path, tmp_path_factory
 ):
