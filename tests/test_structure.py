@@ -127,6 +127,14 @@ def test_models_that_differ_are_traced_by_themselves(change):
     assert_routed_as(plain, prompt())
 
 
+@pytest.mark.parametrize("change", [change_config, change_attribute], ids=lambda change: change.__name__)
+def test_a_model_that_changed_since_is_traced_again(change):
+    model = llava()
+    assert_routed_as(model, prompt())
+    change(model)
+    assert_routed_as(model, prompt())
+
+
 def test_a_function_that_was_replaced_since_is_noticed(monkeypatch):
     """Modules find it by its name in their module, so that nothing of the model tells."""
     (first,) = traces(llava())

@@ -52,10 +52,11 @@ class _Capture:
 
     parts: Fingerprint
     config: str
+    structure: Hashable | None
     decoder: CapturedDecoder
 
-    def is_of(self, decoder: PreTrainedModel) -> bool:
-        return self.config == decoder.config.to_json_string(use_diff=False) and self.parts.changed() is None
+    def is_of(self, config: str, structure: Hashable | None) -> bool:
+        return self.config == config and self.structure == structure and self.parts.changed() is None
 
 
 _captured: "WeakKeyDictionary[torch.nn.Module, _Capture]" = WeakKeyDictionary()
@@ -136,16 +137,16 @@ def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
             f"{hooked} has a forward hook, which would not run: the decoder's parts are compiled into programs. Remove "
             f"it, or put it on the decoder itself."
         )
-    if decoder not in _captured or not _captured[decoder].is_of(decoder):
-        _captured[decoder] = _Capture(parts, config, _capture(model, decoder))
+    structure = structure_of(decoder)
+    if decoder not in _captured or not _captured[decoder].is_of(config, structure):
+        _captured[decoder] = _Capture(parts, config, structure, _capture(model, decoder, structure))
     return _captured[decoder].decoder
 
 
-def _capture(model: Any, decoder: PreTrainedModel) -> CapturedDecoder:
+def _capture(model: Any, decoder: PreTrainedModel, structure: Hashable | None) -> CapturedDecoder:
     """Take the trace of a decoder that is alike, or trace it."""
     if decoder.device.type == "meta":
         return _export(decoder)
-    structure = structure_of(decoder)
     if structure in _alike:
         start, alike = time.perf_counter(), _alike[structure]
         _alike.move_to_end(structure)
