@@ -31,8 +31,8 @@ class RoutingReport:
         source: what the model was taken out of, in words; empty if it came as it is.
         backend: name of the backend, if lowered.
         operators: which implementation of the `reroute::` operators runs, and why.
-        seconds: wall-clock seconds by phase.
-        compilations: how often regions of each program were compiled so far.
+        seconds: wall-clock seconds by phase; those of programs that another model has, too, are from when they were made.
+        compilations: how often calls of each program compiled a region so far. Programs have regions in common.
     """
 
     config: RoutingConfig
