@@ -31,7 +31,7 @@ class RoutingReport:
         source: what the model was taken out of, in words; empty if it came as it is.
         backend: name of the backend, if lowered.
         operators: which implementation of the `reroute::` operators runs, and why.
-        seconds: wall-clock seconds by phase; those of programs that another model has, too, are from when they were made.
+        seconds: wall-clock seconds by phase; what another model has, too, took them when it was made.
         compilations: how often calls of each program compiled a region so far. Programs have regions in common.
     """
 
