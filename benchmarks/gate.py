@@ -32,7 +32,7 @@ def measure(folder: Path) -> dict[str, Any]:
     subprocess.run(["git", "clone", "--quiet", "--no-local", ROOT, clone], check=True)
     if (given := ROOT.parent / "shared" / "golden").is_dir():
         shutil.copytree(given, folder / "shared" / "golden")
-    variables = {**os.environ, "PYTEST_ADDOPTS": f"--processor-seconds {seconds}"}
+    variables = {**os.environ, "PYTEST_ADDOPTS": f"--processor-seconds={seconds}"}
     for name in ("VIRTUAL_ENV", "PYTHONPATH"):
         variables.pop(name, None)
     command = ["bash", ".ci/run", "--record", folder / "phases.json"]

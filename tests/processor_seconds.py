@@ -1,4 +1,4 @@
-"""Where processor seconds of the tests go: with `--processor-seconds FOLDER` each process writes what it measured.
+"""Where processor seconds of the tests go: with `--processor-seconds=FOLDER` each process writes what it measured.
 
 FOLDER/tests-PID.jsonl has a line for each test, its seconds and processor seconds, those of child processes apart;
 FOLDER/kinds-PID.json the processor seconds of the whole process by what they were spent on.
@@ -86,7 +86,7 @@ class Measure:
         result = yield
         own_after, children_after = spent()
         line = {
-            "test": item.nodeid,
+            "test": item.nodeid.removesuffix(f"@{item.get_closest_marker('xdist_group').args[0]}"),
             "seconds": time.perf_counter() - start,
             "own": own_after - own,
             "children": children_after - children,

@@ -1,6 +1,7 @@
 """What pytest does about tiers: choose, order, list, and record the run of all tests."""
 
-from collections import defaultdict
+import json
+from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import tiers
 
 LIST = Path(__file__).with_name("FULL.md")
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "gate.json"
 FOUND = pytest.StashKey[str | None]()
 """What FULL.md has to hold; None if only a part of the suite was collected."""
 
@@ -61,9 +63,8 @@ def is_whole(config: pytest.Config) -> bool:
 
 
 def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long files first, so that no processor waits for the last one; the gate's share, if that is the tier."""
-    seconds = full_record.seconds_by_file()
-    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0.0))
+    """Long groups first, so that no processor waits for the last one; the gate's share, if that is the tier."""
+    sort_by_seconds(items, known_seconds(config.getoption("tier")))
     tests = by_test(items)
     for cases in tests.values():
         mark_covered(cases)
@@ -76,6 +77,32 @@ def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
         left_out = [item for item in items if item.get_closest_marker("full")]
         items[:] = [item for item in items if not item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left_out)
+
+
+def sort_by_seconds(items: list[pytest.Item], seconds: dict[str, float]) -> None:
+    """Those that stay in one process are a file, or files that share what is expensive; they say so by a mark."""
+    groups = {}
+    for item in items:
+        name = file_of(item)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(name))
+        groups[name] = item.get_closest_marker("xdist_group").args[0]
+    total = Counter()
+    for name, group in groups.items():
+        total[group] += seconds.get(name, 0.0)
+    items.sort(key=lambda item: -total[groups[file_of(item)]])
+
+
+def known_seconds(tier: str) -> dict[str, float]:
+    """How long each file took when it was measured last: in the gate by benchmarks/gate.py, or in `make full`."""
+    if tier == "full":
+        return full_record.seconds_by_file()
+    entries = list(json.loads(MEASURED.read_text()).values()) if MEASURED.exists() else []
+    return entries[-1]["tests"]["by_file"] if entries else {}
+
+
+def file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
 
 
 def by_test(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
