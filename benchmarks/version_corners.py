@@ -21,7 +21,7 @@ RECORD = Path(__file__).parent / "results" / "version_corners.json"
 CORNERS = (("2.11.0", "5.19.0"), ("2.13.0", "5.23.0"))
 """torch and transformers: the oldest and the newest that the package was made for."""
 TESTS = ("tests/test_model.py", "tests/test_generation.py", "tests/test_cache.py", "tests/test_golden.py")
-TOOLS = ("pytest>=8", "hypothesis>=6.100", "jsonschema>=4", "packaging")
+TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "jsonschema>=4", "packaging")
 # What Inductor makes of the vectors is the gate's to test: compiling takes hours here.
 EAGER = "not inductor"
 
