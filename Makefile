@@ -18,13 +18,13 @@ demo: $(INSTALLED)
 
 # What every change has to pass.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # All tests, recorded with the commit, after the installed wheel's demo on compiled code. The gate asks for it when 40
 # commits came after the last record.
 full: $(INSTALLED) $(WHEEL)
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" BACKEND=inductor .ci/check_wheel
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder --tier full --record-full
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --tier full --record-full
 
 # What the gate leaves out, from the marks in the tests.
 full-list: $(INSTALLED)

@@ -26,7 +26,7 @@ TESTS = (
     "tests/test_cache.py",
     "tests/test_golden.py",
 )
-TOOLS = ("pytest>=8", "hypothesis>=6.100", "jsonschema>=4", "packaging")
+TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "jsonschema>=4", "packaging")
 # What Inductor makes of the vectors is the gate's to test: compiling takes hours here.
 EAGER = "not inductor"
 

@@ -38,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     processor_seconds.configure(config)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> tier_plugin.Scheduling:
+    return tier_plugin.Scheduling(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     tier_plugin.modify_items(config, items)

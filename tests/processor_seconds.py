@@ -86,7 +86,7 @@ class Measure:
         result = yield
         own_after, children_after = spent()
         line = {
-            "test": item.nodeid.removesuffix(f"@{item.get_closest_marker('xdist_group').args[0]}"),
+            "test": item.nodeid,
             "seconds": time.perf_counter() - start,
             "own": own_after - own,
             "children": children_after - children,

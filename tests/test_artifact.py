@@ -30,8 +30,6 @@ from reroute_fx import InputError, RoutedCache
 from reroute_fx.artifact import ArtifactReport
 from reroute_fx.runtime.loaded_model import PROGRAMS
 
-pytestmark = pytest.mark.xdist_group("artifacts")
-
 TIER = TIERS[0]
 CONVERSATIONS = {**BATCHES, "text": TEXT, "right": MIXED}
 QWEN = pytest.mark.full("compiling Qwen takes 150 s; the gate has LLaVA, and Qwen in ONNX (test_onnx.py)")

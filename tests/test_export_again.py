@@ -11,8 +11,6 @@ from reroute_fx.capture import capture_decoder
 from reroute_fx.passes import ACTIONS
 from reroute_fx.pipeline import route
 
-pytestmark = pytest.mark.xdist_group("golden")
-
 
 @singles("exporting a golden model takes 10 s")
 @pytest.mark.parametrize("action", ACTIONS)

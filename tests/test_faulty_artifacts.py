@@ -25,7 +25,7 @@ from reroute_fx.artifact.manifest import NAME
 from reroute_fx.lowering import weights
 from reroute_fx.runtime.loaded_model import _routed
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "no_gradients"), pytest.mark.xdist_group("artifacts")]
+pytestmark = pytest.mark.usefixtures("one_thread", "no_gradients")
 FAMILY = "llava"
 
 

@@ -11,8 +11,6 @@ from tiers import share
 import reroute_fx
 from reroute_fx import Savings
 
-pytestmark = pytest.mark.xdist_group("golden")
-
 MODELS = {"llava": "llava", "qwen2_5_vl": "qwen"}
 CASES = [
     (model, case)

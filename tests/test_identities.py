@@ -7,8 +7,6 @@ from tiers import singles
 import reroute_fx
 from reroute_fx import RoutingConfig
 
-pytestmark = pytest.mark.xdist_group("golden")
-
 MODELS = ["llava", "qwen"]
 NOISE = 2e-5
 """Float32 noise of the last logits of the golden models, measured between equal computations in another order."""

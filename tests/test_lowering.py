@@ -13,8 +13,6 @@ from reroute_fx.lowering import lower
 from reroute_fx.lowering.regions import share_regions
 from reroute_fx.pipeline import route, unrouted
 
-pytestmark = pytest.mark.xdist_group("golden")
-
 
 @pytest.fixture(scope="module", params=["llava", "qwen"])
 def captured(request):

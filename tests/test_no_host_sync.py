@@ -40,8 +40,6 @@ from reroute_fx.passes import ACTIONS
 from reroute_fx.pipeline import Savings, continuation, route
 from reroute_fx.runtime import RoutedCache, make_routed_model
 
-pytestmark = pytest.mark.xdist_group("golden")
-
 aten = torch.ops.aten
 DECISIONS = (2, 7, 15)
 POOLS = ("row", "image")

@@ -19,8 +19,6 @@ from reroute_fx.command_line.main import app
 from reroute_fx.loading.prompts import make_batch, read_image
 from reroute_fx.runtime.loaded_model import PROGRAMS
 
-pytestmark = pytest.mark.xdist_group("artifacts")
-
 TIER = str(TIERS[0])
 
 

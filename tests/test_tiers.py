@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import full_record
 import pytest
@@ -122,6 +123,20 @@ def test_a_part_of_the_tests_is_not_recorded(suite, options):
 def test_cases_that_are_not_there_are_told():
     with pytest.raises(AssertionError, match="no such cases: \\['d'\\]"):
         tiers.share("abc", gate="d", reason="all alike")
+
+
+def test_long_groups_come_first_and_each_as_a_whole():
+    names = ["tests/test_b.py", "tests/test_golden.py", "tests/test_c.py", "tests/test_lowering.py"]
+    items = [SimpleNamespace(nodeid=f"{name}::test_{i}") for name in names for i in range(2)]
+    seconds = {"tests/test_b.py": 5.0, "tests/test_golden.py": 4.0, "tests/test_lowering.py": 2.0}
+    tier_plugin.sort_by_seconds(items, seconds)
+    assert [tier_plugin.file_of(item) for item in items[::2]] == [names[1], names[3], names[0], names[2]]
+    assert len({tier_plugin.group_of(tier_plugin.file_of(item)) for item in items[:4]}) == 1
+
+
+def test_files_of_a_group_are_there():
+    stems = {path.stem for path in tier_plugin.LIST.parent.rglob("test_*.py")}
+    assert stems >= {name for names in tier_plugin.TOGETHER.values() for name in names}
 
 
 @pytest.fixture

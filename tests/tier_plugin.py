@@ -8,11 +8,18 @@ from pathlib import Path
 import full_record
 import pytest
 import tiers
+from xdist.scheduler import LoadFileScheduling
 
 LIST = Path(__file__).with_name("FULL.md")
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "gate.json"
 FOUND = pytest.StashKey[str | None]()
 """What FULL.md has to hold; None if only a part of the suite was collected."""
+
+TOGETHER = {
+    "golden": ("test_golden", "test_no_host_sync", "test_identities", "test_export_again", "test_lowering"),
+    "artifacts": ("test_artifact", "test_run_artifacts", "test_faulty_artifacts"),
+}
+"""Files that share what is expensive: captured golden models, artifacts. Two processes would make it twice or wait."""
 
 HEAD = """# What the gate leaves out
 
@@ -80,17 +87,16 @@ def modify_items(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def sort_by_seconds(items: list[pytest.Item], seconds: dict[str, float]) -> None:
-    """Those that stay in one process are a file, or files that share what is expensive; they say so by a mark."""
-    groups = {}
-    for item in items:
-        name = file_of(item)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(name))
-        groups[name] = item.get_closest_marker("xdist_group").args[0]
+    """Sort by what their groups take, which run in one process each."""
     total = Counter()
-    for name, group in groups.items():
-        total[group] += seconds.get(name, 0.0)
-    items.sort(key=lambda item: -total[groups[file_of(item)]])
+    for name in {file_of(item) for item in items}:
+        total[group_of(name)] += seconds.get(name, 0.0)
+    items.sort(key=lambda item: -total[group_of(file_of(item))])
+
+
+def group_of(name: str) -> str:
+    """Of a test file: those of a group run in one process, one after another."""
+    return next((group for group, names in TOGETHER.items() if Path(name).stem in names), name)
 
 
 def known_seconds(tier: str) -> dict[str, float]:
@@ -99,6 +105,13 @@ def known_seconds(tier: str) -> dict[str, float]:
         return full_record.seconds_by_file()
     entries = list(json.loads(MEASURED.read_text()).values()) if MEASURED.exists() else []
     return entries[-1]["tests"]["by_file"] if entries else {}
+
+
+class Scheduling(LoadFileScheduling):
+    """Hands out files, or groups of them."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(super()._split_scope(nodeid))
 
 
 def file_of(item: pytest.Item) -> str:

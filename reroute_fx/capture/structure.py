@@ -33,7 +33,7 @@ def structure_of(module: torch.nn.Module) -> Hashable | None:
         return None
 
 
-def _describe(module: torch.nn.Module, met: dict[int, int]) -> tuple[Hashable, ...]:
+def _describe(module: torch.nn.Module, met: dict[int, int]) -> tuple[Any, ...]:
     """A module and its own tensors; `met` numbers them, so that what has two names shows."""
     own = module.__dict__
     tensors = tuple(
