@@ -3,6 +3,7 @@
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 # There is no GPU to run Triton's kernels on: they are interpreted, which Triton settles as it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
