@@ -71,7 +71,7 @@ $(WHEEL): $(INSTALLED) $(shell find reroute_fx passes kernels -type f -not -name
 
 # Seconds of the gate by phase on a fresh clone of this commit.
 gate-times: $(INSTALLED)
-	$(BIN)/python benchmarks/gate.py after
+	$(BIN)/python benchmarks/gate_times.py after
 
 $(INSTALLED): pyproject.toml setup.py .ci/install.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given
 from hypothesis import strategies as st
-from tiers import examples, pairs, singles
+from suite_tiers import examples, pairs, singles
 from tiny_models import (
     IMAGE,
     LAYERS,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from golden_models import decoder_inputs
-from tiers import singles
+from suite_tiers import singles
 from torch.export import Dim
 
 from reroute_fx import RoutingConfig

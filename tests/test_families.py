@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiers import share
+from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION
 from transformers import (
     CLIPVisionConfig,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from artifacts import LIMITS, TIERS, artifact, remember, routed_at, sign
 from conversations import NOISE, SINGLE, batch
-from tiers import fewer
+from suite_tiers import fewer
 
 import reroute_fx
 from reroute_fx import ArtifactError, BackendUnavailableError, CaptureError, ConfigError

@@ -26,7 +26,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
-from tiers import singles
+from suite_tiers import singles
 from transformers import (
     StoppingCriteria,
 )

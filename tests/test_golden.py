@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from golden_models import GOLDEN
-from tiers import share
+from suite_tiers import share
 
 import reroute_fx
 from reroute_fx import Savings

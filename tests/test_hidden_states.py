@@ -14,7 +14,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
-from tiers import pairs
+from suite_tiers import pairs
 
 import reroute_fx
 from reroute_fx import InputError, RoutingConfig

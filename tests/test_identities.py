@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiers import singles
+from suite_tiers import singles
 
 import reroute_fx
 from reroute_fx import RoutingConfig

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conversations import MIXED, ROUTING, SINGLE, batch, build, routed_model, unrouted_model
 from golden_models import decoder_inputs
-from tiers import pairs
+from suite_tiers import pairs
 from torch import fx
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,

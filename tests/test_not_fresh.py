@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tiers import share
+from suite_tiers import share
 from tiny_models import PAD, llava_config, qwen_config, sharp
 from transformers import (
     AutoModelForImageTextToText,

@@ -25,7 +25,7 @@ from conversations import (
 )
 from kernel_examples import SELECTIONS, selection_inputs
 from safetensors.torch import load_file
-from tiers import share
+from suite_tiers import share
 from torch.export import Dim
 
 import reroute_fx

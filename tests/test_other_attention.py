@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiers import singles
+from suite_tiers import singles
 from tiny_models import IMAGE, TEXT, VISION, llava_config, sharp
 from transformers import (
     CLIPVisionConfig,

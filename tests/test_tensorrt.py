@@ -29,7 +29,7 @@ from conversations import (
     unrouted_model,
 )
 from kernel_examples import NO_TOKEN, SELECTIONS, positions_of, scoring_inputs, selection_inputs
-from tiers import share
+from suite_tiers import share
 from torch.export import Dim, ExportedProgram
 from transformers.modeling_outputs import BaseModelOutput
 

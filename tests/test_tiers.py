@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import full_record
 import pytest
+import suite_tiers
 import tier_plugin
-import tiers
 from full_record import LIMIT, NoHistory, NotRecordable, Outdated, check_recent, clean_commit
 
 pytest_plugins = ["pytester"]
@@ -21,7 +21,7 @@ def test_the_list_of_what_the_gate_leaves_out_is_current(pytestconfig):
 
 
 def test_all_tests_were_run_lately():
-    if tiers.chosen() == "full":
+    if suite_tiers.chosen() == "full":
         pytest.skip("this is a run of all tests")
     assert full_record.RECORD.exists(), f"run {full_record.COMMAND}"
     record = json.loads(full_record.RECORD.read_text())
@@ -36,7 +36,7 @@ def test_all_tests_were_run_lately():
 SUITE = """
 import pytest
 from hypothesis import given, strategies as st
-from tiers import examples, fewer, pairs, share, singles
+from suite_tiers import examples, fewer, pairs, share, singles
 
 @pytest.mark.full("takes an hour")
 def test_long(): pass
@@ -122,7 +122,7 @@ def test_a_part_of_the_tests_is_not_recorded(suite, options):
 
 def test_cases_that_are_not_there_are_told():
     with pytest.raises(AssertionError, match="no such cases: \\['d'\\]"):
-        tiers.share("abc", gate="d", reason="all alike")
+        suite_tiers.share("abc", gate="d", reason="all alike")
 
 
 def test_long_groups_come_first_and_each_as_a_whole():

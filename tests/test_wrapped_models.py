@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
-from tiers import singles
+from suite_tiers import singles
 from tiny_models import PAD, llava_config, sharp
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 from transformers import LlavaForConditionalGeneration, TorchAoConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import full_record
 import pytest
-import tiers
+import suite_tiers
 from xdist.scheduler import LoadFileScheduling
 
 LIST = Path(__file__).with_name("FULL.md")
@@ -34,7 +34,9 @@ Besides, the demo of the installed wheel runs in eager mode in the gate, and com
 def add_options(parser: pytest.Parser) -> None:
     """`--tier`, and what the Makefile asks for."""
     group = parser.getgroup("tiers")
-    group.addoption("--tier", choices=tiers.TIERS, default="gate", help="full: what the gate leaves out, too")
+    group.addoption(
+        "--tier", choices=suite_tiers.TIERS, default="gate", help="full: what the gate leaves out, too"
+    )
     group.addoption("--write-full-list", action="store_true", help="write tests/FULL.md")
     group.addoption(
         "--record-full",
@@ -45,7 +47,7 @@ def add_options(parser: pytest.Parser) -> None:
 
 def configure(config: pytest.Config) -> None:
     """Settle the tier, and get ready to record."""
-    tiers.choose(config.getoption("tier"))
+    suite_tiers.choose(config.getoption("tier"))
     if config.getoption("record_full") and not is_worker(config):
         if config.getoption("tier") != "full" or not is_whole(config):
             raise pytest.UsageError(
@@ -100,7 +102,7 @@ def group_of(name: str) -> str:
 
 
 def known_seconds(tier: str) -> dict[str, float]:
-    """How long each file took when it was measured last: in the gate by benchmarks/gate.py, or in `make full`."""
+    """How long each file took when it was measured last: in the gate by benchmarks/gate_times.py, or in `make full`."""
     if tier == "full":
         return full_record.seconds_by_file()
     entries = list(json.loads(MEASURED.read_text()).values()) if MEASURED.exists() else []
@@ -165,4 +167,4 @@ def row(test: str, cases: list[pytest.Item]) -> list[str]:
 def rounds(request: pytest.FixtureRequest) -> int:
     """How often a test marked as `fewer` does what it does."""
     mark = request.node.get_closest_marker("fewer")
-    return mark.kwargs[tiers.chosen()]
+    return mark.kwargs[suite_tiers.chosen()]

@@ -1,6 +1,6 @@
 """Seconds of the gate by phase, and where the processor seconds of its tests go, on a fresh clone of this commit.
 
-python benchmarks/gate.py ENTRY [--note TEXT]
+python benchmarks/gate_times.py ENTRY [--note TEXT]
 
 Writes the entry, such as before or after, of results/gate.json. Nothing else should run meanwhile.
 """
