@@ -224,7 +224,7 @@ REFUSED = {
 }
 
 
-IN_THE_GATE = ("scaled residuals", "parallel blocks, Phi", "experts", "InternVL", "Qwen2-VL")
+IN_THE_GATE = ("scaled residuals", "parallel blocks, Phi", "experts", "Qwen2-VL")
 
 
 @pytest.mark.parametrize("family", share(ROUTED, IN_THE_GATE, "three routings of a captured model take 6 s"))
@@ -282,6 +282,7 @@ def test_router_logits_that_are_asked_for_are_refused_by_name():
             routed(**inputs, output_router_logits=True)
 
 
+@pytest.mark.full("11 s; two families are captured to read what their reports say")
 def test_report_names_what_the_flops_leave_out():
     model, _ = ROUTED["experts"]()
     report = reroute_fx.inspect(model.eval(), tier=0.6)

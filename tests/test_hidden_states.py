@@ -14,7 +14,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
-from tiers import pairs
+from tiers import pairs, singles
 
 import reroute_fx
 from reroute_fx import InputError, RoutingConfig
@@ -124,6 +124,7 @@ def test_some_of_them_by_number(family):
     assert torch.equal(found[4], every[4])
 
 
+@singles("each captures a model")
 @pytest.mark.parametrize("is_set", ["before", "after"])
 def test_the_config_of_the_decoder_asks_for_them(family, is_set):
     model, inputs = build(family), batch(family, *SINGLE)

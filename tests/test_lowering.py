@@ -76,6 +76,7 @@ def test_sizes_inside_a_region_come_from_its_tensors(captured):
         assert len(counts) <= 1  # the places of a stage
 
 
+@pytest.mark.full("26 s; smaller programs of fixed size are compiled in the gate")
 def test_static_compilation(llava):
     captured = capture_decoder(llava.model)
     config = RoutingConfig((3,), (0.5,))

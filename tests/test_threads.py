@@ -8,6 +8,7 @@ import pytest
 import torch
 from conversations import MIXED, NOISE, SINGLE, TEXT, batch, build, new_tokens, prompt, routed_model
 from test_cuda_graphs import graphed_model
+from tiers import singles
 from transformers import Qwen2_5_VLModel
 
 import reroute_fx
@@ -115,6 +116,7 @@ def loaded_model(family):
     )
 
 
+@singles("6 s each")
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 @pytest.mark.parametrize(
     ("make", "rounds"),

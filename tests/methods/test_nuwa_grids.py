@@ -167,6 +167,7 @@ def reduce_small(small, rule=reduce_grid, names=NAMES):
     return to_program(graph, small.program, as_original=True)
 
 
+@pytest.mark.full("66 s; test_nuwa.py compiles a reduced tower, and exports one again")
 def test_the_tower_compiles_and_exports_again(small, pictures):
     reduced, images = reduce_small(small), replace(small.images, share=0.6)
     compiled, program = lower(reduced, name="images"), reduced.module()
@@ -204,6 +205,7 @@ def test_a_tower_without_windows(pictures):
         assert not same.all()
 
 
+@pytest.mark.full("28 s; the rule itself is written as ONNX in test_nuwa.py")
 def test_the_tower_as_onnx(small, pictures, tmp_path):
     reduced = reduce_small(small)
     write_onnx({"images": reduced}, tmp_path)
