@@ -254,7 +254,9 @@ def test_routed_exactly(family):
     assert new.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize(
+    "family", share(REFUSED, ["sliding window", "rotary positions written in place"], "4 s each")
+)
 def test_refused_with_the_reason(family):
     build, error, message = REFUSED[family]
     torch.manual_seed(0)

@@ -145,6 +145,7 @@ def test_attention_maps_that_the_config_asks_for_are_refused():
         routed(**batch("llava", *SINGLE))
 
 
+@pytest.mark.full("9 s; what is returned is tested in eager, compiling in other tests")
 def test_compiled_programs_return_them():
     inputs = batch("llava", *SINGLE)
     options = {"max_new_tokens": 2, "output_hidden_states": True, "return_dict_in_generate": True}

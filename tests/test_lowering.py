@@ -107,6 +107,7 @@ def test_a_call_outside_the_compiled_range_says_what_it_cost(caplog):
     assert executable.compilations == 2
 
 
+@pytest.mark.full("12 s for ten compilations")
 def test_a_fixed_size_program_serves_more_sizes_than_torch_recompiles_by_default():
     class Shift(torch.nn.Module):
         def forward(self, x):

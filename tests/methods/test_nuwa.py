@@ -113,6 +113,7 @@ def test_as_the_official_code(case, routed, inputs):
     assert routed(case).report.average_tokens == int(case.split("/")[0])
 
 
+@pytest.mark.full("18 s; a tower that is not reduced is compiled in test_artifact.py")
 def test_the_tower_compiles(routed, inputs):
     eager = routed("64/route").programs["images"]
     compiled = lower(eager.program, name="images")
