@@ -259,6 +259,7 @@ def test_bench_knows_the_demo():
     assert (inputs["input_ids"] == demo.model.config.image_token_id).sum() == 144
 
 
+@pytest.mark.full("22 s; the wheel check runs the demo, and test_visualize.py draws")
 def test_demo_asks_compares_and_draws(tmp_path):
     """The same answer from both unrouted models, a right box from the routed one, and pictures."""
     result = run("demo", "--backend", "eager", "--output-dir", str(tmp_path / "demo"))

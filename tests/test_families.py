@@ -215,7 +215,7 @@ REFUSED = {
 }
 
 
-IN_THE_GATE = ("scaled residuals", "parallel blocks, Phi", "experts", "InternVL", "Qwen2-VL")
+IN_THE_GATE = ("scaled residuals", "parallel blocks, Phi", "experts", "Qwen2-VL")
 
 
 @pytest.mark.parametrize("family", share(ROUTED, IN_THE_GATE, "three routings of a captured model take 6 s"))
@@ -245,7 +245,9 @@ def test_routed_exactly(family):
     assert new.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize(
+    "family", share(REFUSED, ["sliding window", "rotary positions written in place"], "4 s each")
+)
 def test_refused_with_the_reason(family):
     build, error, message = REFUSED[family]
     torch.manual_seed(0)
@@ -273,6 +275,7 @@ def test_router_logits_that_are_asked_for_are_refused_by_name():
             routed(**inputs, output_router_logits=True)
 
 
+@pytest.mark.full("11 s; two families are captured to read what their reports say")
 def test_report_names_what_the_flops_leave_out():
     model, _ = ROUTED["experts"]()
     report = reroute_fx.inspect(model.eval(), tier=0.6)

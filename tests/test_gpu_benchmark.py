@@ -108,6 +108,7 @@ def setting(request, monkeypatch):
 
 
 @pytest.mark.parametrize("tier", [192, 64])
+@pytest.mark.full("11 s each; what is compared with is no product code")
 def test_the_hook_routing_computes_the_same(setting, tier):
     """Routing in plain eager PyTorch, written from the method alone: the same answers as the compiled graph."""
     gpu_models, model, inputs = setting

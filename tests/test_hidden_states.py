@@ -14,7 +14,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
-from suite_tiers import pairs
+from suite_tiers import pairs, singles
 
 import reroute_fx
 from reroute_fx import InputError, RoutingConfig
@@ -124,6 +124,7 @@ def test_some_of_them_by_number(family):
     assert torch.equal(found[4], every[4])
 
 
+@singles("each captures a model")
 @pytest.mark.parametrize("is_set", ["before", "after"])
 def test_the_config_of_the_decoder_asks_for_them(family, is_set):
     model, inputs = build(family), batch(family, *SINGLE)
@@ -144,6 +145,7 @@ def test_attention_maps_that_the_config_asks_for_are_refused():
         routed(**batch("llava", *SINGLE))
 
 
+@pytest.mark.full("9 s; what is returned is tested in eager, compiling in other tests")
 def test_compiled_programs_return_them():
     inputs = batch("llava", *SINGLE)
     options = {"max_new_tokens": 2, "output_hidden_states": True, "return_dict_in_generate": True}

@@ -76,6 +76,7 @@ def test_sizes_inside_a_region_come_from_its_tensors(captured):
         assert len(counts) <= 1  # the places of a stage
 
 
+@pytest.mark.full("26 s; smaller programs of fixed size are compiled in the gate")
 def test_static_compilation(llava):
     captured = capture_decoder(llava.model)
     config = RoutingConfig((3,), (0.5,))
@@ -106,6 +107,7 @@ def test_a_call_outside_the_compiled_range_says_what_it_cost(caplog):
     assert executable.compilations == 2
 
 
+@pytest.mark.full("12 s for ten compilations")
 def test_a_fixed_size_program_serves_more_sizes_than_torch_recompiles_by_default():
     class Shift(torch.nn.Module):
         def forward(self, x):

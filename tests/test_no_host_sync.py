@@ -15,7 +15,7 @@ import pytest
 import torch
 from conversations import MIXED, ROUTING, SINGLE, batch, build, routed_model, unrouted_model
 from golden_models import decoder_inputs
-from suite_tiers import pairs
+from suite_tiers import singles
 from torch import fx
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -178,7 +178,7 @@ def small_program(family="llava", action="compact_route_stagewise", pool="row", 
     return route(captured.program, config, savings=savings)[0], inputs
 
 
-@pairs("routing the golden models takes 2 s each")
+@singles("routing the golden models takes 2 s each")
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("action", ACTIONS)
 def test_routed_programs_have_no_synchronisation(programs, family, action, pool):
@@ -334,7 +334,7 @@ READERS = [
 ]
 
 
-@pairs("routing the golden models takes 2 s each")
+@singles("routing the golden models takes 2 s each")
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("action", ACTIONS)
 def test_routed_programs_run_without_reads(programs, family, action, pool):
@@ -504,7 +504,7 @@ def run_without_data(program, inputs):
         return by_name, WithReferences(program.graph_module).run(*flat)
 
 
-@pairs("3 s each")
+@singles("3 s each")
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("action", ACTIONS)

@@ -57,6 +57,7 @@ def assert_same(routed, model, inputs):
 
 
 PLACES = ["", "model", "model.language_model"]
+OTHER_PART = pytest.mark.full("3 s each; the gate has another part of the model")
 
 
 class TestReplacedForwards:
@@ -110,7 +111,7 @@ class TestReplacedForwards:
         ("place", "message"),
         [
             ("model", "ended without running the routed decoder"),
-            ("model.language_model", "routed.forward is no longer"),
+            pytest.param("model.language_model", "routed.forward is no longer", marks=OTHER_PART),
         ],
     )
     def test_a_prompt_that_ends_without_its_routing_raises(self, model, inputs, place, message):
@@ -137,7 +138,7 @@ class TestReplacedForwards:
         assert len(expected.hidden_states) == 3
         assert_same(compile(model), model, inputs)
 
-    @pytest.mark.parametrize("part", ["model", "model.language_model"])
+    @pytest.mark.parametrize("part", ["model", pytest.param("model.language_model", marks=OTHER_PART)])
     def test_a_part_that_is_called_by_itself_raises(self, model, inputs, part):
         routed = compile(model)
         given = inputs if part == "model" else {"input_ids": torch.tensor([[1, 5, 6]])}

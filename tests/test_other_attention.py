@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from suite_tiers import singles
+from suite_tiers import share, singles
 from tiny_models import IMAGE, TEXT, VISION, llava_config, sharp
 from transformers import (
     CLIPVisionConfig,
@@ -68,7 +68,14 @@ def test_what_the_captured_attention_does_not_know_is_refused(build):
 
 @singles("each captures a model")
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    share(
+        [torch.float32, torch.bfloat16, torch.float16, torch.float64],
+        [torch.float32, torch.bfloat16],
+        "each captures a model",
+    ),
+)
 def test_another_implementation_of_the_same_is_no_difference(implementation, dtype):
     model = sharp(LlavaForConditionalGeneration, llava_config(3)).to(dtype)
     model.set_attn_implementation(implementation)

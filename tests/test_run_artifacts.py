@@ -11,6 +11,7 @@ from artifacts import TIERS, artifact, processor, remember, routed_at
 from conversations import unrouted_model
 from PIL import Image
 from rich.console import Console
+from suite_tiers import share
 from typer.testing import CliRunner
 
 import reroute_fx
@@ -53,7 +54,7 @@ def said(result):
     return " ".join((result.stdout + result.stderr).split())
 
 
-@pytest.mark.parametrize("format", ["aot", "onnx"])
+@pytest.mark.parametrize("format", share(["aot", "onnx"], ["aot"], "48 s; test_onnx.py exports"))
 def test_from_a_folder_to_an_answer(model_folder, made, picture, tmp_path, format):
     out = tmp_path / "llava"
     limits = ("--max-batch-size", 2, "--max-length", 128, "--max-image-tokens", 16)

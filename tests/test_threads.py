@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conversations import MIXED, NOISE, SINGLE, TEXT, batch, build, new_tokens, prompt, routed_model
+from suite_tiers import singles
 from test_cuda_graphs import graphed_model
 from transformers import Qwen2_5_VLModel
 
@@ -115,6 +116,7 @@ def loaded_model(family):
     )
 
 
+@singles("6 s each")
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 @pytest.mark.parametrize(
     ("make", "rounds"),

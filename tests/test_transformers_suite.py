@@ -72,7 +72,12 @@ def outcomes(tmp_path_factory):
     (folder / "test_examples.py").write_text(EXAMPLES)
     paths = os.pathsep.join((str(BENCHMARKS), str(Path(__file__).parent)))
     out = folder / "outcomes.json"
-    variables = {"PYTHONPATH": paths, "ROUTED_SUITE_OUT": str(out), "ROUTED_SUITE_ROUTE": "1"}
+    variables = {
+        "PYTEST_ADDOPTS": "",
+        "PYTHONPATH": paths,
+        "ROUTED_SUITE_OUT": str(out),
+        "ROUTED_SUITE_ROUTE": "1",
+    }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "routed_suite", "-p", "no:cacheprovider"]
     subprocess.run(
         [*command, "test_examples.py"], cwd=folder, env={**os.environ, **variables}, check=False, timeout=600

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
-from suite_tiers import singles
+from suite_tiers import share
 from tiny_models import PAD, llava_config, sharp
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 from transformers import LlavaForConditionalGeneration, TorchAoConfig
@@ -53,7 +53,14 @@ class TestPeft:
         torch.testing.assert_close(routed(**inputs).logits, merged(**inputs).logits, atol=NOISE, rtol=0)
         assert routed.report.source == ""
 
-    @pytest.mark.parametrize("change", ["merge_adapter", "disable_adapter_layers", "set_adapter"])
+    @pytest.mark.parametrize(
+        "change",
+        share(
+            ["merge_adapter", "disable_adapter_layers", "set_adapter"],
+            ["set_adapter"],
+            "6 s each; all are seen in the adapters' state",
+        ),
+    )
     def test_another_state_of_the_adapters_is_noticed(self, model, inputs, change):
         adapted = with_lora(model)
         options = LoraConfig(target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)
@@ -88,9 +95,10 @@ def test_what_torch_compile_returned_is_refused(model):
         reroute_fx.compile(torch.compile(model), config=EVERYTHING)
 
 
-@singles("each captures a model, and compiles it twice")
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.parametrize("config", [Int8WeightOnlyConfig, Float8WeightOnlyConfig])
+@pytest.mark.parametrize("backend", share(["eager", "inductor"], ["eager"], "30 s each"))
+@pytest.mark.parametrize(
+    "config", share([Int8WeightOnlyConfig, Float8WeightOnlyConfig], [Int8WeightOnlyConfig], "10 s each")
+)
 def test_weights_packed_by_torchao_run(model, inputs, config, backend):
     plain = model(**inputs).logits
     quantize_(model.model.language_model, config())

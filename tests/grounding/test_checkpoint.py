@@ -72,12 +72,14 @@ def test_the_chat_template_gives_the_words_of_the_training(monkeypatch):
     assert texts == [render_chat(processor, each) for each in conversations]
 
 
+@pytest.mark.full("47 s for answers; the demo of the wheel check asks this checkpoint")
 def test_unrouted_answers_score_as_the_card_says(answered, card):
     for name, value in answered["unrouted"].items():
         assert value == pytest.approx(card[name, f"first {COUNT}"], abs=2)
 
 
 @pytest.mark.parametrize("contender", ["pdrop routed", "fastv routed"])
+@pytest.mark.full("47 s for answers; the demo of the wheel check asks this checkpoint")
 def test_routed_answers_score_as_the_study_says(answered, study, contender):
     said = score(first_answers(study["records"], COUNT), contender, 128)
     for name, value in percentages(said).items():

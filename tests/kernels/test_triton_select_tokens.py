@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, SELECTIONS, selection_inputs
+from suite_tiers import pairs
 from torch.library import opcheck
 
 from reroute_fx.kernels import select_tokens_reference
@@ -87,6 +88,7 @@ def test_padded_batches_of_other_dtypes(rows, dtype):
     assert_matches_reference(example(rows, padding=5, more_slots=3, dtype=dtype, seed=1))
 
 
+@pairs("interpreted kernels are slow")
 @pytest.mark.parametrize("values", SCORES)
 @pytest.mark.parametrize("name", ["unequal rows", "several pools after a deletion", "pools over blocks"])
 @pytest.mark.usefixtures("launches")

@@ -115,6 +115,7 @@ def test_features_that_were_not_reduced_are_refused():
     assert torch.equal(routed(**inputs, mm_encoder_outputs=reduced).logits, expected)
 
 
+@pytest.mark.full("21 s; it runs in eager in the gate")
 def test_it_compiles_and_generates():
     model, inputs = unrouted_model("llava"), batch("llava", *SINGLE)
     eager, compiled = (

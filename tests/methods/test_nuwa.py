@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_models import GOLDEN
 from safetensors.torch import load_file
+from suite_tiers import share
 from transformers import LlavaForConditionalGeneration
 
 import reroute_fx
@@ -89,7 +90,7 @@ def towers():
     return [capture_vision_tower(each) for each in models]
 
 
-@pytest.mark.parametrize("tier", TOLERANCE)
+@pytest.mark.parametrize("tier", share(TOLERANCE, ["64"], "5 s each; tiers differ in counts only"))
 @torch.no_grad()
 def test_features_of_the_first_stage(tier, towers, inputs):
     """Against the official code, and against double precision, to which they are closer."""
@@ -106,13 +107,14 @@ def test_features_of_the_first_stage(tier, towers, inputs):
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", share(CASES, ["192/delete", "64/route"], "8 s each"))
 def test_as_the_official_code(case, routed, inputs):
     check(case, routed(case), inputs)
     assert routed(case).report.average_tokens == int(case.split("/")[0])
 
 
 @pytest.mark.usefixtures("fresh_regions")
+@pytest.mark.full("18 s; a tower that is not reduced is compiled in test_artifact.py")
 def test_the_tower_compiles(routed, inputs):
     eager = routed("64/route").programs["images"]
     compiled = lower(eager.program, name="images")

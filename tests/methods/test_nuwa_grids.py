@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from suite_tiers import share as share_cases
 from tiny_models import IMAGE, START, VIDEO, qwen2_vl, qwen_config, sharp
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
@@ -138,7 +139,10 @@ def official(watched, grid, share, most):
     return kept, torch.stack(rows)
 
 
-@pytest.mark.parametrize(("share", "most"), [(0.35, 3), (0.85, 4)])
+@pytest.mark.parametrize(
+    ("share", "most"),
+    [(0.35, 3), pytest.param(0.85, 4, marks=pytest.mark.full("5 s; differs in counts only"))],
+)
 @torch.no_grad()
 def test_features_are_those_of_the_official_code(share, most, model, tower, pictures):
     reduced = reduce_tower(tower, DEPTH, config(share))
@@ -167,6 +171,7 @@ def reduce_small(small, rule=reduce_grid, names=NAMES):
     return to_program(graph, small.program, as_original=True)
 
 
+@pytest.mark.full("66 s; test_nuwa.py compiles a reduced tower, and exports one again")
 def test_the_tower_compiles_and_exports_again(small, pictures):
     reduced, images = reduce_small(small), replace(small.images, share=0.6)
     compiled, program = lower(reduced, name="images"), reduced.module()
@@ -204,6 +209,7 @@ def test_a_tower_without_windows(pictures):
         assert not same.all()
 
 
+@pytest.mark.full("28 s; the rule itself is written as ONNX in test_nuwa.py")
 def test_the_tower_as_onnx(small, pictures, tmp_path):
     reduced = reduce_small(small)
     write_onnx({"images": reduced}, tmp_path)
@@ -254,7 +260,10 @@ def test_what_is_left_enters_with_its_own_positions(model, routed, pictures):
     torch.testing.assert_close(output.logits[0, stays], model.lm_head(wanted)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("action", ["physical_delete", "compact_route_stagewise"])
+@pytest.mark.parametrize(
+    "action",
+    share_cases(["physical_delete", "compact_route_stagewise"], ["compact_route_stagewise"], "5 s each"),
+)
 @torch.no_grad()
 def test_rows_of_a_batch_are_the_rows_alone(action, routed, pictures):
     routed = routed(action)

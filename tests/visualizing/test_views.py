@@ -47,6 +47,7 @@ def test_stages_are_what_was_selected(llava):
     assert [stage.last_layer + 1 for stage in first[0].stages] == [*layers[1:], 8]
 
 
+@pytest.mark.full("11 s; the stages of deleting are compared in the gate")
 def test_deleted_tokens_have_no_score_and_never_come_back():
     llava = reroute_fx.compile(tiny_llava(), SHARE, action="physical_delete", backend="eager")
     inputs = collate(llava, rows_of(1))
