@@ -45,7 +45,7 @@ def git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def clean_commit(folder: Path = ROOT) -> str:
+def clean_commit(folder: Path) -> str:
     """The commit that a checkout holds.
 
     Raises:
@@ -102,7 +102,7 @@ class Recorder:
     """Counts the results of a run and writes them down if all passed."""
 
     def __init__(self) -> None:
-        self.commit = clean_commit()
+        self.commit = clean_commit(ROOT)
         self.start = time.perf_counter()
         self.files: dict[str, Counter[str]] = defaultdict(Counter)
         self.reasons: Counter[str] = Counter()
@@ -121,7 +121,7 @@ class Recorder:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Write the record if everything passed and the checkout still is that commit."""
-        if exitstatus != pytest.ExitCode.OK or clean_commit() != self.commit:
+        if exitstatus != pytest.ExitCode.OK or clean_commit(ROOT) != self.commit:
             print(f"\n{RECORD.name} is not written: tests failed, or the checkout changed meanwhile.")
             return
         RECORD.write_text(json.dumps(self.record(), indent=1) + "\n")

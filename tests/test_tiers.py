@@ -70,7 +70,10 @@ CONFTEST = """
 import sys
 sys.path[:0] = {paths}
 import tier_plugin
-tier_plugin.LIST = __import__("pathlib").Path(__file__).with_name("FULL.md")
+from pathlib import Path
+import full_record
+tier_plugin.LIST = Path(__file__).with_name("FULL.md")
+full_record.ROOT, full_record.RECORD = Path(__file__).parent, Path(__file__).with_name("full_record.json")
 rounds = tier_plugin.rounds
 pytest_addoption = tier_plugin.add_options
 pytest_configure = tier_plugin.configure
@@ -118,6 +121,50 @@ def test_a_part_of_the_tests_is_not_recorded(suite, options):
     result = suite.runpytest_subprocess(*options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*records the whole suite; expected --tier full and no choice of tests*"])
+
+
+@pytest.fixture
+def committed(suite):
+    """The same tests in a repository; a function that calls git in it."""
+
+    def git(*arguments):
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e", *arguments]
+        return subprocess.run(
+            command, cwd=suite.path, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    (suite.path / ".gitignore").write_text("__pycache__\n.*\nrunpytest-*\nstdout\nstderr\n")
+    git("init")
+    git("add", ".")
+    git("commit", "--message", "c")
+    suite.git = git
+    return suite
+
+
+RECORD_FULL = ("--record-full", "--tier=full", "-p", "no:cacheprovider")
+
+
+def test_a_run_of_all_tests_is_recorded(committed):
+    committed.runpytest_subprocess(*RECORD_FULL).assert_outcomes(passed=23)
+    record = json.loads((committed.path / "full_record.json").read_text())
+    assert record["commit"] == committed.git("rev-parse", "HEAD")
+    assert (record["passed"], record["skipped"], record["failed"]) == (23, 0, 0)
+    assert record["files"]["test_some.py"]["passed"] == 23
+    assert record["files"]["test_some.py"]["seconds"] >= 0
+    assert {"python", "torch", "transformers"} <= set(record["versions"])
+    check_recent(record["commit"], committed.path)
+
+
+def test_what_failed_or_was_not_committed_is_not_recorded(committed):
+    (committed.path / "test_some.py").write_text("def test_fails(): assert False")
+    refused = committed.runpytest_subprocess(*RECORD_FULL)
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["*M test_some.py*", "*expected no changes. Commit them first.*"])
+    committed.git("commit", "--all", "--message", "fails")
+    failed = committed.runpytest_subprocess(*RECORD_FULL)
+    failed.assert_outcomes(failed=1)
+    failed.stdout.fnmatch_lines(["*full_record.json is not written*"])
+    assert not (committed.path / "full_record.json").exists()
 
 
 def test_cases_that_are_not_there_are_told():
