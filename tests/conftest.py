@@ -14,6 +14,8 @@ os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build/cache/inductor"))
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build/cache/triton"))
 
+import logging
+
 import processor_seconds
 import pytest
 import tier_plugin
@@ -24,6 +26,10 @@ from reroute_fx._compat import settle_cpu_math
 from reroute_fx.lowering.inductor import compiled_regions
 
 rounds = tier_plugin.rounds
+
+# Pytest listens to all loggers that don't propagate. Then torch writes down every graph that it traces or compiles,
+# which takes a fifth of the time.
+logging.getLogger("torch.__trace").propagate = True
 
 # Graphs are many small objects that live long: looking through them again and again takes a tenth of the time.
 gc.set_threshold(50_000, 20, 100)

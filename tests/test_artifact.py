@@ -23,6 +23,7 @@ from conversations import (
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
+from suite_tiers import share
 from transformers import DynamicCache, TextStreamer
 
 import reroute_fx
@@ -57,7 +58,7 @@ def ask(family, name):
     return batch(family, *CONVERSATIONS[name], pad="right" if name == "right" else "left")
 
 
-@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("rows", share(BATCHES, ["single"], "20 s each"))
 def test_in_a_fresh_process(family, rows, tmp_path_factory, tmp_path):
     """No modeling code, nothing unpickled, nothing traced, and the same answers at three tiers."""
     inputs = batch(family, *BATCHES[rows])

@@ -192,7 +192,7 @@ def batches_of(draw, family):
 
 
 @examples(
-    gate=30,
+    gate=10,
     full=200,
     reason="each example generates for every row alone and for the batch",
     derandomize=True,

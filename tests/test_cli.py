@@ -38,8 +38,8 @@ PUBLISHED = Path(__file__).parent / "published"
 GIB = 2**30
 
 
-ONE_MODEL = pytest.mark.full(
-    "30 s and 60 s each in an interpreter of its own; the gate has the smallest model"
+PUBLISHED_MODEL = pytest.mark.full(
+    "30 s and more in an interpreter of its own; the gate inspects the demo's model"
 )
 
 
@@ -54,9 +54,9 @@ def said(result):
 @pytest.mark.parametrize(
     ("name", "layers", "decision_layers", "teraflops"),
     [
-        ("llava-1.5-7b", 32, [2, 7, 15, 23], 8.18),
-        pytest.param("llava-1.5-13b", 40, [2, 9, 19, 29], 15.94, marks=ONE_MODEL),
-        pytest.param("qwen2.5-vl-72b", 80, [5, 17, 37, 57], 87.50, marks=ONE_MODEL),
+        pytest.param("llava-1.5-7b", 32, [2, 7, 15, 23], 8.18, marks=PUBLISHED_MODEL),
+        pytest.param("llava-1.5-13b", 40, [2, 9, 19, 29], 15.94, marks=PUBLISHED_MODEL),
+        pytest.param("qwen2.5-vl-72b", 80, [5, 17, 37, 57], 87.50, marks=PUBLISHED_MODEL),
     ],
 )
 def test_inspect_needs_no_weights(name, layers, decision_layers, teraflops):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from golden_models import decoder_inputs
-from suite_tiers import share
 from torch.export import Dim
 
 from reroute_fx import RoutingConfig
@@ -11,11 +10,10 @@ from reroute_fx.capture import capture_decoder
 from reroute_fx.passes import ACTIONS
 from reroute_fx.pipeline import route
 
-SMALLER = "exporting a golden model takes 10 s; decoders of tests/passes export again for every action"
 
-
-@pytest.mark.parametrize("action", share(ACTIONS, ["compact_route_stagewise"], SMALLER))
-@pytest.mark.parametrize("model", share(["llava", "qwen"], ["qwen"], SMALLER))
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("model", ["llava", "qwen"])
+@pytest.mark.full("30 s each; what the passes make of small programs is exported again in the gate")
 def test_routed_program_exports_again(model, action, request):
     captured = capture_decoder(request.getfixturevalue(model).model)
     config = RoutingConfig((2, 7, 15), (0.5, 0.3, 0.1), action)

@@ -263,6 +263,7 @@ def test_refused_with_the_reason(family):
         route()
 
 
+@pytest.mark.full("10 s for one model")
 def test_router_logits_that_are_asked_for_are_refused_by_name():
     torch.manual_seed(0)
     model, inputs = glm_moe()

@@ -85,6 +85,7 @@ def test_models_were_measured(record):
                 assert row["prefill_floor_ms"] > 0
 
 
+@pytest.mark.full("14 s in an interpreter of its own; no product code")
 def test_a_machine_without_a_gpu_is_refused():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -14,7 +14,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
-from suite_tiers import pairs, singles
+from suite_tiers import singles
 
 import reroute_fx
 from reroute_fx import InputError, RoutingConfig
@@ -45,7 +45,7 @@ def noise(states):
     return NOISE * max(1.0, float(states.abs().max()) / 8)
 
 
-@pairs("each routes a model anew")
+@singles("each routes a model anew")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("rows", BATCHES)
 def test_with_all_tokens_they_are_those_of_the_unrouted_model(family, rows, action):

@@ -77,6 +77,7 @@ def test_from_a_folder_to_an_answer(model_folder, made, picture, tmp_path, forma
     assert answered.stdout.split() == expected.split()
 
 
+@pytest.mark.full("17 s; test_artifact.py loads and runs where no model was imported")
 def test_running_imports_no_model(made, picture):
     """Neither the command nor what it calls."""
     code = (

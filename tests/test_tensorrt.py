@@ -394,6 +394,7 @@ def covered(made):
     return by_action
 
 
+@pytest.mark.full("11 s for a backend that is experimental")
 def test_every_operator_has_a_converter(covered):
     """None is left to PyTorch, in the stages and outside, for any action."""
     for action in ACTIONS:

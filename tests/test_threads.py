@@ -156,6 +156,7 @@ def test_positions_of_a_text_are_not_those_of_a_prompt_that_comes_in_between(mon
     torch.testing.assert_close(found[1], second, atol=NOISE, rtol=0)
 
 
+@pytest.mark.full("45 s; the lock is the same for what is not compiled")
 def test_eight_threads_on_compiled_regions():
     """The threads come before anything is compiled."""
     model = build("llava", layers=2)

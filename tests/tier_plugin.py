@@ -16,7 +16,15 @@ FOUND = pytest.StashKey[str | None]()
 """What FULL.md has to hold; None if only a part of the suite was collected."""
 
 TOGETHER = {
-    "golden": ("test_golden", "test_no_host_sync", "test_identities", "test_export_again", "test_lowering"),
+    "golden": (
+        "test_golden",
+        "test_no_host_sync",
+        "test_identities",
+        "test_export_again",
+        "test_lowering",
+        "test_official",
+        "test_number_stages",
+    ),
     "artifacts": ("test_artifact", "test_run_artifacts", "test_faulty_artifacts"),
 }
 """Files that share what is expensive: captured golden models, artifacts. Two processes would make it twice or wait."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from plain_decoder import PlainDecoder
+from suite_tiers import share, singles
 
 import reroute_fx
 
@@ -45,7 +46,7 @@ def expect_same(golden, routed, plain):
     return output
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", share(PRESETS, ["fastv-official-k2", "pdrop-official"], "3 s each"))
 def test_as_the_authors_run_it(llava, name):
     layers, ratios, previous, contiguous = PRESETS[name]
     routed = reroute_fx.compile(llava.model, method=name, action="physical_delete", backend="eager")
@@ -55,6 +56,7 @@ def test_as_the_authors_run_it(llava, name):
     assert {layer: len(kept[0]) for layer, kept in output.routing.selected.items()} == counts
 
 
+@singles("2 s each")
 @pytest.mark.parametrize("action", ["compact_route", "compact_route_stagewise"])
 @pytest.mark.parametrize("name", ROUTED)
 def test_routed(llava, name, action):

@@ -274,6 +274,7 @@ def test_result_exports_again(toy, continued):
     toy.assert_exports_again(program, inputs, other)
 
 
+@pytest.mark.full("11 s; test_routed_model.py generates with compiled programs")
 @pytest.mark.usefixtures("fresh_regions")
 def test_compiled_programs_continue_too(toy, continued):
     """Every layer is the same code, whichever stage it is in."""
