@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
 
 import gc
+import logging
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,6 @@ os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build/cache/inductor"))
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build/cache/triton"))
 
-import logging
-
 import processor_seconds
 import pytest
 import tier_plugin
@@ -23,6 +23,7 @@ import torch
 from golden_models import Golden, load_golden
 
 from reroute_fx._compat import settle_cpu_math
+from reroute_fx.capture import captured_decoder
 from reroute_fx.lowering.inductor import compiled_regions
 
 rounds = tier_plugin.rounds
@@ -61,6 +62,12 @@ def _exact_math() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Every core has a worker already.
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_traces(monkeypatch):
+    """As in a process of its own, no decoder is traced yet."""
+    monkeypatch.setattr(captured_decoder, "_alike", OrderedDict())
 
 
 @pytest.fixture

@@ -586,7 +586,7 @@ def test_a_plot_that_can_not_be_written_is_refused(tmp_path, name, message):
 
 
 def test_missing_matplotlib_is_told(result, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.backend_bases", None)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'reroute-fx\[bench\]'"):
         result.plot(tmp_path / "one.png")
 

@@ -87,6 +87,7 @@ def test_this_transformers_is_in_the_declared_range():
     assert __version__ in Requirement(line).specifier
 
 
+@pytest.mark.usefixtures("no_traces")
 @pytest.mark.parametrize("name", ["DynamoConfig", "DynamoExporter"])
 def test_another_exporter_is_told(monkeypatch, name):
     monkeypatch.delattr(exporter_dynamo, name)

@@ -24,12 +24,6 @@ NOISE = 1e-4
 pytestmark = pytest.mark.usefixtures("no_gradients", "no_traces")
 
 
-@pytest.fixture
-def no_traces(monkeypatch):
-    """As in a process of its own, nothing is traced yet."""
-    monkeypatch.setattr(captured_decoder, "_alike", type(captured_decoder._alike)())
-
-
 def llava(seed=0, layers=2, **text):
     config = llava_config(layers, pad_token_id=PAD)
     for name, value in text.items():
