@@ -32,6 +32,9 @@ rounds = tier_plugin.rounds
 # which takes a fifth of the time.
 logging.getLogger("torch.__trace").propagate = True
 
+# The suite has more kinds of tiny decoders than a program that serves models.
+captured_decoder._KINDS = 64
+
 # Graphs are many small objects that live long: looking through them again and again takes a tenth of the time.
 gc.set_threshold(50_000, 20, 100)
 
