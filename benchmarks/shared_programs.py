@@ -2,8 +2,8 @@
 
 python benchmarks/shared_programs.py [--output-json FILE]
 
-Backend eager, so that only capturing and routing count; LLaVA with random weights, 32 layers. Each round runs in a process
-of its own. What the process holds after each call is measured, too.
+Backend eager, so that only capturing and routing count; LLaVA with random weights, 32 layers. Each round runs in a
+process of its own. What the process holds after each call is measured, too.
 """
 
 import json
