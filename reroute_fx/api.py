@@ -73,7 +73,8 @@ def compile(
         schedule: ``"exact"``, the default, keeps the tier's promise; ``"paper"`` takes the released ratios.
         pool: ``"row"``, the default, lets all visual tokens of a prompt compete, ``"image"`` those of each image or
             video.
-        backend: ``"inductor"``, ``"eager"`` or ``"tensorrt"``, which builds engines with Torch-TensorRT at once.
+        backend: ``"inductor"``, ``"eager"`` or ``"tensorrt"``, which builds engines with Torch-TensorRT at once and is
+            experimental: no engine of it was run on a GPU yet.
         dynamic: compile for any prompt length, number of visual tokens and batch size.
         savings: rewrites that save work and change no result; None for those that were measured to pay.
         cuda_graphs: replay prefills, in sizes rounded up to multiples of 64, and decoding steps as CUDA graphs.

@@ -12,6 +12,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Every core has a test to run: no pools of compilers, and none that optimises what calls the kernels.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
+os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
 # What was compiled once is found again, by the other workers too, and nothing of another checkout is.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build/cache/inductor"))
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build/cache/triton"))
@@ -31,6 +32,9 @@ rounds = tier_plugin.rounds
 # Pytest listens to all loggers that don't propagate. Then torch writes down every graph that it traces or compiles,
 # which takes a fifth of the time.
 logging.getLogger("torch.__trace").propagate = True
+
+# The suite has more kinds of tiny decoders than a program that serves models.
+captured_decoder._KINDS = 64
 
 # Graphs are many small objects that live long: looking through them again and again takes a tenth of the time.
 gc.set_threshold(50_000, 20, 100)

@@ -399,6 +399,7 @@ def decode(model, cache, ids, mask, steps=3):
     return output
 
 
+@singles("2 s each")
 @pytest.mark.parametrize("rows", BATCHES)
 def test_decode_steps_run_without_reads(family, rows):
     cache, ids, _ = after_prompt(family, BATCHES[rows])
@@ -442,6 +443,7 @@ def cache_on_meta(cache, model):
     return moved
 
 
+@singles("2 s each")
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("rows", BATCHES)
 def test_decode_steps_of_a_device_run_without_reads(family, rows, with_mask, model_on_meta):

@@ -4,8 +4,9 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from suite_tiers import examples
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -233,7 +234,7 @@ def test_rows_are_copies_even_when_all_are_active():
     assert torch.equal(stream, distinct_values(2, 63, 6))
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@examples(gate=12, full=50, reason="drawn sizes", derandomize=True)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 30),

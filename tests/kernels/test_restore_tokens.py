@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import stream_by_loops
+from suite_tiers import examples
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -191,13 +192,13 @@ def padded_rows(draw):
     return padded(length, active, slots, width=draw(st.integers(1, 5)), seed=draw(seeds))
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@examples(gate=12, full=50, reason="drawn sizes", derandomize=True)
 @given(inputs=padded_rows())
 def test_any_shape_matches_loops(inputs):
     assert restore_tokens(*inputs).tolist() == stream_by_loops(*inputs)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@examples(gate=12, full=50, reason="drawn sizes", derandomize=True)
 @given(inputs=padded_rows())
 def test_restoring_compacted_rows_gives_the_stream(inputs):
     stream, _, positions = inputs
@@ -205,7 +206,7 @@ def test_restoring_compacted_rows_gives_the_stream(inputs):
     assert torch.equal(restore_tokens(stream, rows, positions), stream)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@examples(gate=12, full=50, reason="drawn sizes", derandomize=True)
 @given(inputs=padded_rows())
 def test_compacting_restored_rows_gives_the_rows(inputs):
     _, rows, positions = inputs
@@ -214,7 +215,7 @@ def test_compacting_restored_rows_gives_the_rows(inputs):
     assert torch.equal(again, rows.nan_to_num(0))
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@examples(gate=12, full=50, reason="drawn sizes", derandomize=True)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)), min_size=1, max_size=3),
     padding=st.integers(0, 3),

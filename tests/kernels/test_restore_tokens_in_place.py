@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import stream_by_loops
+from suite_tiers import examples
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -95,7 +96,7 @@ def test_rows_and_positions_in_other_layouts():
     assert_writes_in_place(restore_tokens_, stream, rows, positions)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@examples(gate=12, full=50, reason="drawn sizes", derandomize=True)
 @given(
     active=st.lists(st.integers(0, 12), min_size=1, max_size=3),
     padding=st.integers(0, 5),

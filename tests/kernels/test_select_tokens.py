@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, SELECTIONS, selection_inputs
+from suite_tiers import examples
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -303,7 +304,7 @@ def selections(draw):
     return *tensors, torch.tensor(pools) if several else None, length, slots
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@examples(gate=25, full=100, reason="drawn sizes", derandomize=True)
 @given(inputs=selections())
 def test_selection_properties(inputs):
     _, visual_index, lengths, keep, _, length, slots = inputs
@@ -320,7 +321,7 @@ def test_selection_properties(inputs):
         assert positions[row].tolist() == active + [length] * (slots - len(active))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@examples(gate=7, full=30, reason="drawn sizes", derandomize=True)
 @given(inputs=selections())
 def test_rows_are_selected_independently(inputs):
     *tensors, length, slots = inputs
@@ -331,7 +332,7 @@ def test_rows_are_selected_independently(inputs):
     assert all(map(torch.equal, together, map(torch.cat, zip(*apart, strict=True))))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@examples(gate=100, full=400, reason="drawn sizes", derandomize=True)
 @given(tokens=st.integers(1, 20_000), ratio=st.floats(0, 1, exclude_min=True))
 def test_keep_count_truncates_and_keeps_one(tokens, ratio):
     count = keep_count(tokens, ratio)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, as_integers, positions_of, random_bits
+from suite_tiers import examples
 from torch.library import opcheck
 
 from reroute_fx.kernels import compact_tokens_reference
@@ -106,7 +107,7 @@ def test_one_tensor_twice():
     assert_matches_reference([stream, stream], positions_of(21, (9, 4), 9), [1, 1])
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@examples(gate=4, full=12, reason="drawn sizes", derandomize=True)
 @given(
     batch=st.integers(1, 2),
     length=st.integers(1, 12),

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, as_integers, positions_of, random_bits
+from suite_tiers import examples
 from torch.library import opcheck
 
 from reroute_fx.kernels import restore_tokens_reference
@@ -103,7 +104,7 @@ def test_rows_of_a_longer_tensor():
     assert_matches_reference(stream, longer[:, 20:], positions)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(gate=6, full=25, reason="drawn sizes", derandomize=True)
 @given(
     active=st.lists(st.integers(0, 5), min_size=1, max_size=3),
     padding=st.integers(0, 3),

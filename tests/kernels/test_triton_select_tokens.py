@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, SELECTIONS, selection_inputs
-from suite_tiers import pairs
+from suite_tiers import examples, pairs
 from torch.library import opcheck
 
 from reroute_fx.kernels import select_tokens_reference
@@ -189,7 +189,7 @@ def batches(draw):
     return rows
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(gate=6, full=25, reason="drawn sizes", derandomize=True)
 @given(
     rows=batches(),
     values=st.sampled_from(SCORES),

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, scoring_inputs
+from suite_tiers import examples
 from torch.library import opcheck
 
 from reroute_fx.kernels import visual_scores_reference
@@ -182,7 +183,7 @@ def test_equal_keys_share_the_attention_equally(length):
     assert ((scores * lengths[:, None] - 1).abs() <= 6 * EPSILON).all()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(gate=6, full=25, reason="drawn sizes", derandomize=True)
 @given(
     kv_heads=st.integers(1, 2),
     group=st.sampled_from([1, 2, 7]),

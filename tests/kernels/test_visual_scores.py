@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import scoring_inputs
+from suite_tiers import examples
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -237,7 +238,7 @@ def test_large_logits_do_not_overflow():
     assert abs(scores.sum().item() - 1) <= (63 + 4) * EPSILON
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@examples(gate=7, full=30, reason="drawn sizes", derandomize=True)
 @given(
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
@@ -256,7 +257,7 @@ def test_any_shape_matches_float64_loops(kv_heads, group, head_dim, lengths, dat
     assert (scores.clamp(min=0).sum(dim=1) <= 1 + (places + kv_heads * group) * EPSILON).all()
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@examples(gate=7, full=30, reason="drawn sizes", derandomize=True)
 @given(tokens=st.integers(1, 40), seed=st.integers(0, 2**32))
 def test_scores_follow_the_order_of_the_index(tokens, seed):
     query, keys, visual_index, *rest = scoring_inputs(4, 2, 63, 8, (63, 40), (63, tokens), seed=seed)

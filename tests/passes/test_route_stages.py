@@ -5,6 +5,7 @@ from itertools import chain
 
 import pytest
 import torch
+from suite_tiers import pairs, singles
 
 from reroute_fx import RoutingConfig, route
 from reroute_fx.passes import ACTIONS, InsertSelection, MatchError, RouteStages, run_passes
@@ -233,6 +234,7 @@ def check(toy, routed, by_hand, config, action, prompt, **options):
     return result
 
 
+@pairs("each runs a program and loops over its tokens")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("config", [ONE_DECISION, TWO_DECISIONS], ids=["one", "two"])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -242,6 +244,7 @@ def test_against_the_loop(toy, routed, by_hand, action, config, batch, kv_heads)
     assert result["routing"]["scores.1"].dtype == torch.float32
 
 
+@pairs("each runs a program and loops over its tokens")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("case", UNEVEN)
@@ -250,6 +253,7 @@ def test_uneven_rows_against_the_loop(toy, routed, by_hand, action, pool, case):
     check(toy, routed, by_hand, config, action, UNEVEN[case], kv_heads=2)
 
 
+@pairs("each runs a program and loops over its tokens")
 @pytest.mark.parametrize("action", ["physical_delete", "compact_route_stagewise"])
 @pytest.mark.parametrize("decoder", ["parallel", "eager", "padded"])
 def test_other_decoders_against_the_loop(toy, routed, by_hand, action, decoder):
@@ -261,6 +265,7 @@ def test_other_decoders_against_the_loop(toy, routed, by_hand, action, decoder):
     check(toy, routed, by_hand, TWO_DECISIONS, action, UNEVEN["both"], **options)
 
 
+@pairs("each runs a program and loops over its tokens")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize(("length", "tokens"), [(3, 1), (12, 10), (50, 2)])
 def test_extreme_numbers_of_visual_tokens(toy, routed, by_hand, action, length, tokens):
@@ -294,6 +299,7 @@ def test_images_are_worth_testing(toy, exported, by_hand):
     assert of_row[1].kept == of_image[1].kept
 
 
+@pairs("each runs a program and loops over its tokens")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("case", ["both", "text only", "images"])
 def test_padding_changes_nothing(toy, routed, by_hand, action, case):
@@ -330,6 +336,7 @@ def test_more_places_than_a_stage_needs(toy, routed, by_hand, action):
     assert_expected(result, rows, tolerances)
 
 
+@singles("each routes twice")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("config", [ONE_DECISION, TWO_DECISIONS], ids=["one", "two"])
 @pytest.mark.parametrize("prompt", [even(), UNEVEN["both"]], ids=["even", "uneven"])
