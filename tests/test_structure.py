@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from suite_tiers import share
 from tiny_models import PAD, llava_config, qwen_config, sharp
 from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 from transformers.models.llama import modeling_llama
@@ -64,6 +65,7 @@ def test_models_of_one_kind_share_a_trace_and_keep_their_weights():
     assert captured.program.state_dict["layers.0.mlp.up_proj.weight"] is weight
 
 
+@pytest.mark.full("another family; its artifacts and programs are tested in the gate")
 def test_positions_in_space_and_time():
     config = qwen_config(2, tokens_per_second=4)
     first, second = traces(*(sharp(Qwen2_5_VLForConditionalGeneration, config) for _ in range(2)))
@@ -111,7 +113,11 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    share(CHANGES, [change_attribute, share_weights], "each captures two models"),
+    ids=lambda change: change.__name__,
+)
 def test_models_that_differ_are_traced_by_themselves(change):
     plain, changed = llava(), llava()
     change(changed)
@@ -121,7 +127,11 @@ def test_models_that_differ_are_traced_by_themselves(change):
     assert_routed_as(plain, prompt())
 
 
-@pytest.mark.parametrize("change", [change_config, change_attribute], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    share([change_config, change_attribute], [change_attribute], "each captures two models"),
+    ids=lambda change: change.__name__,
+)
 def test_a_model_that_changed_since_is_traced_again(change):
     model = llava()
     assert_routed_as(model, prompt())
@@ -170,6 +180,7 @@ def test_weights_die_with_their_model():
     assert traces(llava(1))[0] in [kept.trace for kept in captured_decoder._alike.values()]
 
 
+@pytest.mark.full("captures five models")
 def test_kinds_that_were_used_longest_ago_make_room(monkeypatch):
     monkeypatch.setattr(captured_decoder, "_KINDS", 2)
     small, *_ = traces(llava(layers=1), llava(layers=2))
