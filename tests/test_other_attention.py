@@ -21,6 +21,7 @@ from transformers.models.llava.modeling_llava import LlavaModel
 
 import reroute_fx
 from reroute_fx import RoutingConfig, UnsupportedModelError
+from reroute_fx.runtime.masks import refuse_other_masks
 
 EVERYTHING = RoutingConfig((1,), (1.0,))
 ROUTING = RoutingConfig((1,), (0.5,))
@@ -156,3 +157,12 @@ def test_masks_of_other_forms_are_refused(masked, monkeypatch):
     monkeypatch.setattr(MaskedModel, "mask", lambda *_: torch.ones(1, 30, 30))
     with pytest.raises(UnsupportedModelError, match="attention mask in a form of its own"):
         masked[1](**prompts(padded=False))
+
+
+@pytest.mark.parametrize("kinds", [("full", "sliding"), ("sliding", "full")])
+def test_of_several_masks_each_is_looked_at(kinds):
+    masks = dict.fromkeys(kinds)
+    refuse_other_masks(masks, None, columns=4)
+    for kind in kinds:
+        with pytest.raises(UnsupportedModelError, match=r"of shape \[1, 1, 4, 4\]"):
+            refuse_other_masks({**masks, kind: torch.ones(1, 1, 4, 4)}, None, columns=4)
