@@ -42,8 +42,8 @@ class Ended:
 BROWSER = """command -v chromium || {
   apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } > /dev/null"""
 # The vectors in the repository are those that were handed down, where those are.
-GOLDEN = """if [ -d ../shared/golden ]; then
-  for model in llava qwen2_5_vl nuwa; do diff -r ../shared/golden/$model tests/golden/$model; done
+GOLDEN = """if [ -d "${GIVEN_VECTORS:-}" ]; then
+  for model in llava qwen2_5_vl nuwa; do diff -r "$GIVEN_VECTORS/$model" tests/golden/$model; done
 fi"""
 
 SETUP = ([Phase("setup", "make .venv/.installed")], [Phase("browser", BROWSER)])

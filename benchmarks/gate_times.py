@@ -8,7 +8,6 @@ Writes the entry, such as before or after, of results/gate.json. Nothing else sh
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -27,11 +26,9 @@ SLOWEST = 40
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Run the gate on a clone in `folder`, with the handed-down vectors beside it if they are beside this checkout."""
+    """Run the gate on a clone in `folder`."""
     clone, seconds = folder / "clone", folder / "seconds"
     subprocess.run(["git", "clone", "--quiet", "--no-local", ROOT, clone], check=True)
-    if (given := ROOT.parent / "shared" / "golden").is_dir():
-        shutil.copytree(given, folder / "shared" / "golden")
     variables = {**os.environ, "PYTEST_ADDOPTS": f"--processor-seconds={seconds}"}
     for name in ("VIRTUAL_ENV", "PYTHONPATH"):
         variables.pop(name, None)
