@@ -20,6 +20,7 @@ from reroute_fx.artifact.exporting import trace
 from reroute_fx.artifact.files import list_files
 from reroute_fx.lowering.inductor import aot_regions
 from reroute_fx.lowering.inductor.aot_regions import schedule
+from reroute_fx.lowering.regions import device_key
 
 TIERS = (0.6, 0.5, 0.4)
 LIMITS = Limits(batch=9, length=96, image_tokens=32)
@@ -77,7 +78,7 @@ def remember(folder, routed):
     for name, program in trace(routed).programs.items():
         for i, region in enumerate(schedule(program).regions):
             held = (folder / "programs" / f"{name}_{i}.pt2").read_bytes()
-            aot_regions._packages[aot_regions.package_key(region, torch.device("cpu"))] = held
+            aot_regions._packages[device_key(region, torch.device("cpu"))] = held
 
 
 def sign(folder, change=lambda content: None):

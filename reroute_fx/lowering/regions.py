@@ -157,6 +157,11 @@ def region_key(graph: fx.Graph) -> str:
     return "\n".join(lines)
 
 
+def device_key(region: fx.GraphModule, device: torch.device) -> str:
+    """Equal for regions for which the same code is compiled on `device`."""
+    return f"{device} {region_key(region.graph)}"
+
+
 def memory_order(fake: torch.Tensor) -> list[int]:
     """Dimensions of a tensor from the slowest to the fastest in memory."""
     strides = [hint(stride) for stride in fake.stride()]

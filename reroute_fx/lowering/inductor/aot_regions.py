@@ -20,7 +20,7 @@ from ...errors import BackendUnavailableError, CaptureError
 from ..call_schedule import CallSchedule
 from ..example_sizes import ExampleSizes
 from ..implementations import use_implementations
-from ..regions import hint, is_size, memory_order, region_key, share_regions
+from ..regions import device_key, hint, is_size, memory_order, share_regions
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,10 @@ def package_region(region: fx.GraphModule, device: torch.device) -> bytes:
         CaptureError: the region was fixed to a size.
     """
     check_compiler()
-    key = package_key(region, device)
+    key = device_key(region, device)
     if key not in _packages:
         _packages[key] = _compile(copy.deepcopy(region), device)
     return _packages[key]
-
-
-def package_key(region: fx.GraphModule, device: torch.device) -> str:
-    """Equal for regions of which the packages are equal."""
-    return f"{device} {region_key(region.graph)}"
 
 
 def check_compiler() -> None:

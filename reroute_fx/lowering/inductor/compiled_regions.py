@@ -11,7 +11,7 @@ from torch import fx
 from torch._dynamo import lookup_backend
 
 from ..implementations import use_implementations
-from ..regions import Regions, region_key, share_regions
+from ..regions import Regions, device_key, share_regions
 
 _regions: dict[str, Callable[..., Any]] = {}
 """Those of this process that take any sizes: other tiers of a model, and other models, have layers in common."""
@@ -52,7 +52,7 @@ def lower(module: fx.GraphModule, device: torch.device, dynamic: bool) -> Region
     def compile_region(region: fx.GraphModule) -> Callable[..., Any]:
         if not dynamic:
             return _compile(region, device, dynamic=False)
-        key = f"{device} {region_key(region.graph)}"
+        key = device_key(region, device)
         if key not in _regions:
             _regions[key] = _compile(region, device, dynamic=True)
         return _regions[key]
