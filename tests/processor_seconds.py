@@ -11,9 +11,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -53,15 +51,12 @@ class Measure:
         from torch import _inductor
         from torch._inductor import compile_fx
 
+        from reroute_fx.passes import Pass
+
         torch.export.export = self.wrap("export", torch.export.export)
         compile_fx.compile_fx = self.wrap("inductor", compile_fx.compile_fx)
         _inductor.aoti_compile_and_package = self.wrap("ahead_of_time", _inductor.aoti_compile_and_package)
-        passes = import_module("reroute_fx.passes")
-        for found in iter_modules(passes.__path__):
-            module = import_module(f"reroute_fx.passes.{found.name}")
-            for value in vars(module).values():
-                if isinstance(value, type) and value.__module__ == module.__name__ and "run" in vars(value):
-                    value.run = self.wrap("passes", value.run)
+        Pass.__call__ = self.wrap("passes", Pass.__call__)
 
     def wrap(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, measured."""
