@@ -18,6 +18,14 @@ from reroute_fx.lowering.call_schedule import (
 )
 
 # Values: x 0, y 1, w 2, b 3; product 4; sum 5 and its double 6; as many threes as y is long 7.
+THREES = {
+    "takes": 1,
+    "calls": [
+        {"operator": "aten.sym_size.int", "args": [{"value": 0}, 0], "kwargs": {}},
+        {"operator": "aten.full.default", "args": [[{"value": 1}], 3], "kwargs": {}},
+    ],
+    "returns": [{"value": 2}],
+}
 SCHEDULE = CallSchedule(
     inputs=("x", "y"),
     weights=("w", "b"),
@@ -27,6 +35,7 @@ SCHEDULE = CallSchedule(
         RegionCall(2, (), ((1, 0),), 1),
     ),
     outputs={HIDDEN: 5, "double": 6, "threes": 7},
+    others=(THREES,),
 )
 
 
@@ -39,13 +48,8 @@ def program(schedule=SCHEDULE):
         x, b = values
         return [x + b, 2 * (x + b)]
 
-    def threes(values):
-        (length,) = values
-        assert length.dtype is torch.bool
-        return [torch.full((len(length),), 3)]
-
     weights = {"w": torch.eye(3) * 5, "b": torch.ones(3)}
-    return ScheduledProgram(schedule, [product, add, threes], weights)
+    return ScheduledProgram(schedule, [product, add], weights)
 
 
 def check(run):
@@ -68,7 +72,7 @@ def test_values_are_dropped_after_their_last_use():
 
 def test_json_and_back():
     data = json.loads(json.dumps(SCHEDULE.to_json()))
-    read = CallSchedule.from_json(data, regions=3)
+    read = CallSchedule.from_json(data, compiled=2)
     assert read == SCHEDULE
     check(program(read))
 
@@ -95,13 +99,13 @@ def test_damage_is_refused_or_reads_only_what_is_there(path, wrong):
         parent = parent[key]
     parent[path[-1]] = wrong
     try:
-        read = CallSchedule.from_json(data, regions=3)
+        read = CallSchedule.from_json(data, compiled=2)
     except ArtifactError:
         return
     count = len(read.inputs) + len(read.weights)
     for call in read.calls:
         assert all(0 <= value < count for value in (*call.inputs, *(v for v, _ in call.lengths)))
-        assert 0 <= call.region < 3
+        assert 0 <= call.region < 2 + len(read.others)
         count += call.outputs
     assert all(0 <= value < count for value in read.outputs.values())
 
@@ -113,11 +117,11 @@ def test_damage_is_refused_or_reads_only_what_is_there(path, wrong):
 )
 def test_other_data_is_refused(data):
     with pytest.raises(ArtifactError, match="damaged"):
-        CallSchedule.from_json(data, regions=3)
+        CallSchedule.from_json(data, compiled=2)
 
 
 def test_a_value_is_not_read_before_it_is_there():
     data = copy.deepcopy(DATA)
     data["calls"][0]["inputs"] = [0, 4]
     with pytest.raises(ArtifactError, match=r"4 is not in 0\.\.3"):
-        CallSchedule.from_json(data, regions=3)
+        CallSchedule.from_json(data, compiled=2)

@@ -161,7 +161,7 @@ def test_compiled_for_other_sizes_and_batches(model, inputs):
         for given in (inputs, longer, pair):
             torch.testing.assert_close(compiled(**given).logits, eager(**given).logits, atol=1e-5, rtol=0)
     decoder = compiled.model.language_model
-    assert 3 <= decoder.prefill.distinct_regions <= 8
+    assert decoder.prefill.distinct_regions == 2  # a layer, a decision
     arguments = {"max_new_tokens": 4, "do_sample": False}
     compilations = []
     for given in (inputs, longer):

@@ -62,8 +62,10 @@ def load_aot(
         check_package(folder / region)
     try:
         plan = json.loads((folder / str(files.schedule)).read_text())
-        regions = [load_region(folder / region, device) for region in files.files]
-        return ScheduledProgram(CallSchedule.from_json(plan, len(regions), PROGRAMS[name]), regions, weights)
+        compiled = [load_region(folder / region, device) for region in files.files]
+        return ScheduledProgram(
+            CallSchedule.from_json(plan, len(compiled), PROGRAMS[name]), compiled, weights
+        )
     except KeyError as error:
         raise ArtifactError(
             f"{folder} lacks the weight {error} of {name}. Export the model again."

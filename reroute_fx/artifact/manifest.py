@@ -21,7 +21,7 @@ from .requirements import Requirements
 NAME = "manifest.json"
 PROCESSOR = "processor"
 """Folder of the processor inside an artifact."""
-SCHEMA = 1
+SCHEMA = 2
 FORMATS = ("aot", "onnx", "tensorrt")
 _LARGEST = 64 * 2**20
 

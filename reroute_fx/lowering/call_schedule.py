@@ -1,7 +1,7 @@
 """A lowered program as data: which region is called on which values, in which order.
 
 Values are numbered: first the inputs, then the weights, then what each call returns. A region that needs a size which
-none of its tensors has takes an empty tensor of that length.
+none of its tensors has takes an empty tensor of that length. Compiled regions are files of their own.
 """
 
 import operator
@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import ArtifactError
+from .operator_list import OperatorList, from_operator_list
 from .regions import Regions, is_size
 
 HIDDEN = "last_hidden_state"
@@ -28,7 +29,7 @@ class RegionCall:
     """A call of a region.
 
     Attributes:
-        region: its number.
+        region: its number; those that are compiled come first.
         inputs: values that it takes.
         lengths: then come empty tensors as long as these values are in these dimensions.
         outputs: how many values it returns.
@@ -49,26 +50,37 @@ class CallSchedule:
         weights: names of the weights.
         calls: in order.
         outputs: values that the program returns, by name.
+        others: regions that are not compiled.
     """
 
     inputs: tuple[str, ...]
     weights: tuple[str, ...]
     calls: tuple[RegionCall, ...]
     outputs: dict[str, int]
+    others: tuple[OperatorList, ...] = ()
 
     @classmethod
-    def of(cls, program: ExportedProgram, regions: Regions) -> "CallSchedule":
-        """The schedule of a program that `route` or `continuation` returned, or one that returns tensors by name."""
+    def of(
+        cls, program: ExportedProgram, regions: Regions, others: Sequence[OperatorList] = ()
+    ) -> "CallSchedule":
+        """The schedule of a program that `route` or `continuation` returned, or one that returns tensors by name.
+
+        Args:
+            program: what is scheduled.
+            regions: its regions.
+            others: those that are not compiled, as data.
+        """
         specs = program.graph_signature.input_specs
         inputs = program.graph_signature.user_inputs
         weights = {s.arg.name: str(s.target) for s in specs if s.kind is not InputKind.USER_INPUT}
         reader = _Reader(regions, (*inputs, *weights))
         calls = tuple(map(reader.call, reader.calls()))
-        return cls(inputs, tuple(weights.values()), calls, reader.outputs(program.call_spec.out_spec))
+        outputs = reader.outputs(program.call_spec.out_spec)
+        return cls(inputs, tuple(weights.values()), calls, outputs, tuple(others))
 
     @classmethod
-    def from_json(cls, data: Any, regions: int, result: str = HIDDEN) -> "CallSchedule":
-        """Read what `to_json` wrote, for a program of as many regions that returns `result`.
+    def from_json(cls, data: Any, compiled: int, result: str = HIDDEN) -> "CallSchedule":
+        """Read what `to_json` wrote, for a program of as many compiled regions that returns `result`.
 
         Raises:
             ArtifactError: it is something else, or reads a value that is not there yet.
@@ -78,8 +90,14 @@ class CallSchedule:
                 RegionCall(c["region"], tuple(c["inputs"]), tuple(map(tuple, c["lengths"])), c["outputs"])
                 for c in data["calls"]
             ]
-            schedule = cls(tuple(data["inputs"]), tuple(data["weights"]), tuple(calls), dict(data["outputs"]))
-            schedule._check(regions, result)
+            schedule = cls(
+                tuple(data["inputs"]),
+                tuple(data["weights"]),
+                tuple(calls),
+                dict(data["outputs"]),
+                tuple(data["others"]),
+            )
+            schedule._check(compiled + len(schedule.others), result)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
                 f"The schedule of a program is damaged ({type(error).__name__}: {error}). Export the model again."
@@ -117,7 +135,8 @@ class _Reader:
 
     def __init__(self, regions: Regions, placeholders: Sequence[str]) -> None:
         self.graph = regions.module.graph
-        self.regions: dict[Callable[..., Any], int] = {f: i for i, f in enumerate(regions.functions)}
+        functions = (*regions.compiled, *regions.others)
+        self.regions: dict[Callable[..., Any], int] = {f: i for i, f in enumerate(functions)}
         self.count = len(placeholders)
         self.values = {n: placeholders.index(n.name) for n in self.graph.find_nodes(op="placeholder")}
 
@@ -149,17 +168,21 @@ class ScheduledProgram:
 
     Args:
         schedule: what is called.
-        regions: for each region a function from a list of tensors to a list of tensors.
+        compiled: for each region that is compiled a function from a list of tensors to a list of tensors.
         weights: by name.
+
+    Raises:
+        ArtifactError: a region that is not compiled is damaged.
     """
 
     def __init__(
         self,
         schedule: CallSchedule,
-        regions: Sequence[Callable[[list[torch.Tensor]], list[torch.Tensor]]],
+        compiled: Sequence[Callable[[list[torch.Tensor]], list[torch.Tensor]]],
         weights: Mapping[str, torch.Tensor],
     ) -> None:
-        self.schedule, self.regions = schedule, regions
+        self.schedule = schedule
+        self.regions = [*compiled, *map(from_operator_list, schedule.others)]
         self.weights = [weights[name] for name in schedule.weights]
         self.released = _last_uses(schedule)
 

@@ -152,7 +152,7 @@ def lower(
         device = program_device(program)
         regions = compiled_regions.lower(program.graph_module, device, dynamic)
         executable._module = regions.module
-        executable.regions, executable.distinct_regions = regions.calls, regions.distinct
+        executable.regions, executable.distinct_regions = regions.calls, len(regions.compiled)
         executable.show_progress = show_progress
     if recorder is not None:
         executable._record_graphs(program, recorder)

@@ -3,12 +3,16 @@
 The layers of a decoder are the same code with other weights. Compiling each distinct region once and
 calling it for every layer keeps compile time independent of depth.
 
-A region is a run of nodes of one decoder layer, or of the nodes between two layers (restore, decide,
-compact). Parameters are inputs of a region. Sizes are read from the tensors at hand, so that equal
+A region is a run of nodes of one decoder layer, or of the nodes between two layers (decide, compact), where restoring
+is a region of its own. Parameters are inputs of a region. Sizes are read from the tensors at hand, so that equal
 regions look equal whatever the length they run on; keep counts come in as integers.
+
+A region that a compiler can save little in is not compiled, for that takes it seconds: a single operator, or a few
+that run once.
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +22,8 @@ from torch import fx
 from torch.fx.node import map_arg
 
 aten = torch.ops.aten
-CompileRegion = Callable[[fx.GraphModule], Callable[..., Any]]
+_FEW = 10
+"""Operators of a region that is called once, up to which it is not compiled."""
 
 
 @dataclass(frozen=True)
@@ -27,43 +32,66 @@ class Regions:
 
     Attributes:
         module: the outer graph module; inputs and outputs as before.
-        calls: regions in the graph.
-        functions: what is called for them, one for each distinct region.
+        calls: calls of compiled regions in the graph.
+        compiled: what is called for them, one for each distinct region.
+        others: what is called for the regions that are not compiled.
     """
 
     module: fx.GraphModule
     calls: int
-    functions: tuple[Callable[..., Any], ...]
-
-    @property
-    def distinct(self) -> int:
-        return len(self.functions)
+    compiled: tuple[Callable[..., Any], ...]
+    others: tuple[Callable[..., Any], ...]
 
 
-def share_regions(module: fx.GraphModule, compile_region: CompileRegion) -> Regions:
-    """Outer graph over the regions of `module`; `compile_region` is called once for each distinct one."""
-    functions: dict[str, Callable[..., Any]] = {}
+def share_regions(
+    module: fx.GraphModule,
+    compile_region: Callable[[fx.GraphModule], Callable[..., Any]],
+    take_region: Callable[[fx.GraphModule], Callable[..., Any] | None] = lambda region: region.forward,
+) -> Regions:
+    """Outer graph over the regions of `module`.
+
+    Args:
+        module: graph to split; not changed.
+        compile_region: called once for each distinct region that is compiled.
+        take_region: called once for each other one; what it returns None for is compiled as well.
+    """
+    regions = [_Region(run) for run in _runs(module.graph)]
+    keys = [region_key(region.graph) for region in regions]
+    calls = Counter(keys)
+    compiled: dict[str, Callable[..., Any]] = {}
+    others: dict[str, Callable[..., Any]] = {}
+    for region, key in zip(regions, keys, strict=True):
+        if key in compiled or key in others:
+            continue
+        graph, name = fx.GraphModule({}, region.graph), f"region_{len(compiled) + len(others)}"
+        taken = take_region(graph) if region.is_small(calls[key]) else None
+        if taken is None:
+            compiled[key] = _named(compile_region(graph), name)
+        else:
+            others[key] = _named(taken, name)
+    outer = _outer_graph(module.graph, regions, [(compiled | others)[key] for key in keys])
+    compiled_calls = sum(calls[key] for key in compiled)
+    return Regions(outer, compiled_calls, tuple(compiled.values()), tuple(others.values()))
+
+
+def _outer_graph(
+    graph: fx.Graph, regions: Iterable["_Region"], functions: Iterable[Callable[..., Any]]
+) -> fx.GraphModule:
     outer = _Outer()
-    runs = _runs(module.graph)
-    for node in module.graph.find_nodes(op="placeholder"):
+    for node in graph.find_nodes(op="placeholder"):
         outer.new[node] = outer.graph.node_copy(node)
-    for run in runs:
-        region = _Region(run)
-        key = region_key(region.graph)
-        if key not in functions:
-            compiled = compile_region(fx.GraphModule({}, region.graph))
-            functions[key] = _named(compiled, f"region_{len(functions)}")
-        outer.call(functions[key], region)
-    outer.graph.output(map_arg(module.graph.output_node().args[0], outer.new.__getitem__))
+    for region, function in zip(regions, functions, strict=True):
+        outer.call(function, region)
+    outer.graph.output(map_arg(graph.output_node().args[0], outer.new.__getitem__))
     outer.graph.lint()
-    return Regions(fx.GraphModule({}, outer.graph), len(runs), tuple(functions.values()))
+    return fx.GraphModule({}, outer.graph)
 
 
-def _named(compiled: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`compiled` as a function that a graph can call. As a module it would cost several more calls for each layer."""
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """`function` as one that a graph can call. As a module it would cost several more calls for each layer."""
 
     def region(*inputs: Any) -> Any:
-        return compiled(*inputs)
+        return function(*inputs)
 
     region.__name__ = name
     return region
@@ -76,8 +104,8 @@ def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
     for node in graph.nodes:
         if node.op != "call_function" or is_size(node):
             continue
-        region = node.meta.get("region") or ""
-        current = region if region.startswith("layer.") else "between"
+        region = node.meta.get("region") or "between"
+        current = region if region.startswith(("layer.", "restore.")) else "between"
         if current != last:
             runs.append([])
             last = current
@@ -115,10 +143,12 @@ class _Region:
     Attributes:
         inputs: nodes of the original graph that it reads: tensors and, last, integers.
         outputs: its nodes that are read elsewhere.
+        operators: how many it calls.
     """
 
     def __init__(self, nodes: list[fx.Node]) -> None:
         inside = set(nodes)
+        self.operators = sum(node.target is not operator.getitem for node in nodes)
         reads = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
         tensors = [n for n in reads if not is_size(n)]
         sizes = [n for n in reads if is_size(n)]
@@ -133,6 +163,10 @@ class _Region:
         for node in nodes:
             self.new[node] = self.graph.node_copy(node, self._argument)
         self.graph.output(tuple(self.new[n] for n in self.outputs))
+
+    def is_small(self, calls: int) -> bool:
+        """Whether a compiler can save little in it, called so many times by a program."""
+        return self.operators == 1 or (calls == 1 and self.operators <= _FEW)
 
     def _argument(self, node: fx.Node) -> fx.Node:
         """Counterpart of an argument; a size is read from the first tensor that has it."""

@@ -20,12 +20,13 @@ from ...errors import BackendUnavailableError, CaptureError
 from ..call_schedule import CallSchedule
 from ..example_sizes import ExampleSizes
 from ..implementations import use_implementations
+from ..operator_list import OperatorList, to_operator_list
 from ..regions import device_key, hint, is_size, memory_order, share_regions
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A program as a schedule, and the graphs of its regions."""
+    """A program as a schedule, and the graphs of the regions that are to be compiled."""
 
     schedule: CallSchedule
     regions: tuple[fx.GraphModule, ...]
@@ -34,13 +35,23 @@ class Scheduled:
 def schedule(program: ExportedProgram) -> Scheduled:
     """Split a program that `route` or `continuation` returned into its distinct regions."""
     graphs: list[fx.GraphModule] = []
+    others: list[OperatorList] = []
 
     def keep(region: fx.GraphModule) -> Any:
         graphs.append(region)
         return region.forward
 
-    regions = share_regions(program.graph_module, keep)
-    return Scheduled(CallSchedule.of(program, regions), tuple(graphs))
+    def write_down(region: fx.GraphModule) -> Any:
+        taking_lengths = copy.deepcopy(region)
+        _take_lengths(taking_lengths)
+        operators = to_operator_list(taking_lengths.graph)
+        if operators is None:
+            return None
+        others.append(operators)
+        return region.forward
+
+    regions = share_regions(program.graph_module, keep, write_down)
+    return Scheduled(CallSchedule.of(program, regions, others), tuple(graphs))
 
 
 _packages: dict[str, bytes] = {}

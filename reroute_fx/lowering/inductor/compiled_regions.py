@@ -57,7 +57,7 @@ def lower(module: fx.GraphModule, device: torch.device, dynamic: bool) -> Region
             _regions[key] = _compile(region, device, dynamic=True)
         return _regions[key]
 
-    return share_regions(module, compile_region)
+    return share_regions(module, compile_region, lambda region: use_implementations(region, device).forward)
 
 
 def _compile(region: fx.GraphModule, device: torch.device, dynamic: bool) -> Callable[..., Any]:
