@@ -106,18 +106,10 @@ def settle_cpu_math() -> None:
 
 
 @contextmanager
-def compilation_settings() -> Iterator[None]:
-    """Settings under which regions run, and so are compiled.
-
-    Sizes that happen to be equal are not taken to be one and the same. A region may be compiled for as many
-    sizes as are asked for: with fixed sizes torch would stop with an error at the ninth.
-    """
+def unequal_sizes() -> Iterator[None]:
+    """While a program is traced, sizes that happen to be equal are not taken to be one and the same."""
     shapes: Any = importlib.import_module("torch.fx.experimental._config")
-    dynamo: Any = importlib.import_module("torch._dynamo.config")
-    with (
-        shapes.patch(use_duck_shape=False),
-        dynamo.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31),
-    ):
+    with shapes.patch(use_duck_shape=False):
         yield
 
 

@@ -14,7 +14,6 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from .._compat import compilation_settings
 from ..common.turns import one_at_a_time
 from ..config.limits import Limits
 from ..errors import ConfigError
@@ -74,7 +73,7 @@ class Executable:
             for kind, name, target in self._inputs
         ]
         before, start = self.compilations, time.perf_counter()
-        with compilation_settings(), self._compiled.counted(), self._progress():
+        with self._compiled.counted(), self._progress():
             result = pytree.tree_unflatten((self.cuda_graphs or self._module)(*flat), self._out_spec)
         if self.compilations > before:
             self._tell(self.compilations - before, time.perf_counter() - start, inputs)

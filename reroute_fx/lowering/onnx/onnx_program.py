@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.export import Dim, ExportedProgram
 
-from ..._compat import compilation_settings
+from ..._compat import unequal_sizes
 from ...errors import BackendUnavailableError, CaptureError
 from ..call_schedule import as_executable, by_name
 from ..example_sizes import ExampleSizes
@@ -164,7 +164,7 @@ def _export(program: ExportedProgram, name: str) -> ExportedProgram:
     """The functional program in ATen operators, for any sizes for which the program is."""
     inputs, shapes = _examples(program)
     try:
-        with torch.no_grad(), compilation_settings():
+        with torch.no_grad(), unequal_sizes():
             return torch.export.export(
                 _Functional(program), (inputs,), dynamic_shapes=(shapes,), strict=False
             )
