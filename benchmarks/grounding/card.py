@@ -4,11 +4,13 @@ python benchmarks/grounding/card.py
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from evaluate import RESULTS
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 from summary import Records, first_answers, kinds_table, score
 
 from reroute_fx.loading.models_by_name import CHECKPOINT
@@ -32,7 +34,7 @@ def card(records: Records) -> ModelCard:
             result for part, answered in parts.items() for result in _results(part, unrouted(answered))
         ],
     )
-    text = _TEXT.read_text().format(table=kinds_table(records), **unrouted(records))
+    text = _TEXT.read_text().format(table=kinds_table(records), **_size(), **unrouted(records))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
@@ -40,6 +42,14 @@ def unrouted(records: Records) -> dict[str, float]:
     """ACC@0.5 and yes/no accuracy of the unrouted model, in percent."""
     scores = score(records, "unrouted", None)
     return {"boxes": round(100 * scores.accuracy.mean, 1), "yes_no": round(100 * scores.right.mean, 1)}
+
+
+def _size() -> dict[str, Any]:
+    """Million parameters, and layers of the decoder."""
+    layers = json.loads((CHECKPOINT / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    with safe_open(CHECKPOINT / "model.safetensors", "pt") as weights:
+        count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return {"millions": round(count / 1e6, 1), "layers": layers}
 
 
 def _results(part: str, scores: dict[str, float]) -> list[EvalResult]:

@@ -41,9 +41,14 @@ def make_inputs(processor: Any, prompts: Sequence[tuple[Scene, Question]]) -> di
     return dict(processor(images=pictures, text=texts, padding=True, return_tensors="pt"))
 
 
+def unrouted(model: Any) -> Contender:
+    """The model as it is."""
+    return Contender("unrouted", None, _generate(model))
+
+
 def contenders(model: Any, seed: int) -> list[Contender]:
     """All of them, the unrouted model first."""
-    found = [Contender("unrouted", None, _generate(model))]
+    found = [unrouted(model)]
     for tier, share in TIERS.items():
         for method in ("fastv", "pdrop"):
             for name, action in ACTIONS.items():

@@ -73,7 +73,9 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGeneration:
+def build_model(
+    processor: LlavaProcessor, seed: int, layers: int = DECODER_LAYERS
+) -> LlavaForConditionalGeneration:
     """A CLIP tower and a Llama decoder, joined as LLaVA-1.5 does: features of the last layer but one."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
@@ -81,7 +83,7 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=WIDTH * 8 // 3 // 8 * 8,
-        num_hidden_layers=DECODER_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         max_position_embeddings=1024,

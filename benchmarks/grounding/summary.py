@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from reroute_fx.grounding.questions import MOST_HOPS
+from reroute_fx.grounding.questions import KINDS, MOST_HOPS, NEAR_MISSES
 from reroute_fx.grounding.scoring import (
     THRESHOLD,
     Interval,
@@ -123,7 +123,8 @@ def kinds_table(records: Records) -> str:
     for answer in sorted(boxes, key=lambda answer: answer["hops"]):
         name = ("where, no relation", "where, one relation", "where, two relations")[answer["hops"]]
         right.setdefault(name, []).append(answer["iou"] >= THRESHOLD)
-    for answer in sorted(_answers(records, "unrouted", None, "yes/no"), key=lambda answer: answer["kind"]):
+    truths = [a for kind in (KINDS[1], NEAR_MISSES) for a in _answers(records, "unrouted", None, kind)]
+    for answer in sorted(truths, key=lambda answer: answer["kind"]):
         right.setdefault(f"yes/no, {answer['kind']}", []).append(answer["answer"].lower() == answer["target"])
     lines = [f"| {name} | {len(found)} | {_percent(share(found))} |" for name, found in right.items()]
     return "\n".join(["| question | asked | right, % |", "|---|---|---|", *lines])

@@ -1,12 +1,18 @@
 """Train the small LLaVA of the grounding study from scratch.
 
-First the tower: each patch says which thing it lies on and where that thing's box is; its heads are thrown away. Then,
-with the tower frozen as in LLaVA-1.5, the projector says it in words and numbers of the decoder, and the decoder learns
-to answer: with a quarter of its layers, because that costs a quarter and finds the way as well, about one thing, then
-about a few, then about as many as there are in the test; at last with all its layers. A run that was stopped goes on
-where it saved its state.
+    python benchmarks/grounding/train.py tower runs/tower
+    python benchmarks/grounding/train.py decoder runs/small --tower runs/tower --layers 16 --seed 1
 
-    python benchmarks/grounding/train.py runs/grounding
+First a tower, which any number of decoders share: each patch says which thing it lies on and where that thing's box is;
+its heads are thrown away. What it sees of many scenes is kept beside it.
+
+Then a decoder, all of whose layers are trained from the first step on; `--grown` trains four, spreads them over the
+depth and trains on, which costs less. It is at first told what the tower ought to say of each patch, in its own words
+and numbers, about one thing, then about a few, then about as many as there are in the test. That takes neither pictures
+nor a tower, so both can be trained at the same time. Then the projector learns to say it, from what the frozen tower
+sees, and projector and decoder learn on from that, as in LLaVA-1.5.
+
+A run that was stopped goes on where it saved its state when it is started again with the same words.
 """
 
 import math
@@ -19,14 +25,16 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from lessons import LessonMaker, Lessons, kept_lessons
-from packing import IGNORED, PACKED, Packed
+from lessons import LessonMaker, Lessons, Told, kept_lessons
+from packing import IGNORED, PACKED, Packed, pack
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from small_llava import DECODER_LAYERS, WIDTH, build_model, build_processor, grow, number_waves
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tower import FIELDS, NOTHING, TowerHeads, tower_features
+from transformers import LlavaForConditionalGeneration
 
+from reroute_fx.errors import ConfigError
 from reroute_fx.grounding.scenes import CROWD, scene
 
 SHALLOW = 4
@@ -94,8 +102,7 @@ class Phase:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["times"] * rate
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, shown = self.loss(batch)
+        loss, shown = self.loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
@@ -203,28 +210,11 @@ def tower_phase(model: Any, heads: TowerHeads, recipe: Recipe, maker: LessonMake
     return Phase("tower", recipe, model, [model.model.vision_tower, heads], batches, loss)
 
 
-def align_phase(model: Any, tokenizer: Any, recipe: Recipe, lessons: Lessons) -> Phase:
-    """The projector learns to say of each patch, in the decoder's words, what the tower was trained to say."""
-    target = _Described(model, tokenizer)
-
-    def batches(start: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for chosen in lessons.batches(recipe.batch, start, recipe.steps, seed=0):
-            labels = {name: value[chosen] for name, value in lessons.labels.items()}
-            yield lessons.features[chosen].float(), labels
-
-    def loss(batch: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, Callable[[], str]]:
-        features, labels = batch
-        wanted = target(labels)
-        on = labels["size"] != NOTHING
-        error = F.mse_loss(model.model.multi_modal_projector(features).float(), wanted) / wanted[on].var()
-        return error, lambda: f"error {error:.4f}"
-
-    return Phase("align", recipe, model, [model.model.multi_modal_projector], batches, loss)
-
-
-class _Described:
+class Described:
     """What patches are said to be: the words of their thing and the four numbers of its box, each in directions of its
     own, so that a head of the decoder can read one of them and nothing else.
+
+    The words are those of the model as it is built, not as it becomes.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -251,33 +241,73 @@ class _Described:
         return described
 
 
+def align_phase(model: Any, described: Described, recipe: Recipe, lessons: Lessons) -> Phase:
+    """The projector learns to say of each patch, in the decoder's words, what the tower was trained to say."""
+
+    def batches(start: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for chosen in lessons.batches(recipe.batch, start, recipe.steps, seed=0):
+            labels = {name: value[chosen] for name, value in lessons.labels.items()}
+            yield lessons.features[chosen].float(), labels
+
+    def loss(batch: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, Callable[[], str]]:
+        features, labels = batch
+        wanted = described(labels)
+        on = labels["size"] != NOTHING
+        error = F.mse_loss(model.model.multi_modal_projector(features).float(), wanted) / wanted[on].var()
+        return error, lambda: f"error {error:.4f}"
+
+    return Phase("align", recipe, model, [model.model.multi_modal_projector], batches, loss)
+
+
 def decoder_logits(model: Any, batch: Packed) -> Tensor:
     """Logits `[answer tokens, V]` where `batch.labels` has a label."""
     text = model.model.language_model
     embeds = text.embed_tokens(batch.input_ids)
-    pictures = model.model.multi_modal_projector(batch.features).to(embeds.dtype)
-    embeds = embeds.masked_scatter((batch.input_ids == model.config.image_token_id)[..., None], pictures)
+    is_image = (batch.input_ids == model.config.image_token_id)[..., None]
+    embeds = embeds.masked_scatter(is_image, batch.pictures.to(embeds.dtype))
     hidden = text(
         inputs_embeds=embeds,
         position_ids=batch.position_ids,
-        packed_lengths=(batch.prefix, batch.length),
+        packed_prefix=batch.prefix,
+        packed_mask=batch.mask,
         use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden[batch.labels != IGNORED])
 
 
+def seen(model: Any, recipe: Recipe, lessons: Lessons, seed: int) -> Callable[[int], Iterator[Packed]]:
+    """From a step to the batches from there on: scenes as the tower sees and the projector describes them."""
+
+    def batches(start: int) -> Iterator[Packed]:
+        for chosen in lessons.batches(recipe.batch, start, recipe.steps, seed):
+            yield lessons.pack(chosen, model.model.multi_modal_projector)
+
+    return batches
+
+
+def told(
+    described: Described, recipe: Recipe, maker: LessonMaker, first: int, crowd: tuple[int, int]
+) -> Callable[[int], Iterator[Packed]]:
+    """From a step to the batches from there on: scenes from number `first` on, described without mistakes."""
+
+    def batches(start: int) -> Iterator[Packed]:
+        scenes = Told(maker, first, crowd, recipe.batch, start, recipe.steps)
+        for labels, laid_out in DataLoader(scenes, batch_size=None, num_workers=1, prefetch_factor=4):
+            yield pack(described(labels), maker.prefix, *laid_out)
+
+    return batches
+
+
 def decoder_phase(
-    name: str, model: Any, tokenizer: Any, recipe: Recipe, lessons: Lessons, seed: int
+    name: str, model: Any, tokenizer: Any, recipe: Recipe, batches: Callable[[int], Iterable[Packed]]
 ) -> Phase:
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     is_number = torch.tensor(["." in token and len(token) > 2 for token in tokens])
     is_word = torch.tensor([token in (" yes", " no") for token in tokens])
 
-    def batches(start: int) -> Iterator[Packed]:
-        return map(lessons.pack, lessons.batches(recipe.batch, start, recipe.steps, seed))
-
     def loss(batch: Packed) -> tuple[Tensor, Callable[[], str]]:
-        logits = decoder_logits(model, batch).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = decoder_logits(model, batch).float()
         labels = batch.labels[batch.labels != IGNORED]
         each = F.cross_entropy(logits, labels, reduction="none")
         numbers, words = is_number[labels], is_word[labels]
@@ -292,61 +322,112 @@ def decoder_phase(
         weights = 1.0 + 3 * words
         return (each * weights).sum() / weights.sum(), shown
 
-    modules = [model.model.language_model, model.lm_head]
+    modules = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
     return Phase(name, recipe, model, modules, batches, loss)
 
 
-def main(
-    folder: Annotated[
-        Path, typer.Argument(help="Where the state of the run and the trained model are written.")
-    ],
-    tower_steps: int = 2400,
-    slower_steps: int = 800,
-    deep_steps: int = 1300,
-    scenes: int = 14000,
+app = typer.Typer(help=__doc__)
+Folder = Annotated[Path, typer.Argument(help="where the state of the run and what comes of it are written")]
+_LESSONS = "lessons.pt"
+_FIRST_TOLD = (("one", 200, (1, 1)), ("few", 400, (1, 3)))
+"""Steps, and the fewest and most things, of what a decoder is told before it is told of as many as in the test."""
+_ALIGN_STEPS = 1500
+
+
+@app.command()
+def tower(
+    folder: Folder,
+    steps: int = 6000,
     rate: float = 1e-3,
     seed: int = 0,
+    scenes: Annotated[int, typer.Option(help="Scenes that decoders learn from.")] = 24000,
+    start: Annotated[Path | None, typer.Option(help="Trained model whose tower is trained on.")] = None,
 ) -> None:
-    """Train, and write the model in bfloat16 with its processor to FOLDER/model."""
+    """Train a tower, and keep what it sees of scenes."""
     folder.mkdir(parents=True, exist_ok=True)
     processor = build_processor()
-    model, tokenizer = build_model(processor, seed), processor.tokenizer
+    model, heads, maker = build_model(processor, seed), TowerHeads(), LessonMaker(processor)
+    if start is not None:
+        trained = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+        model.model.vision_tower.load_state_dict(trained.model.vision_tower.state_dict())
+    with _shown_progress() as progress:
+        run = Run(folder, {"tower": model.model.vision_tower, "heads": heads}, progress)
+        run.train(tower_phase(model, heads, Recipe(steps, 32, rate), maker))
+        kept_lessons(folder / _LESSONS, model, maker, 3 * 10**6, scenes, CROWD, progress)
+
+
+@app.command()
+def decoder(
+    folder: Folder,
+    tower: Annotated[Path, typer.Option(help="Folder of a run that trained a tower.")],
+    layers: Annotated[int, typer.Option(min=SHALLOW)] = DECODER_LAYERS,
+    grown: Annotated[
+        bool, typer.Option(help=f"Train {SHALLOW} layers first and grow to all of them.")
+    ] = False,
+    told_steps: Annotated[int, typer.Option(help="Steps about scenes that are told.")] = 2500,
+    seen_steps: Annotated[
+        int, typer.Option(help="Steps about scenes that are seen, at the full rate.")
+    ] = 1500,
+    slower_steps: Annotated[int, typer.Option(help="Steps at a rate that falls to 0.")] = 1500,
+    rate: float = 7e-4,
+    seed: int = 0,
+) -> None:
+    """Train a projector and a decoder for a tower; write the model in bfloat16 with its processor to FOLDER/model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    processor = build_processor()
+    model, maker = build_model(processor, seed, layers), LessonMaker(processor)
+    tokenizer = processor.tokenizer
+    described = Described(model, tokenizer)
     text = model.model.language_model
     text.config._attn_implementation = PACKED
     for layer in text.layers:
         layer.compile(dynamic=False)
-    maker, heads = LessonMaker(processor), TowerHeads()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[shown]}")) as progress:
-        run = Run(folder, {"model": model, "heads": heads}, progress)
-        run.train(tower_phase(model, heads, Recipe(tower_steps, 32, rate), maker))
-        model.model.vision_tower.requires_grad_(False)
+    with _shown_progress() as progress:
+        run = Run(folder, {"model": model}, progress)
+        text.config.num_hidden_layers = SHALLOW if grown else layers
+        for number, (name, steps, crowd) in enumerate((*_FIRST_TOLD, ("told", told_steps, CROWD)), start=1):
+            recipe = Recipe(steps, 16, rate, decay=False)
+            batches = told(described, recipe, maker, (100 * seed + number) * 10**6, crowd)
+            run.train(decoder_phase(name, model, tokenizer, recipe, batches))
+        lessons = take_tower(model, tower)
+        run.train(align_phase(model, described, Recipe(_ALIGN_STEPS, 64, 3 * rate), lessons))
+        for name, recipe in (
+            ("seen", Recipe(seen_steps, 16, rate, decay=False)),
+            ("slower", Recipe(slower_steps, 16, 0.5 * rate)),
+        ):
+            if name == "slower" and grown:
+                text.config.num_hidden_layers = layers
+                if name not in run.phases:
+                    grow(model, SHALLOW)
+            run.train(decoder_phase(name, model, tokenizer, recipe, seen(model, recipe, lessons, seed)))
+    write_model(model, processor, folder / "model")
 
-        def learn(name: str, first: int, count: int, crowd: tuple[int, int]) -> Lessons:
-            return kept_lessons(folder / f"{name}.pt", model, maker, first, count, crowd, progress)
 
-        one = learn("one", 10**6, scenes // 8, (1, 1))
-        few = learn("few", 2 * 10**6, scenes // 4, (1, 3))
-        full = learn("full", 3 * 10**6, scenes, CROWD)
-        run.train(align_phase(model, tokenizer, Recipe(1500, 64, 3 * rate), full))
-        model.model.multi_modal_projector.requires_grad_(False)
-        text.config.num_hidden_layers = SHALLOW
-        shallow = (
-            ("one", one, Recipe(200, 16, rate, decay=False)),
-            ("few", few, Recipe(400, 16, rate, decay=False)),
-            ("full", full, Recipe(1000, 16, rate, decay=False)),
-            ("slower", full, Recipe(slower_steps, 16, 0.4 * rate, decay=False)),
+def take_tower(model: Any, folder: Path) -> Lessons:
+    """Let the model have the tower of a run; what it sees.
+
+    Raises:
+        ConfigError: it isn't trained, or has seen nothing yet.
+    """
+    if not (folder / _LESSONS).exists():
+        raise ConfigError(
+            f"tower is {str(folder)!r}, which has no {_LESSONS}; expected a folder of `train.py tower`, run to its end."
         )
-        for name, lessons, recipe in shallow:
-            run.train(decoder_phase(name, model, tokenizer, recipe, lessons, seed))
-        text.config.num_hidden_layers = DECODER_LAYERS
-        if "deep" not in run.phases:
-            grow(model, SHALLOW)
-        run.train(decoder_phase("deep", model, tokenizer, Recipe(deep_steps, 16, 0.4 * rate), full, seed + 1))
-    text.config._attn_implementation = "sdpa"
-    model.to(torch.bfloat16).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    model.model.vision_tower.load_state_dict(torch.load(folder / "state.pt")["tower"])
+    model.model.vision_tower.requires_grad_(False)
+    return Lessons(**torch.load(folder / _LESSONS, mmap=True))
+
+
+def write_model(model: Any, processor: Any, folder: Path) -> None:
+    model.model.language_model.config._attn_implementation = "sdpa"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _shown_progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[shown]}"))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -110,6 +110,11 @@ def questions_generator(scene: Scene) -> np.random.Generator:
     return _generator(scene.split, scene.number, 2)
 
 
+def near_misses_generator(scene: Scene) -> np.random.Generator:
+    """Randomness for near misses, of its own so that no other question changes."""
+    return _generator(scene.split, scene.number, 3)
+
+
 def _generator(split: str, number: int, use: int) -> np.random.Generator:
     return np.random.default_rng([SPLITS.index(split), number, use])
 

@@ -3,16 +3,32 @@
 import itertools
 
 import pytest
+import score
 import torch
-from lessons import LessonMaker, make_lessons
-from packing import IGNORED, PACKED
+from lessons import LessonMaker, Told, make_lessons
+from packing import IGNORED, PACKED, lay_out, pack
 from rich.progress import Progress
 from small_llava import IMAGE, build_model, build_processor, grow
+from torch import nn
 from tower import TowerHeads, tower_labels
-from train import SHALLOW, Recipe, Run, decoder_logits, decoder_phase, tower_phase
+from train import (
+    SHALLOW,
+    Described,
+    Recipe,
+    Run,
+    decoder,
+    decoder_logits,
+    decoder_phase,
+    seen,
+    take_tower,
+    told,
+    tower,
+    tower_phase,
+)
 
-from reroute_fx.grounding.questions import questions, write_box
-from reroute_fx.grounding.scenes import COLOURS, SHAPES, SIDE, scene
+from reroute_fx.errors import ConfigError
+from reroute_fx.grounding.questions import near_misses, questions, write_box
+from reroute_fx.grounding.scenes import COLOURS, CROWD, SHAPES, SIDE, scene
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +44,9 @@ def model(processor):
 def test_every_question_and_answer_survives_the_tokenizer(processor):
     tokenizer = processor.tokenizer
     for number in range(60):
-        for question in [q for kind in questions(scene("train", number), 8, 6) for q in kind]:
+        here = scene("train", number)
+        boxes, truths = questions(here, 8, 6)
+        for question in boxes + truths + near_misses(here, 6):
             text = f"USER: \n{question.text} ASSISTANT: {question.answer}"
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert tokenizer.unk_token_id not in ids
@@ -66,43 +84,137 @@ def test_lessons_are_scenes_as_the_tower_sees_them(model, processor):
     assert len(epoch.unique()) == 32
 
 
+def test_turns_are_laid_out_in_rows():
+    """Each where it first fits; what has no room is left out, and padding is a turn that no other token belongs to."""
+    turns = [([1, 2], [3]), ([4], [5]), ([6, 7, 8], [9]), ([1] * 6, [2])]
+    ids, labels, places = lay_out(turns, rows=2, length=6, pad=0)
+    assert ids == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 9, 0, 0]]
+    no = IGNORED
+    assert labels == [[no, 3, no, 5, no, no], [no, no, 9, no, no, no]]
+    assert [row[:5] for row in places] == [[0, 0, 0, 1, 1], [0, 0, 0, 0, places[1][5]]]
+    packed = pack(torch.zeros(1, 2, 4), [8, 9], *(torch.tensor([each]) for each in (ids, labels, places)))
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 2, 2, 3, 4, 5, 2, 3]]
+    assert packed.mask[0, 0, 0].int().tolist()[3:] == [
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
 def test_packed_questions_are_the_questions_asked_alone(model, processor):
     """Up to rounding the model says the same, and what it is trained to say is the answer."""
     lessons = lessons_about(model, processor, 4, 1)
-    batch = lessons.pack(torch.tensor([0]))
+    batch = lessons.pack(torch.tensor([0]), model.model.multi_modal_projector)
     text = model.model.language_model
     text.config._attn_implementation = PACKED
     with torch.no_grad():
         packed = decoder_logits(model, batch)
     text.config._attn_implementation = "sdpa"
-    prefix, length = batch.prefix, batch.length
-    done = 0
-    for start in range(prefix, batch.input_ids.shape[1], length):
-        turn = slice(start, start + length)
-        ids = torch.cat([batch.input_ids[:, :prefix], batch.input_ids[:, turn]], 1)
-        learned = batch.labels[0, turn] != IGNORED
-        with torch.no_grad():
-            alone = answer_logits(model, batch.features, ids)[0, prefix:][learned]
-        torch.testing.assert_close(packed[done : done + len(alone)], alone, rtol=1e-4, atol=1e-4)
-        done += len(alone)
-        words = processor.tokenizer.decode(ids[0, prefix:], skip_special_tokens=True)
-        answer = processor.tokenizer.decode(batch.labels[0, turn][learned], skip_special_tokens=True)
-        assert words.endswith(f"ASSISTANT:{answer}")
-        assert batch.labels[0, turn][learned][-1] == processor.tokenizer.eos_token_id
+    before = batch.input_ids[:, : batch.prefix]
+    done = asked = 0
+    for row, places in enumerate(lessons.turns[0]):
+        for place in places.unique():
+            if place == places[-1] and lessons.questions[0, row, -1] == processor.tokenizer.pad_token_id:
+                continue
+            turn = places == place
+            ids = torch.cat([before, lessons.questions[0, row, turn][None].long()], 1)
+            labels = lessons.answers[0, row, turn].long()
+            with torch.no_grad():
+                alone = answer_logits(model, batch.pictures, ids)[0, batch.prefix :][labels != IGNORED]
+            torch.testing.assert_close(packed[done : done + len(alone)], alone, rtol=1e-4, atol=1e-4)
+            done, asked = done + len(alone), asked + 1
+            words = processor.tokenizer.decode(ids[0, batch.prefix :], skip_special_tokens=True)
+            answer = processor.tokenizer.decode(labels[labels != IGNORED], skip_special_tokens=True)
+            assert words.endswith(f"ASSISTANT:{answer}")
+            assert labels[labels != IGNORED][-1] == processor.tokenizer.eos_token_id
     assert done == len(packed)
+    assert asked > len(lessons.turns[0])
 
 
-def answer_logits(model, features, ids):
-    """The model on one question, with what its tower said before."""
+def answer_logits(model, pictures, ids):
+    """The model on one question, with pictures as its decoder reads them."""
     embeds = model.get_input_embeddings()(ids)
     is_image = (ids == model.config.image_token_id)[..., None]
-    return model(
-        inputs_embeds=embeds.masked_scatter(is_image, model.model.multi_modal_projector(features))
-    ).logits
+    return model(inputs_embeds=embeds.masked_scatter(is_image, pictures)).logits
+
+
+def test_scenes_are_told_without_mistakes(model, processor):
+    """As the projector is to describe them: each box by the numbers that are nearest, and nothing where nothing is."""
+    described, maker = Described(model, processor.tokenizer), LessonMaker(processor)
+    recipe = Recipe(3, 2, 1e-3)
+    batches = list(told(described, recipe, maker, 50, CROWD)(1))
+    assert len(batches) == 2
+    labels, laid_out = Told(maker, 50, CROWD, recipe.batch, 1, 3)[1]
+    assert torch.equal(batches[1].pictures, described(labels))
+    assert torch.equal(batches[1].input_ids[:, batches[1].prefix :], laid_out[0].flatten(1).long())
+    for row, number in enumerate((54, 55)):
+        here = torch.from_numpy(tower_labels(scene("train", number))["box"])
+        on = here.any(-1)
+        assert not batches[1].pictures[row][~on].any()
+        for place, side in zip(described.sides, here.T, strict=True):
+            said = (batches[1].pictures[row][on] @ place @ described.waves.T).argmax(-1)
+            assert torch.equal(said, (side[on] * 100).round().long())
+
+
+def test_all_layers_learn_from_the_first_step(processor, tmp_path):
+    """Of a model that is not grown: what layers read is trained as soon as what they add is not zero any more."""
+    model = build_model(processor, seed=1, layers=24)
+    text = model.model.language_model
+    assert len(text.layers) == 24
+    text.config._attn_implementation = PACKED
+    recipe = Recipe(2, 1, 1e-3)
+    batches = told(Described(model, processor.tokenizer), recipe, LessonMaker(processor), 0, (1, 1))
+    before = [{name: value.clone() for name, value in layer.named_parameters()} for layer in text.layers]
+    Run(tmp_path, {"model": model}, Progress(disable=True)).train(
+        decoder_phase("one", model, processor.tokenizer, recipe, batches)
+    )
+    for layer, old in zip(text.layers, before, strict=True):
+        same = [name for name, value in layer.named_parameters() if torch.equal(value, old[name])]
+        assert same == []
+
+
+def test_a_tower_that_has_seen_nothing_is_refused(tmp_path, model):
+    with pytest.raises(
+        ConfigError, match=r"has no lessons\.pt; expected a folder of `train.py tower`, run to its end"
+    ):
+        take_tower(model, tmp_path)
+
+
+@pytest.mark.parametrize("grown", [False, True])
+@pytest.mark.full("20 s; phases, growing and what is taken up are tested alone")
+def test_a_decoder_is_trained_for_a_tower_and_scored(grown, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train._FIRST_TOLD", (("one", 1, (1, 1)),))
+    monkeypatch.setattr("train._ALIGN_STEPS", 2)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: None)
+    tower(tmp_path / "tower", steps=1, scenes=64)
+    how = {"tower": tmp_path / "tower", "layers": 8, "grown": grown, "told_steps": 1, "seen_steps": 1}
+    decoder(tmp_path / "run", **how, slower_steps=1, seed=3)
+    score.main(tmp_path / "run" / "model", count=2)
+    trained = capsys.readouterr().out
+    assert sum(int(line.split("|")[2]) for line in trained.splitlines()[-6:] if "|" in line) == 6
+    weights = torch.load(tmp_path / "run" / "state.pt")["model"]
+    taken = torch.load(tmp_path / "tower" / "state.pt")["tower"]
+    for name, value in taken.items():
+        assert torch.equal(weights[f"model.vision_tower.{name}"], value)
+
+
+def test_a_run_is_scored_once_it_has_seen_pictures(tmp_path, processor, capsys):
+    state = {"model": build_model(processor, 0, layers=5).state_dict(), "phases": {"told": {}}}
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(
+        ConfigError, match="a run in its phase 'told'; expected one that has begun its phase 'seen'"
+    ):
+        score.main(tmp_path, count=1)
+    torch.save({**state, "phases": {"told": {}, "seen": {}}}, tmp_path / "state.pt")
+    assert len(score.model_of_run(tmp_path).model.language_model.layers) == 5
+    score.main(tmp_path, count=2)
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert sum(int(line[2]) for line in lines) == 6
+    assert any("near" in line[1] for line in lines)
 
 
 def test_growing_changes_nothing_but_the_depth(model, processor):
-    batch = lessons_about(model, processor, 1, 1).pack(torch.tensor([0]))
+    batch = lessons_about(model, processor, 1, 1).pack(torch.tensor([0]), nn.Linear(128, 128))
     text = model.model.language_model
     text.config._attn_implementation = PACKED
     depth = text.config.num_hidden_layers
@@ -142,6 +254,8 @@ def test_a_run_that_was_stopped_goes_on(processor, tmp_path, monkeypatch):
     """To the same weights as one that was not: what is learnt, by which rate and from what, is taken up."""
     monkeypatch.setattr("train._SAVE_EVERY", 2)
 
+    recipe = Recipe(5, 2, 1e-3)
+
     def run(folder, stop_after=None):
         folder.mkdir(exist_ok=True)
         model, heads = build_model(processor, seed=0), TowerHeads()
@@ -151,7 +265,7 @@ def test_a_run_that_was_stopped_goes_on(processor, tmp_path, monkeypatch):
         here = Run(folder, {"model": model, "heads": heads}, Progress(disable=True))
         phases = [
             tower_phase(model, heads, Recipe(2, 2, 1e-3), LessonMaker(processor)),
-            decoder_phase("few", model, processor.tokenizer, Recipe(5, 2, 1e-3), lessons, 0),
+            decoder_phase("few", model, processor.tokenizer, recipe, seen(model, recipe, lessons, 0)),
         ]
         if stop_after is not None:
             whole = phases[1].batches
