@@ -20,7 +20,7 @@ from .insert_selection import SCORING, InsertSelection
 from .model_graph import Decision, Layer, LayerSizes, ModelGraph
 from .number_stages import NumberStages
 from .prove_causal import ProveCausal
-from .ranking import Candidates, Rank, by_attention
+from .ranking import Candidates, Rank, by_attention, fields_asked
 from .reduce_features import GONE, Reduce, ReduceFeatures, TowerStates
 from .reduce_grids import GridInputs, GridStates, ReduceGrid, ReduceGrids
 from .remove_no_ops import RemoveNoOps
@@ -66,6 +66,7 @@ __all__ = [
     "TowerStates",
     "by_attention",
     "edit_graph",
+    "fields_asked",
     "run_passes",
     "to_program",
 ]

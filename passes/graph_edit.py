@@ -126,20 +126,25 @@ def add_input(graph: ModelGraph, name: str, size: Sequence[Any], dtype: torch.dt
     `size` holds fixed sizes, symbolic ones that other inputs have, and strings: a string is the name of a new
     symbolic size, or of one that an earlier new input brought in.
     """
-    stream = value(graph.layers[0].start if graph.layers else graph.states[0])
-    length = stream.shape[-2]
+    stream = _stream(graph)
     with graph.fx_graph.inserting_before(graph.inputs[-1].next):
         node = graph.fx_graph.placeholder(name)
-    sizes = [_new_size(graph, s, length) if isinstance(s, str) else s for s in size]
+    sizes = [new_size(graph, s) if isinstance(s, str) else s for s in size]
     with graph.fake_mode:
         node.meta["val"] = torch.empty(sizes, dtype=dtype, device=stream.device)
     graph.added_inputs += (node,)
     return node
 
 
-def _new_size(graph: ModelGraph, name: str, like: torch.SymInt) -> torch.SymInt:
+def _stream(graph: ModelGraph) -> torch.Tensor:
+    stream: torch.Tensor = value(graph.layers[0].start if graph.layers else graph.states[0])
+    return stream
+
+
+def new_size(graph: ModelGraph, name: str) -> torch.SymInt:
     """The symbolic size `name`, made when it is first asked for."""
     if name not in graph.new_sizes:
+        like: Any = _stream(graph).shape[-2]
         env = graph.fake_mode.shape_env
         assert env is not None
         # The hint only steers size-1 specialisation: an ordinary length, different for each size.

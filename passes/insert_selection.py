@@ -6,14 +6,15 @@ After:  ``%query = layer 7's rotated query of each row's last token``, ``%keys =
         ``%positions, %kept = reroute.select_tokens(%scores, %visual_index, %lengths, %keep_7, ...)``.
         The layers themselves are as before; `RouteStages` makes them use the selection.
 
-The query and the keys are partial replays of the layer on its own input: the layer's own norm,
-projections and rotary positions (Reroute, arXiv 2606.12412, section 3). With ``scoring="previous"`` they are those
-of the layer before, on its input. Another ranking rule than attention is traced, and its nodes take the place of
-``visual_scores``.
+What a ranking rule is given are partial replays of the layer on its own input: the layer's own norm, projections and
+rotary positions (Reroute, arXiv 2606.12412, section 3), or those of the layer before on its input. Without rotary
+positions means that all of them are 0. Another ranking rule than attention is traced, and its nodes take the place of
+``visual_scores``; what it doesn't use is not replayed.
 
 Inputs of the graph that are added, all but the first two for each decision layer: ``visual_index [B, N]``,
 ``lengths [B]``, with several pools ``pools [B, N]``, ``keep_7 [B, N]`` and ``slots_7 [S']``, of which only the
-size is read. See the operators for what they mean. How many tokens are kept is known from the prompt
+size is read. See the operators for what they mean. Rules may ask for ``text_index [B, T]``, ``rows [B, N]``,
+``columns [B, N]`` and ``images [B, N]``: see `Candidates`. How many tokens are kept is known from the prompt
 alone, so every shape is known before the program runs.
 """
 
@@ -25,6 +26,7 @@ from torch import fx
 
 from .base_errors import MatchError
 from .base_pass import Pass, PassResult
+from .candidate_nodes import AskedInputs, projections
 from .canonicalize_attention import attention_arguments
 from .emit_traced import emit
 from .graph_edit import (
@@ -40,8 +42,15 @@ from .graph_edit import (
 )
 from .model_graph import Decision, Layer, ModelGraph
 from .ranking import Candidates, Rank, by_attention
-from .replay import AllRows, LastTokens, Replay
-from .tensor_names import LENGTHS, POOLS, VISUAL_INDEX, keep_input, slots_input
+from .tensor_names import (
+    LENGTHS,
+    POOLS,
+    TEXT_INDEX,
+    VISUAL_INDEX,
+    VISUAL_TOKENS,
+    keep_input,
+    slots_input,
+)
 
 SCORING = ("own", "previous")
 
@@ -50,8 +59,8 @@ class InsertSelection(Pass):
     """Args:
     decision_layers: ascending layer indices.
     several_pools: whether a row's visual tokens compete in several pools, one for each image.
-    rank: the ranking rule.
-    scoring: whose attention it is given, one of `SCORING`.
+    ranks: for each decision its ranking rule; attention if there are none.
+    scoring: for each decision whose attention its rule is given, one of `SCORING`; the layer's own if there are none.
     seed: for rules that choose by chance.
     """
 
@@ -63,14 +72,15 @@ class InsertSelection(Pass):
         self,
         decision_layers: Sequence[int],
         several_pools: bool = False,
-        rank: Rank = by_attention,
-        scoring: str = "own",
+        ranks: Sequence[Rank] = (),
+        scoring: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         self.decision_layers = tuple(decision_layers)
         self.several_pools = several_pools
-        self.rank, self.seed = rank, seed
-        self.distance = SCORING.index(scoring)
+        self.ranks = tuple(ranks) or (by_attention,) * len(self.decision_layers)
+        self.scoring = tuple(scoring) or (SCORING[0],) * len(self.decision_layers)
+        self.seed = seed
 
     def apply(self, graph: ModelGraph) -> PassResult:
         if not self.decision_layers:
@@ -83,50 +93,67 @@ class InsertSelection(Pass):
                 f"decision_layers has {deepest}, but the graph has {found} layers; expected 1..{found - 1}."
             )
         batch = value(graph.layers[0].start).shape[0]
-        visual_index = add_input(graph, VISUAL_INDEX, (batch, "visual_tokens"), torch.int64)
+        visual_index = add_input(graph, VISUAL_INDEX, (batch, VISUAL_TOKENS), torch.int64)
         lengths = add_input(graph, LENGTHS, (batch,), torch.int64)
         pools = None
         if self.several_pools:
-            pools = add_input(graph, POOLS, (batch, "visual_tokens"), torch.int64)
+            pools = add_input(graph, POOLS, (batch, VISUAL_TOKENS), torch.int64)
         # All inputs stand before the first decision that is inserted.
         inputs = [
             (
-                add_input(graph, keep_input(index), (batch, "visual_tokens"), torch.bool),
+                add_input(graph, keep_input(index), (batch, VISUAL_TOKENS), torch.bool),
                 add_input(graph, slots_input(index), (slots_input(index),), torch.bool),
             )
             for index in self.decision_layers
         ]
+        asked = AskedInputs(graph)
+        chosen = zip(self.decision_layers, self.ranks, self.scoring, inputs, strict=True)
         graph.decisions = tuple(
-            self._insert(graph, graph.layers[index], visual_index, lengths, keep, pools, slots)
-            for index, (keep, slots) in zip(self.decision_layers, inputs, strict=True)
+            self._insert(
+                asked,
+                graph.layers[index],
+                rank,
+                SCORING.index(whose),
+                visual_index,
+                lengths,
+                keep,
+                pools,
+                slots,
+            )
+            for index, rank, whose, (keep, slots) in chosen
         )
+        asked.finish()
         done = len(graph.decisions)
         return PassResult(self.name, matched=done, rewritten=done)
 
     def _insert(
         self,
-        graph: ModelGraph,
+        asked: "AskedInputs",
         layer: Layer,
+        rank: Rank,
+        distance: int,
         visual_index: fx.Node,
         lengths: fx.Node,
         keep: fx.Node,
         pools: fx.Node | None,
         slots: fx.Node,
     ) -> Decision:
-        scoring_layer = graph.layers[layer.index - self.distance]
-        attention = attention_arguments(scoring_layer.attention)
+        graph = asked.graph
+        scoring_layer = graph.layers[layer.index - distance]
         with edit_after(graph, layer.attention.prev, region=f"decision.{layer.index}") as edit:
             candidates = {
                 "hidden": scoring_layer.start,
-                "query": _partial_replay(edit, scoring_layer, attention.query, LastTokens(edit, lengths)),
-                "keys": _partial_replay(edit, scoring_layer, attention.key, AllRows()),
-                "scale": attention.scale,
                 "visual_index": visual_index,
                 "lengths": lengths,
+                "keep": keep,
+                "pools": pools,
                 "layer": layer.index,
                 "seed": self.seed,
+                "scale": attention_arguments(scoring_layer.attention).scale,
+                **asked.tokens(),
+                **projections(edit, asked, scoring_layer, lengths),
             }
-            scores = _score(edit, self.rank, candidates)
+            scores = _score(edit, rank, candidates)
             sizes = edit.size(scoring_layer.start, 1), edit.size(slots, 0)
             selection = torch.ops.reroute.select_tokens.default
             choice = edit.call(selection, scores, visual_index, lengths, keep, pools, *sizes)
@@ -134,7 +161,18 @@ class InsertSelection(Pass):
         # What the ranking rule has no use for is dead code.
         needed = ancestors([scores, positions, kept])
         nodes = tuple(node for node in edit.emitted if node in needed)
-        return Decision(layer.index, scoring_layer, visual_index, lengths, scores, positions, kept, nodes)
+        text_index = asked.made.get(TEXT_INDEX)
+        return Decision(
+            layer.index,
+            scoring_layer,
+            visual_index,
+            lengths,
+            scores,
+            positions,
+            kept,
+            nodes,
+            text_index if text_index in needed else None,
+        )
 
 
 def _score(edit: Editor, rank: Rank, candidates: dict[str, Any]) -> fx.Node:
@@ -156,14 +194,3 @@ def _score(edit: Editor, rank: Rank, candidates: dict[str, Any]) -> fx.Node:
     no_token = edit.call(aten.ge.Tensor, index, edit.call(aten.unsqueeze.default, candidates["lengths"], 1))
     scores = edit.call(aten.to.dtype, scores, torch.float32)
     return edit.call(aten.masked_fill.Scalar, scores, no_token, -torch.inf)
-
-
-def _partial_replay(edit: Editor, layer: Layer, target: fx.Node, tokens: AllRows | LastTokens) -> fx.Node:
-    """Compute `target` of a layer on `tokens` of its input."""
-    batch, length = (expression(size) for size in shape(layer.start)[:2])
-    needed = ancestors([target], stop=layer.start)
-    stream = tokens.rows(edit, layer.start, 1)
-    replay = Replay(edit, tokens, length, batch, {layer.start: stream})
-    replay.run(node for node in layer.nodes if node in needed)
-    counterpart: fx.Node = replay(target)
-    return counterpart

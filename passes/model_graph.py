@@ -72,6 +72,7 @@ class Decision:
         positions: active positions in the current stream, ``[B, S']``.
         kept: which visual tokens are kept, ``[B, N]`` bool.
         nodes: everything that was inserted for the decision, in graph order.
+        text_index: positions of the text behind the last picture, ``[B, T]``; None if its rule doesn't ask for it.
     """
 
     layer: int
@@ -82,6 +83,7 @@ class Decision:
     positions: fx.Node
     kept: fx.Node
     nodes: tuple[fx.Node, ...]
+    text_index: fx.Node | None = None
 
 
 @dataclass

@@ -2,22 +2,40 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from .base_errors import RerouteError
 
 
 @dataclass(frozen=True)
 class Candidates:
     """The visual tokens that a decision chooses from.
 
+    What a rule doesn't use is not computed.
+
     Attributes:
         hidden: residual stream at the input of the scoring layer, ``[B, S, d]``.
         query: that layer's rotated query of each row's last token, ``[B, H, 1, D]``.
         keys: its rotated keys of the whole stream, ``[B, Hkv, S, D]``.
-        scale: its factor on their products.
+        values: its values, ``[B, Hkv, S, D]``.
+        text_queries: its rotated queries of the text behind each row's last picture, ``[B, H, T, D]``.
+        text_values: their values, ``[B, Hkv, T, D]``.
+        unrotated_query: as `query`, without rotary positions; likewise the next two.
+        unrotated_keys: as `keys`.
+        unrotated_text_queries: as `text_queries`.
+        scale: the layer's factor on products of queries and keys.
         visual_index: places of the visual tokens in the stream, ``[B, N]`` int64. An entry at or above the length of
             its row stands for no token.
         lengths: tokens of each row, ``[B]`` int64.
+        text_index: places of the text behind the last picture, ``[B, T]`` int64. Entries as those of `visual_index`;
+            every row has its last token at least.
+        rows: row of each visual token in the grid of its picture, ``[B, N]`` int64; 0 where there is none.
+        columns: its column, likewise.
+        images: number of its picture in its row of the batch, likewise; each frame of a video is a picture.
+        keep: which places of the ranking are kept, ``[B, N]`` bool; see ``reroute::select_tokens``.
+        pools: number of the pool that each visual token competes in, ascending, ``[B, N]`` int64; None for one pool.
         layer: decision layer.
         seed: for rules that choose by chance.
     """
@@ -25,9 +43,21 @@ class Candidates:
     hidden: torch.Tensor
     query: torch.Tensor
     keys: torch.Tensor
+    values: torch.Tensor
+    text_queries: torch.Tensor
+    text_values: torch.Tensor
+    unrotated_query: torch.Tensor
+    unrotated_keys: torch.Tensor
+    unrotated_text_queries: torch.Tensor
     scale: float
     visual_index: torch.Tensor
     lengths: torch.Tensor
+    text_index: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    images: torch.Tensor
+    keep: torch.Tensor
+    pools: torch.Tensor | None
     layer: int
     seed: int
 
@@ -45,3 +75,37 @@ def by_attention(candidates: Candidates) -> torch.Tensor:
         candidates.query, candidates.keys, candidates.visual_index, candidates.lengths, candidates.scale
     )
     return scores
+
+
+def fields_asked(rank: Rank, heads: int, kv_heads: int) -> frozenset[str]:
+    """What a ranking rule looks at of its candidates, found by running it on tensors without data.
+
+    Raises:
+        RerouteError: from the rule itself.
+    """
+    asked = set()
+
+    class Watched(Candidates):
+        def __getattribute__(self, name: str) -> Any:
+            asked.add(name)
+            return super().__getattribute__(name)
+
+    batch, length, tokens, text, width = 2, 11, 5, 3, 8
+    sizes: dict[str, tuple[int, ...]] = {"hidden": (batch, length, width)}
+    for prefix in ("", "unrotated_"):
+        sizes[f"{prefix}query"] = batch, heads, 1, width
+        sizes[f"{prefix}keys"] = batch, kv_heads, length, width
+        sizes[f"{prefix}text_queries"] = batch, heads, text, width
+    sizes |= {"values": sizes["keys"], "text_values": (batch, kv_heads, text, width)}
+    whole: dict[str, tuple[int, ...]] = {"lengths": (batch,), "text_index": (batch, text)}
+    whole |= dict.fromkeys(("visual_index", "rows", "columns", "images", "pools"), (batch, tokens))
+    given: dict[str, Any] = {name: torch.empty(size, device="meta") for name, size in sizes.items()}
+    given |= {name: torch.empty(size, dtype=torch.int64, device="meta") for name, size in whole.items()}
+    keep = torch.empty(batch, tokens, dtype=torch.bool, device="meta")
+    try:
+        rank(Watched(**given, keep=keep, scale=1.0, layer=1, seed=0))
+    except RerouteError:
+        raise
+    except Exception:  # It is traced later, and refused then with what is wrong.
+        return frozenset(asked)
+    return frozenset(asked)

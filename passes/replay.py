@@ -41,33 +41,44 @@ class TokenSet(Protocol):
         """Rows of a sequence tensor that runs over the stream in dimension `dim`."""
 
 
-class LastTokens:
-    """The last token of each row.
+class ChosenTokens:
+    """Some tokens of each row.
 
     Args:
-        lengths: tokens of each row, ``[B]``.
+        positions: where they are in the stream, ``[B, n]``; S and above stand for none.
+        length: n.
+        instead: sequence tensors in the place of which others are read.
     """
 
-    length = 1
-
-    def __init__(self, edit: Editor, lengths: fx.Node) -> None:
+    def __init__(self, positions: fx.Node, length: Any, instead: Mapping[fx.Node, fx.Node]) -> None:
         self.fakes: dict[Any, torch.Tensor] = {}
-        self.positions = edit.call(aten.unsqueeze.default, edit.call(aten.sub.Tensor, lengths, 1), 1)
+        self.positions, self.length, self.instead = positions, length, instead
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
-        return compact(edit, [tensor], self.positions, [dim])[0]
+        return compact(edit, [self.instead.get(tensor, tensor)], self.positions, [dim])[0]
+
+
+def last_tokens(edit: Editor, lengths: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> ChosenTokens:
+    """The last token of each row, of which `lengths` ``[B]`` says how many tokens it has."""
+    positions = edit.call(aten.unsqueeze.default, edit.call(aten.sub.Tensor, lengths, 1), 1)
+    return ChosenTokens(positions, 1, instead)
 
 
 class AllRows:
-    """The stream as it is."""
+    """The stream as it is.
+
+    Args:
+        instead: as for `ChosenTokens`.
+    """
 
     length = None
 
-    def __init__(self) -> None:
+    def __init__(self, instead: Mapping[fx.Node, fx.Node]) -> None:
         self.fakes: dict[Any, torch.Tensor] = {}
+        self.instead = instead
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
-        return tensor
+        return self.instead.get(tensor, tensor)
 
 
 def compact(edit: Editor, tensors: list[fx.Node], positions: fx.Node, dims: list[int]) -> list[fx.Node]:
@@ -174,7 +185,7 @@ class Replay:
 
     def _outside(self, node: fx.Node) -> Any:
         if isinstance(self.tokens, AllRows):
-            return node
+            return self.tokens.instead.get(node, node)
         if not is_tensor(node):
             return self._size(node)
         dims = sequence_dims(node, self.symbol)

@@ -212,6 +212,11 @@ def _decide_again(
         decision.visual_index: visual_index,
         decision.lengths: lengths,
     }
+    if decision.text_index is not None:
+        # All that was deleted stands before it.
+        fewer = edit.call(aten.sub.Tensor, decision.lengths, lengths)
+        behind = edit.call(aten.unsqueeze.default, fewer, 1)
+        mapping[decision.text_index] = edit.call(aten.sub.Tensor, decision.text_index, behind)
     copies = _replay(edit, decision.scoring_layer, decision.nodes, mapping, tokens)
     return Decision(
         decision.layer,

@@ -8,6 +8,12 @@ from typing import Literal, cast
 
 VISUAL_INDEX, LENGTHS, POOLS = "visual_index", "lengths", "pools"
 """Inputs that a program has once; see `InsertSelection`."""
+VISUAL_TOKENS = "visual_tokens"
+"""Name of the size N."""
+TEXT_INDEX, TEXT_TOKENS = "text_index", "text_tokens"
+"""Places of the text behind the last picture, and the name of how many there are; only for rules that ask it."""
+CELLS = ("rows", "columns", "images")
+"""Where each visual token lies in its picture, and in which one; each only for rules that ask it."""
 INPUTS_EMBEDS, POSITION_IDS = "inputs_embeds", "position_ids"
 """Inputs of the decoder that was exported."""
 

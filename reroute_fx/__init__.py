@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from .methods import Method, Schedule, register_method
     from .pipeline import route
+    from .rules import AttentionRule, ChanceRule, LatticeRule, UnionRule, ValueRule
     from .runtime import LoadedModel, RoutedCache, RoutedModel
     from .selection.row_plan import RowPlan, plan_rows
     from .selection.selection_result import Routing
@@ -65,6 +66,7 @@ _NAMES = {
     "selection.row_plan": ("RowPlan", "plan_rows"),
     "analysis.routing_report": ("RoutingReport",),
     "pipeline": ("route",),
+    "rules": ("AttentionRule", "ChanceRule", "LatticeRule", "UnionRule", "ValueRule"),
     "runtime": ("LoadedModel", "RoutedCache", "RoutedModel"),
     "selection.selection_result": ("Routing",),
     "visualizing.visualize": ("visualize",),
@@ -74,11 +76,14 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "ArtifactError",
+    "AttentionRule",
     "BackendUnavailableError",
     "BenchmarkResult",
     "CaptureError",
+    "ChanceRule",
     "ConfigError",
     "InputError",
+    "LatticeRule",
     "Limits",
     "LoadedModel",
     "MatchError",
@@ -94,7 +99,9 @@ __all__ = [
     "RowPlan",
     "Savings",
     "Schedule",
+    "UnionRule",
     "UnsupportedModelError",
+    "ValueRule",
     "benchmark",
     "compile",
     "export",

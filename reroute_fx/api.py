@@ -13,7 +13,9 @@ from torch.export import ExportedProgram
 from ._compat import settle_cpu_math
 from .analysis.routing_report import RoutingReport
 from .capture import CapturedDecoder, capture_decoder, find_visual_token_ids, text_decoder
-from .capture.vision_tower import capture_vision_tower, has_grids, tower_facts
+from .capture.cells import has_cells
+from .capture.vision_tower import capture_vision_tower, tower_facts
+from .capture.visual_tokens import has_grids
 from .capture.wrappers import unwrap
 from .common.turns import one_at_a_time
 from .config.choosing import choose_config
@@ -32,6 +34,8 @@ from .lowering import (
     lower,
 )
 from .methods import Method
+from .passes import fields_asked
+from .passes.tensor_names import CELLS
 from .pipeline import DecoderPrograms, reduce_tower
 from .runtime import RoutedModel, make_routed_model
 
@@ -117,6 +121,7 @@ def compile(
         model, decoder, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool
     )
     _check_tower(model, config)
+    _check_rules(model, decoder, config)
     settle_cpu_math()
     with _status(progress, "capturing the decoder"):
         captured = capture_decoder(model)
@@ -202,6 +207,7 @@ def inspect(
         model, decoder, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool
     )
     _check_tower(model, config)
+    _check_rules(model, decoder, config)
     captured = capture_decoder(model)
     _check_positions(config, captured)
     _, report = DecoderPrograms(captured).prompt(config)
@@ -229,6 +235,25 @@ def _check_tower(model: Any, config: RoutingConfig) -> None:
         raise UnsupportedModelError(
             f"method {config.method!r} doesn't fit {type(model).__name__}: {reason}. Use another method."
         )
+
+
+def _check_rules(model: Any, decoder: Any, config: RoutingConfig) -> None:
+    """Raise unless the decoder has the heads that rules ask, and the model the rows and columns.
+
+    Raises:
+        ConfigError: a head that is not there.
+        UnsupportedModelError: it is not known where visual tokens lie in their pictures.
+    """
+    text = decoder.config
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    for layer, rank in zip(config.decision_layers, config.ranks, strict=True):
+        asked = fields_asked(rank, text.num_attention_heads, kv_heads) & set(CELLS)
+        if asked and not has_cells(model.config):
+            raise UnsupportedModelError(
+                f"The rule before layer {layer} ranks by {', '.join(sorted(asked))}, but where the visual tokens of "
+                f"{type(model).__name__} lie in their pictures is not known; expected a model with one token for each "
+                f"cell of a grid, such as LLaVA-1.5 or Qwen2.5-VL. Use a rule without a lattice."
+            )
 
 
 def _check_positions(config: RoutingConfig, captured: CapturedDecoder) -> None:

@@ -98,8 +98,8 @@ def _stage_passes(config: RoutingConfig, savings: Savings, keep_streams: bool) -
         InsertSelection(
             config.decision_layers,
             several_pools=config.pool == "image",
-            rank=config.definition.rank,
-            scoring=config.scoring,
+            ranks=config.ranks,
+            scoring=config.scoring_layers,
             seed=config.seed,
         ),
         RouteStages(config.action, config.positions, keep_streams),
@@ -203,7 +203,7 @@ class DecoderPrograms:
         config.check_depth(self._captured.num_layers)
         # Configurations are equal by the names of their methods, which don't say what the methods are. As long as one
         # is kept its method is, so that no other has its number.
-        method = id(config.definition) if config.decision_layers else 0
+        method = id(config.definition) if config.decision_layers and not config.rules else 0
         program, report = self._made.prompt(config, method, savings or Savings(), streams)
         return with_weights_of(program, self._captured.program), report
 

@@ -22,6 +22,7 @@ FLOORS = (
     ("capture",),
     ("config",),
     ("methods",),
+    ("rules",),
     ("common", "grounding", "_compat"),
     ("errors",),
     ("passes",),

@@ -80,6 +80,7 @@ def test_dictionary_survives_json():
         "keep_tokens": [],
         "seed": 0,
         "entry_ratio": 1.0,
+        "rules": [],
     }
     assert (loaded["visual_tokens"], loaded["text_tokens"]) == (576, 40)
     assert loaded["tokens_per_layer"] == [576] * 2 + [152] * 13 + [76] * 8 + [38] * 9

@@ -89,10 +89,15 @@ def _config(method: Method, tier: float, action: str) -> RoutingConfig | None:
 
 def _action_row(schedule: Schedule, config: RoutingConfig | None) -> ActionRow:
     if config is None:
-        return ActionRow(schedule.layers, schedule.scoring, None, None)
+        return ActionRow(schedule.layers, _scoring(schedule), None, None)
     layers = [_DECODER.layer] * _DECODER.num_layers
     share = prefill_cost(layers, config).flops / prefill_cost(layers, None).flops
-    return ActionRow(config.decision_layers, schedule.scoring, config.average_tokens(len(layers)), share)
+    return ActionRow(config.decision_layers, _scoring(schedule), config.average_tokens(len(layers)), share)
+
+
+def _scoring(schedule: Schedule) -> str:
+    """The layer that is asked, of all decisions that ask one."""
+    return next((rule.layer for rule in schedule.rules if rule.layer), schedule.scoring)
 
 
 def methods_table(rows: list[MethodRow]) -> Table:

@@ -10,10 +10,10 @@ from rich.text import Text
 
 from ..common.tables import as_text
 from ..config.routing_config import RoutingConfig
-from ..methods import UNROUTED
+from ..methods import BY_RULES, UNROUTED
 from ..methods.tiers import REFERENCE_TOKENS
-from ..passes import PassResult, by_attention
-from .theory import REFERENCE_TEXT, LayerCost, PrefillCost, prefill_cost
+from ..passes import PassResult
+from .theory import REFERENCE_TEXT, LayerCost, PrefillCost, is_counted, prefill_cost
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class RoutingReport:
 
     @property
     def uncounted(self) -> tuple[str, ...]:
-        """What the FLOPs leave out: matrix products of the layers, mixtures of experts say, and other ranking rules
-        than attention.
+        """What the FLOPs leave out: matrix products of the layers, mixtures of experts say, and ranking rules that are
+        not known.
         """
         found = {name for layer in self.layers for name in layer.uncounted}
-        if self.config.method != UNROUTED and self.config.definition.rank is not by_attention:
+        if not all(map(is_counted, self.config.ranks)):
             found.add(f"ranking by {self.config.definition.ranks_by}")
         return tuple(sorted(found))
 
@@ -146,12 +146,19 @@ class RoutingReport:
         return f"{name}: {self.config.method} / {self.config.action}, {self.num_layers} layers{backend}"
 
     def _method(self) -> str:
-        method, scoring = self.config.definition, {"own": "deciding", "previous": "previous"}
-        said = [f"Method: {method.source}."]
-        if self.config.entry_ratio < 1:
-            said.append(f"{self.config.entering(self.visual_tokens)} visual tokens enter.")
-        if self.config.decision_layers:
-            said.append(f"Ranks by {method.ranks_by} ({scoring[self.config.scoring]} layer).")
+        config, scoring = self.config, {"own": "deciding", "previous": "previous"}
+        said = (
+            ["Rules of its own."] if config.method == BY_RULES else [f"Method: {config.definition.source}."]
+        )
+        if config.entry_ratio < 1:
+            said.append(f"{config.entering(self.visual_tokens)} visual tokens enter.")
+        if config.rules:
+            said += [
+                f"Before layer {layer} ranks by {rule}."
+                for layer, rule in zip(config.decision_layers, config.rules, strict=True)
+            ]
+        elif config.decision_layers:
+            said.append(f"Ranks by {config.definition.ranks_by} ({scoring[config.scoring]} layer).")
         return " ".join([*said, f"{self.config.positions.capitalize()} positions."])
 
     def _cost_table(self) -> Table:

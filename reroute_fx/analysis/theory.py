@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.routing_config import RoutingConfig
-from ..methods import UNROUTED
 from ..methods.tiers import REFERENCE_TOKENS
-from ..passes import LayerSizes, by_attention
+from ..passes import LayerSizes, Rank, by_attention
+from ..rules import RULES, AttentionRule, UnionRule, ValueRule
 
 REFERENCE_TEXT = 40
 """Text tokens of the prompt at which costs are quoted."""
@@ -37,7 +37,7 @@ class LayerCost(LayerSizes):
         return 2 * self.linear * rows + 4 * self.attention_width * rows * rows
 
     def scoring_flops(self, rows: int) -> int:
-        """FLOPs of scoring before the layer: keys of `rows` tokens, one query, their products."""
+        """FLOPs of scoring by attention before the layer: keys of `rows` tokens, one query, their products."""
         return 2 * (self.key * rows + self.query + self.attention_width * rows)
 
     def kv_bytes(self, rows: int, element_bytes: int) -> int:
@@ -64,11 +64,27 @@ class PrefillCost:
         return self.layer_flops + self.scoring_flops
 
 
-def _attended(config: RoutingConfig | None) -> tuple[int, ...]:
-    """Decision layers before which attention is computed to rank tokens."""
-    if config is None or config.method == UNROUTED or config.definition.rank is not by_attention:
-        return ()
-    return config.decision_layers
+def is_counted(rank: Rank) -> bool:
+    """Whether it is known what a ranking rule costs."""
+    return rank is by_attention or isinstance(rank, tuple(RULES.values()))
+
+
+def ranking_flops(rank: Rank, layer: LayerCost, visual: int, text: int) -> int:
+    """FLOPs of a ranking rule on `visual` and `text` tokens, all text taken as standing behind the last picture.
+
+    What is computed for two rules of a union, keys say, is counted for each. A rule that is not known costs nothing.
+    """
+    rows = visual + text
+    match rank:
+        case UnionRule():
+            return sum(ranking_flops(part, layer, visual, text) for part in (rank.first, rank.then))
+        case ValueRule():
+            return 2 * (layer.key * rows + layer.kv_width * visual * text)
+        case AttentionRule():
+            queries = text if rank.queries == "text" else 1
+            attended = visual if rank.among == "visual" else rows
+            return 2 * (layer.key * rows + (layer.query + layer.attention_width * attended) * queries)
+    return layer.scoring_flops(rows) if rank is by_attention else 0
 
 
 def prefill_cost(
@@ -84,10 +100,10 @@ def prefill_cost(
     tokens = config.tokens_per_layer(count, visual_tokens) if config else (visual_tokens,) * count
     rows = [t + text_tokens for t in tokens]
     scoring = 0
-    for index in _attended(config):
-        deletes = config is not None and config.action == "physical_delete"
-        pool = rows[index - 1] if deletes else visual_tokens + text_tokens
-        scoring += layers[index].scoring_flops(pool)
+    if config is not None:
+        for index, rank in zip(config.decision_layers, config.ranks, strict=True):
+            pool = tokens[index - 1] if config.action == "physical_delete" else visual_tokens
+            scoring += ranking_flops(rank, layers[index], pool, text_tokens)
     return PrefillCost(
         layer_flops=sum(layer.flops(r) for layer, r in zip(layers, rows, strict=True)),
         scoring_flops=scoring,

@@ -23,6 +23,7 @@ from ..lowering import check_tensorrt
 from ..lowering.inductor.aot_regions import check_compiler
 from ..lowering.onnx.onnx_program import check_libraries
 from ..runtime import LoadedModel, RoutedModel
+from ..selection.asked_inputs import asked_inputs
 from .atomic_folder import whole_folder
 from .checking import check_answers, check_pictures
 from .compiled_programs import write_aot
@@ -186,6 +187,7 @@ def _write(
         versions={name: found for name in _PACKAGES if (found := package_version(name))},
         programs=programs,
         files=list_files(folder),
+        asked=asked_inputs(traced.programs["prefill"]),
     )
     manifest.write(folder)
     phase("checking")

@@ -82,6 +82,7 @@ def read_model(
         positions=manifest.positions,
         visual_ids=manifest.visual_ids,
         programs=programs,
+        asked=manifest.asked,
     )
     return LoadedModel(parts, ArtifactReport(folder, manifest), _read_processor(folder, manifest))
 

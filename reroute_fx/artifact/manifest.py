@@ -77,6 +77,7 @@ class Manifest:
         versions: of the packages that made it.
         programs: by name.
         files: all files but this one.
+        asked: inputs that the program for prompts takes because rules ask for them.
     """
 
     schema: int
@@ -95,6 +96,7 @@ class Manifest:
     versions: dict[str, str]
     programs: dict[str, ProgramFiles]
     files: dict[str, FileEntry]
+    asked: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:

@@ -15,7 +15,7 @@ from .copies import copy_sharing_weights
 from .image_layout import FixedImages, GridImages
 from .segments import SEGMENTS
 from .tracing import first_output, quiet
-from .visual_tokens import has_fixed_size
+from .visual_tokens import has_fixed_size, has_grids
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,6 @@ class TowerFacts:
     tokens: int | None
     layers: int
     has_cls: bool
-
-
-def has_grids(config: Any) -> bool:
-    """Whether pictures have any size, a feature for each cell of patches; from a model's config."""
-    vision = getattr(config, "vision_config", None)
-    # With deepstack, features of inner layers enter the decoder too.
-    return hasattr(vision, "spatial_merge_size") and not hasattr(vision, "deepstack_visual_indexes")
 
 
 def tower_facts(config: Any) -> TowerFacts:

@@ -11,6 +11,16 @@ _IMAGE_FIELDS = ("image_token_id", "image_token_index")
 _VIDEO_FIELDS = ("video_token_id", "video_token_index")
 
 
+def grid_inputs(config: Any) -> dict[int, str]:
+    """For each placeholder the argument of a call that holds the grids of its pictures, if they have any."""
+    named = ((_IMAGE_FIELDS, "image_grid_thw"), (_VIDEO_FIELDS, "video_grid_thw"))
+    return {token: name for fields, name in named if (token := _placeholder(config, fields)) is not None}
+
+
+def _placeholder(config: Any, fields: tuple[str, ...]) -> int | None:
+    return next((token for name in fields if (token := getattr(config, name, None)) is not None), None)
+
+
 def find_visual_token_ids(config: Any) -> tuple[int, ...]:
     """Ids of the placeholders of visual features, from a model's config.
 
@@ -47,7 +57,7 @@ def tokens_per_image(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[i
         (_IMAGE_FIELDS, "image", "image_grid_thw", "pixel_values"),
         (_VIDEO_FIELDS, "video", "video_grid_thw", "pixel_values_videos"),
     ):
-        token = next((t for name in fields if (t := getattr(config, name, None)) is not None), None)
+        token = _placeholder(config, fields)
         features = getattr(encoded.get(modality), "pooler_output", None)
         if token is None or (inputs.get(pixels) is None and features is None):
             continue
@@ -68,3 +78,10 @@ def tokens_per_image(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[i
 def has_fixed_size(config: Any) -> bool:
     """Whether an image is one token for each patch of a CLIP tower, as in LLaVA-1.5."""
     return bool(config.model_type == "llava" and config.vision_config.model_type == "clip_vision_model")
+
+
+def has_grids(config: Any) -> bool:
+    """Whether pictures have any size, a feature for each cell of patches; from a model's config."""
+    vision = getattr(config, "vision_config", None)
+    # With deepstack, features of inner layers enter the decoder too.
+    return hasattr(vision, "spatial_merge_size") and not hasattr(vision, "deepstack_visual_indexes")

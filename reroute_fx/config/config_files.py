@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import ConfigError
+from ..rules import RULES
 
 Kind = TypeVar("Kind")
 
@@ -58,7 +59,10 @@ def _parse(kind: type[Kind], text: str | bytes, source: str) -> Kind:
 def _first_fault(kind: Any, error: ValidationError) -> str:
     """What pydantic found, in our words."""
     fault = error.errors()[0]
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])[1:]
+    # Inside a rule pydantic names its kind as well.
+    kind = next((RULES[part] for part in reversed(fault["loc"]) if part in RULES), kind)
+    path = [part for part in fault["loc"] if part not in RULES]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
     found, names = fault["input"], [each.name for each in fields(kind)]
     match fault["type"]:
         case "value_error":
@@ -67,6 +71,8 @@ def _first_fault(kind: Any, error: ValidationError) -> str:
             return f"found no JSON; expected an object with fields of a {kind.__name__}. {fault['ctx']['error']}."
         case "dataclass_type":
             return f"found {found!r:.40}; expected an object with fields of a {kind.__name__}: {names}."
+        case "union_tag_not_found" | "union_tag_invalid":
+            return f"{field} is {found!r:.80}; expected a rule with a field by, one of {[*RULES]}."
         case "missing":
             return f"{field} is missing; expected it beside {sorted(found)}."
         case "unexpected_keyword_argument":

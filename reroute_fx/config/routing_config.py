@@ -12,6 +12,7 @@ from ..common.json_files import write_json
 from ..errors import ConfigError
 from ..kernels import keep_count
 from ..methods import (
+    BY_RULES,
     REFERENCE_LAYERS,
     UNROUTED,
     Method,
@@ -23,7 +24,8 @@ from ..methods import (
     reduces,
 )
 from ..methods.tiers import REFERENCE_TOKENS, entering, tier_share
-from ..passes import ACTIONS, POSITIONS, SCORING
+from ..passes import ACTIONS, POSITIONS, SCORING, Rank
+from ..rules import RULES, Rule
 from .config_files import from_file, from_plain, to_plain
 
 SCHEDULES = ("exact", "paper")
@@ -41,7 +43,7 @@ class RoutingConfig:
             ``k = max(1, int(N * ratio))`` for each pool of N tokens.
         action: ``"physical_delete"``, ``"compact_route"`` or ``"compact_route_stagewise"``.
         method: whose ranking rule this is, a name that `reroute_fx.register_method` knows; ``"none"`` without
-            decisions.
+            decisions, ``"rules"`` if `rules` say all.
         pool: which visual tokens compete with each other: all of a ``"row"`` of the batch, or those of an
             ``"image"``, so that each image or video keeps its share.
         scoring: whose attention ranks: the decision layer's ``"own"``, on its input, or that of the ``"previous"``
@@ -54,6 +56,8 @@ class RoutingConfig:
         entry_ratio: share of each picture's visual tokens that a reduction in the vision tower lets into the decoder,
             in (0, 1]; 1 without a reduction. ``ceil(N * ratio)`` of N tokens enter, and what decisions keep counts in
             these. A method with a reduction needs no decisions.
+        rules: for each decision the rule that ranks, in the place of the method's own and of `scoring`; none at all for
+            the method's own.
 
     Raises:
         ConfigError: on construction, naming the field.
@@ -72,9 +76,10 @@ class RoutingConfig:
     keep_tokens: tuple[int, ...] = ()
     seed: int = 0
     entry_ratio: float = 1.0
+    rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("decision_layers", "keep_ratios", "keep_tokens"):
+        for field in ("decision_layers", "keep_ratios", "keep_tokens", "rules"):
             given = getattr(self, field)
             if not isinstance(given, Sequence) or isinstance(given, str):
                 raise ConfigError(
@@ -92,6 +97,7 @@ class RoutingConfig:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed is {self.seed!r}; expected a Python int in 0..2^31 - 1.")
         self._check_entry()
+        self._check_rules()
         layers = self.decision_layers
         if reduces(self.method) and not (layers or self.keep_ratios or self.keep_tokens):
             return
@@ -137,6 +143,33 @@ class RoutingConfig:
             raise ConfigError(
                 f"entry_ratio is {ratio} with method {self.method!r}, which reduces nothing before the decoder; "
                 f"expected 1. Leave it out."
+            )
+
+    def _check_rules(self) -> None:
+        if self.method == BY_RULES and not self.rules:
+            raise ConfigError("rules is () with method 'rules'; expected a rule for each decision layer.")
+        if not self.rules:
+            known = self.decision_layers and self.method in method_names()
+            if known and self.definition.schedule(self.action).rules:
+                raise ConfigError(
+                    f"rules is () with method {self.method!r}, each of whose decisions has a rule of its own; expected "
+                    f"one for each decision layer. RoutingConfig.from_tier brings them along."
+                )
+            return
+        for rule in self.rules:
+            if not isinstance(rule, tuple(RULES.values())):
+                raise ConfigError(
+                    f"rules holds {rule!r}; expected {', '.join(kind.__name__ for kind in RULES.values())}. Functions "
+                    f"of your own rank as the rank of a Method."
+                )
+        if len(self.rules) != len(self.decision_layers):
+            raise ConfigError(
+                f"decision_layers has {len(self.decision_layers)} entries and rules {len(self.rules)}; expected one "
+                f"rule for each decision layer, or none at all for the method's own."
+            )
+        if self.scoring != "own":
+            raise ConfigError(
+                f"scoring is {self.scoring!r} together with rules, each of which names its layer; leave scoring out."
             )
 
     def _check_counts(self) -> None:
@@ -272,6 +305,24 @@ class RoutingConfig:
         return tuple(self.keep_count(i, left) for i in range(len(self.decision_layers)))
 
     @property
+    def ranks(self) -> tuple[Rank, ...]:
+        """For each decision what ranks the tokens.
+
+        Raises:
+            ConfigError: as `definition`.
+        """
+        if self.rules or not self.decision_layers:
+            return self.rules
+        return (self.definition.rank,) * len(self.decision_layers)
+
+    @property
+    def scoring_layers(self) -> tuple[str, ...]:
+        """For each decision the layer that is asked: its ``"own"`` or the ``"previous"`` one."""
+        if self.rules:
+            return tuple(rule.layer or "own" for rule in self.rules)
+        return (self.scoring,) * len(self.decision_layers)
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """In words, what each decision keeps."""
         return tuple(f"{k} tokens" for k in self.keep_tokens) or tuple(
@@ -335,8 +386,8 @@ def _published(make: Maker, method: str, plan: Schedule, tier: float, num_layers
         )
     shares = plan.published[tier]
     if plan.entry is None:
-        return make(scaled, shares)
-    return make(scaled, shares[1:], entry_ratio=shares[0])
+        return make(scaled, shares, rules=plan.rules)
+    return make(scaled, shares[1:], entry_ratio=shares[0], rules=plan.rules)
 
 
 def _solve(make: Maker, method: str, plan: Schedule, share: float, num_layers: int) -> RoutingConfig:
@@ -346,10 +397,15 @@ def _solve(make: Maker, method: str, plan: Schedule, share: float, num_layers: i
 
     def at(a: float) -> RoutingConfig:
         # In a shallow decoder two decisions can fall on one layer: the later one counts.
-        stages = dict(zip(_scale(plan.layers, num_layers), plan.ratios(a), strict=True))
-        inside = {layer: ratio for layer, ratio in stages.items() if layer < num_layers}
-        entry = plan.entry(a) if plan.entry else 1.0
-        return make(tuple(inside), tuple(inside.values()), entry_ratio=entry)
+        rules = plan.rules or (None,) * len(plan.layers)
+        scaled = zip(_scale(plan.layers, num_layers), plan.ratios(a), rules, strict=True)
+        stages = {layer: (ratio, rule) for layer, ratio, rule in scaled if layer < num_layers}
+        return make(
+            tuple(stages),
+            tuple(ratio for ratio, _ in stages.values()),
+            entry_ratio=plan.entry(a) if plan.entry else 1.0,
+            rules=tuple(rule for _, rule in stages.values() if rule),
+        )
 
     target = share * REFERENCE_TOKENS
     smallest = 1 / REFERENCE_TOKENS / 8

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from ..capture.vision_tower import has_grids
+from ..capture.visual_tokens import has_grids
 from ..config.choosing import choose_config
 from ..config.routing_config import RoutingConfig
 from ..errors import ConfigError, UnsupportedModelError, first_line

@@ -6,15 +6,19 @@ name it in `_BUILT_IN`; outside the package, call `register_method`.
 
 from ..errors import ConfigError
 from .avgpool import AVGPOOL
+from .coverage import COVERAGE
 from .fastv import FASTV
 from .fastv_official import FASTV_OFFICIAL_K2, FASTV_OFFICIAL_K3
+from .feather import FEATHER
 from .method import REFERENCE_LAYERS, GridReduction, Method, Reduction, Schedule
 from .nuwa import NUWA
 from .pdrop import PDROP
 from .pdrop_official import PDROP_OFFICIAL
 from .random import RANDOM
+from .value_similarity import VALUE_SIMILARITY
 
 __all__ = [
+    "BY_RULES",
     "REFERENCE_LAYERS",
     "UNROUTED",
     "GridReduction",
@@ -33,7 +37,22 @@ __all__ = [
 
 UNROUTED = "none"
 """Method that decides nothing: the same compiler without routing, the baseline of every comparison."""
-_BUILT_IN = (FASTV, PDROP, FASTV_OFFICIAL_K2, FASTV_OFFICIAL_K3, PDROP_OFFICIAL, NUWA, RANDOM, AVGPOOL)
+BY_RULES = "rules"
+"""What configurations that consist of rules have in the place of a method."""
+_RESERVED = (UNROUTED, BY_RULES)
+_BUILT_IN = (
+    FASTV,
+    PDROP,
+    FASTV_OFFICIAL_K2,
+    FASTV_OFFICIAL_K3,
+    PDROP_OFFICIAL,
+    NUWA,
+    FEATHER,
+    COVERAGE,
+    VALUE_SIMILARITY,
+    RANDOM,
+    AVGPOOL,
+)
 _methods = {method.name: method for method in _BUILT_IN}
 _remembered: set[str] = set()
 
@@ -53,7 +72,7 @@ def register_method(method: Method) -> Method:
     if not isinstance(method, Method):
         raise ConfigError(f"method is a {type(method).__name__}; expected a reroute_fx.Method.")
     before = _methods.get(method.name)
-    is_built_in = method.name == UNROUTED or before in _BUILT_IN
+    is_built_in = method.name in _RESERVED or before in _BUILT_IN
     if before is not method and (is_built_in or (before and _places(before) != _places(method))):
         raise ConfigError(
             f"name of the method is {method.name!r}, which is taken; expected another than {method_names()}. To "
@@ -85,6 +104,11 @@ def find_method(name: str) -> Method:
     Raises:
         ConfigError: there is none.
     """
+    if name == BY_RULES:
+        raise ConfigError(
+            "method is 'rules', which has no schedule; expected a RoutingConfig that is spelled out, with "
+            "decision_layers, keep_ratios and rules, or another method."
+        )
     if name not in _methods:
         missing = " It is known from an artifact only: register it here too." if name in _remembered else ""
         raise ConfigError(
@@ -112,10 +136,10 @@ def reduces(name: str) -> bool:
     """Whether a method reduces pictures before the decoder; true for one that is known from an artifact only."""
     if name in _methods:
         return _methods[name].reduction is not None
-    return name != UNROUTED and name in _remembered
+    return name not in _RESERVED and name in _remembered
 
 
 def check_name(name: str) -> None:
     """Raise `ConfigError` unless a configuration may name the method."""
-    if name != UNROUTED and name not in _remembered:
+    if name not in _RESERVED and name not in _remembered:
         find_method(name)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..passes import POSITIONS, SCORING, Rank, Reduce, ReduceGrid, by_attention
+from ..rules import Rule
 from .tiers import tier_share
 
 REFERENCE_LAYERS = 32
@@ -28,6 +29,7 @@ class Schedule:
         entry: from the same number to the share of the visual tokens that a reduction lets into the decoder; the ratios
             are shares of those. None without a reduction.
         published: shares that the authors give, by tier; with a reduction what enters comes first.
+        rules: a rule for each decision, in the place of the method's `rank` and of `scoring`; none at all otherwise.
     """
 
     layers: tuple[int, ...]
@@ -35,6 +37,7 @@ class Schedule:
     scoring: str = "own"
     entry: Callable[[float], float] | None = None
     published: Mapping[float, tuple[float, ...]] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,11 @@ def _check_schedule(name: str, which: str, schedule: Schedule) -> None:
         raise ConfigError(f"layers in the {place} is {layers}; expected ascending layers in 1..31.")
     if schedule.scoring not in SCORING:
         raise ConfigError(f"scoring in the {place} is {schedule.scoring!r}; expected one of {list(SCORING)}.")
+    if schedule.rules and (len(schedule.rules) != len(layers) or schedule.scoring != "own"):
+        raise ConfigError(
+            f"rules in the {place} are {len(schedule.rules)} with scoring {schedule.scoring!r}; expected one for each "
+            f"of {len(layers)} decisions, and scoring left out: a rule names its layer."
+        )
     samples = {"ratios(0.001)": 0.001, "ratios(0.5)": 0.5, "ratios(1.0)": 1.0}
     shares = {call: schedule.ratios(a) for call, a in samples.items()}
     if schedule.entry:

@@ -1,29 +1,7 @@
-"""Tokens chosen by chance: what any ranking rule has to beat.
+"""Tokens chosen by chance: what any ranking rule has to beat. See `ChanceRule`."""
 
-The number that stands for a place is a hash of the seed, the decision layer and the place, so a prompt is answered the
-same way each time, alone or in a batch. Seeds differ in which places they keep, not from prompt to prompt.
-"""
-
-import torch
-
-from ..passes import Candidates
+from ..rules import ChanceRule
 from .method import Method, Schedule
-
-_PRIME = 2**31 - 1
-_MULTIPLIER = 48271  # of the minimal standard generator (Park, Miller and Stockmeyer, 1993)
-_ROUNDS = 4
-
-
-def by_chance(candidates: Candidates) -> torch.Tensor:
-    """A number below 2^24 for each place, exact in float32."""
-    first = (candidates.seed * 1_000_003 + candidates.layer * 7919 + 12345) % _PRIME
-    # Places without a token are beyond all sizes.
-    state = (candidates.visual_index.clamp(max=2**24) + first) % _PRIME
-    for step in range(_ROUNDS):
-        # The product of its halves mixes what a multiplication alone would leave in order.
-        state = (state * _MULTIPLIER + (state % 65536) * (state // 65536) + step) % _PRIME
-    return (state % 2**24).float()
-
 
 RANDOM = Method(
     name="random",
@@ -31,5 +9,5 @@ RANDOM = Method(
     ranks_by="chance",
     deleted=Schedule(layers=(3,), ratios=lambda a: (a,)),
     routed=Schedule(layers=(3, 7, 15, 23), ratios=lambda a: (a,) * 4),
-    rank=by_chance,
+    rank=ChanceRule(),
 )

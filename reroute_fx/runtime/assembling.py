@@ -16,6 +16,7 @@ from ..capture.vision_tower import CapturedTower
 from ..config.limits import Limits
 from ..errors import InputError
 from ..lowering import Executable, TensorRTProgram
+from ..selection.asked_inputs import asked_inputs
 from .prompt import PromptReader
 from .prompt_reduction import ReducedFeatures
 from .routed_decoder import RoutedDecoder
@@ -61,6 +62,7 @@ def make_routed_model(
         limits=limits,
         has_streams=with_streams is not None,
         position_rank=position_rank,
+        asked=asked_inputs(prefill.program),
     )
     routed._report = report
     routed.programs = {"prefill": prefill, "continuation": continuation}

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from ..passes.tensor_names import CACHED, INPUTS_EMBEDS, LENGTHS, POOLS, VISUAL_INDEX, read_output_name
+from ..passes.tensor_names import (
+    CACHED,
+    INPUTS_EMBEDS,
+    LENGTHS,
+    POOLS,
+    TEXT_INDEX,
+    VISUAL_INDEX,
+    read_output_name,
+)
 from ..selection.row_plan import RowPlan
 
 BUCKET = 64
@@ -28,7 +36,7 @@ def pad_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             padded[name] = F.pad(tensor, (0, 0, 0, _missing(places)))
         elif name == LENGTHS:
             padded[name] = tensor
-        elif name == VISUAL_INDEX:
+        elif name in (VISUAL_INDEX, TEXT_INDEX):
             padded[name] = F.pad(tensor, (0, _missing(tensor.shape[-1])), value=places)
         elif name == POOLS:
             behind = torch.iinfo(torch.int64).max

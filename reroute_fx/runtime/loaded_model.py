@@ -47,6 +47,7 @@ class Parts:
         positions: how rotary positions follow from a prompt; None if they count its tokens.
         visual_ids: placeholders of visual features.
         programs: by the names in `PROGRAMS`.
+        asked: inputs that the program for prompts takes because rules ask for them.
     """
 
     config: Any
@@ -59,6 +60,7 @@ class Parts:
     positions: GridPositions | None
     visual_ids: tuple[int, ...]
     programs: Mapping[str, Program]
+    asked: tuple[str, ...] = ()
 
 
 def _signature_of(template: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -104,7 +106,13 @@ class LoadedModel(RoutedModel, GenerationMixin):
         self._decoder.config = parts.config.get_text_config(decoder=True)
         self._signature = inspect.signature(type(self)._run)
         self._reader = PromptReader(
-            parts.config, parts.routing_config, parts.visual_ids, owner, routes_text=True, limits=parts.limits
+            parts.config,
+            parts.routing_config,
+            parts.visual_ids,
+            owner,
+            routes_text=True,
+            limits=parts.limits,
+            asked=parts.asked,
         )
         self._first_call_seconds = {}
         self.eval()

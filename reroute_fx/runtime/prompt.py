@@ -1,15 +1,20 @@
 """What a call of the model is: a prompt to route, tokens on a cache, or neither. Told before anything runs."""
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ..capture import tokens_per_image
+from ..capture.cells import grids_of
 from ..config.limits import Limits
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
+from ..passes.tensor_names import CELLS, TEXT_INDEX
+from ..selection.asked_inputs import cells, text_index
 from ..selection.row_plan import RowPlan, plan_rows
 from ..selection.selection_result import Routing
 from .cache import RoutedCache
@@ -30,7 +35,12 @@ from .prompt_reduction import PromptReduction, plan_entry
 from .row_images import split_images
 from .rows import Places
 
-_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+GRIDS = ("image_grid_thw", "video_grid_thw")
+_WITH_GRIDS = (*GRIDS, "second_per_grid_ts", "mm_token_type_ids")
+generated_grids: ContextVar[Mapping[str, torch.Tensor]] = ContextVar(
+    "generated_grids", default=MappingProxyType({})
+)
+"""Grids of the prompt that `generate` answers: it leaves them out of the call once its pictures are encoded."""
 
 
 @dataclass
@@ -91,6 +101,7 @@ class PromptReader:
         limits: of a call; None for any size.
         has_streams: whether hidden states can be returned.
         position_rank: 2 if positions count tokens, 3 if they are in time, height and width.
+        asked: inputs that the program for prompts takes because rules ask for them.
     """
 
     model_config: Any
@@ -101,6 +112,7 @@ class PromptReader:
     limits: Limits | None = None
     has_streams: bool = False
     position_rank: int = 2
+    asked: tuple[str, ...] = ()
 
     def read(self, given: Mapping[str, Any], device: torch.device) -> Prompt | TokensOnCache | None:
         """A prompt to route, tokens on a routed cache, or (None) neither.
@@ -216,17 +228,37 @@ class PromptReader:
             is_visual, ids = places.to_front(is_visual), places.to_front(ids)
         lengths = is_token.sum(dim=1)
         refuse_visual_end(is_visual, lengths)
-        images = split_images(ids, is_visual, tokens_per_image(self.model_config, given))
+        pictures = split_images(ids, is_visual, tokens_per_image(self.model_config, given))
+        images = [[tokens for _, tokens in row] for row in pictures]
         if self.limits is not None:
             self.limits.check_images(images)
         device = input_ids.device
+        asked = self._asked_cells(given, pictures)
         if self.routing_config.entry_ratio < 1:
             left, counts, entering = plan_entry(self.routing_config, is_visual, lengths.tolist(), images)
-            plan = plan_rows(self.routing_config, left.to(device), counts, entering)
-            columns = _visual_columns(self.is_visual(input_ids.cpu()) & is_token)
-            return Prompt(plan, None, PromptReduction(is_token.to(device), columns.to(device), left.shape[1]))
-        plan = plan_rows(self.routing_config, is_visual.to(device), lengths.tolist(), images)
+            plan = plan_rows(
+                self.routing_config, left.to(device), counts, entering, self._asked_text(left, counts)
+            )
+            columns = _visual_columns(self.is_visual(input_ids.cpu()) & is_token).to(device)
+            placed = {name: tensor.to(device) for name, tensor in asked.items()}
+            return Prompt(plan, None, PromptReduction(is_token.to(device), columns, left.shape[1], placed))
+        asked |= self._asked_text(is_visual, lengths.tolist())
+        plan = plan_rows(self.routing_config, is_visual.to(device), lengths.tolist(), images, asked)
         return Prompt(plan, places.to(device) if places else None)
+
+    def _asked_cells(
+        self, given: Mapping[str, Any], pictures: list[list[tuple[int, int]]]
+    ) -> dict[str, torch.Tensor]:
+        """Where each visual token lies in its picture, if the program asks."""
+        if not set(CELLS) & set(self.asked):
+            return {}
+        held = generated_grids.get() if given.get("mm_encoder_outputs") else {}
+        found = cells(grids_of(self.model_config, {**given, **held}, pictures))
+        return {name: found[name] for name in CELLS if name in self.asked}
+
+    def _asked_text(self, is_visual: torch.Tensor, lengths: list[int]) -> dict[str, torch.Tensor]:
+        """Where the text behind the last picture is, if the program asks."""
+        return {TEXT_INDEX: text_index(is_visual, lengths)} if TEXT_INDEX in self.asked else {}
 
     def _checked_ids(self, given: Mapping[str, Any]) -> torch.Tensor:
         input_ids: torch.Tensor = given["input_ids"]
@@ -291,7 +323,7 @@ class PromptReader:
 
 def without_grids(given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call on a cache, less what tells the positions of pictures that are cached already."""
-    return {name: value for name, value in given.items() if name not in _GRIDS}
+    return {name: value for name, value in given.items() if name not in _WITH_GRIDS}
 
 
 def _visual_columns(is_visual: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Prompts of which pictures enter the decoder with fewer tokens than they have placeholders."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..config.routing_config import RoutingConfig
@@ -39,11 +40,13 @@ class PromptReduction:
         is_token: which columns hold a token, ``[B, S]`` bool.
         visual_columns: of the visual tokens of each row, ``[B, N]`` int64; S where a row has no more.
         width: tokens that are left in the longest row.
+        cells: inputs of the program that say where each visual token of the pictures lies, ``[B, N]``, by name.
     """
 
     is_token: torch.Tensor
     visual_columns: torch.Tensor
     width: int
+    cells: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def enter(self, embeds: torch.Tensor) -> EnteredRows:
         """Drop the rows that a reduction marked, of embeddings ``[B, S, d]`` in the columns of the batch."""
@@ -53,6 +56,15 @@ class PromptReduction:
         columns = self.visual_columns.clamp(max=embeds.shape[1] - 1)
         entered = ~is_gone.gather(1, columns) & (self.visual_columns < embeds.shape[1])
         return EnteredRows(places, kept, entered)
+
+    def cells_of(self, entered: torch.Tensor, tokens: int) -> dict[str, torch.Tensor]:
+        """`cells` of the visual tokens that are left, ``[B, tokens]``; `entered` says which, ``[B, N]`` bool."""
+        if not self.cells:
+            return {}
+        # A prompt without pictures has a place for one token.
+        gone = F.pad(~entered, (0, max(0, tokens - entered.shape[1])), value=True)
+        order = gone.to(torch.int8).sort(dim=1, stable=True).indices[:, :tokens]
+        return {name: values.gather(1, order) for name, values in self.cells.items()}
 
     def positions(self, given: torch.Tensor | None, places: Places) -> torch.Tensor:
         """Rotary positions of the tokens that are left; `given` are those of the batch's columns."""

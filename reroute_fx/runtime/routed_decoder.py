@@ -15,6 +15,7 @@ from ..passes.tensor_names import (
     INPUTS_EMBEDS,
     LENGTHS,
     POSITION_IDS,
+    VISUAL_INDEX,
     output_name,
     positions_input,
     read_output_name,
@@ -113,10 +114,11 @@ class RoutedDecoder(torch.nn.Module):
         cache = self._cache(past_key_values, use_cache)
         if cache is None and attention_mask is None:
             _refuse_packed_rows(position_ids, self.position_rank)
-        places, entered = prompt.places, None
+        places, entered, cells = prompt.places, None, {}
         if prompt.reduction is not None:
             rows = prompt.reduction.enter(inputs_embeds)
             places, embeds, entered = rows.places, rows.embeds, rows.entered
+            cells = prompt.reduction.cells_of(entered, prompt.plan.inputs[VISUAL_INDEX].shape[1])
             positions = prompt.reduction.positions(position_ids, places)
             if self.position_rank == 3:
                 positions = positions[-3:] if positions.ndim == 3 else positions.expand(3, *positions.shape)
@@ -124,7 +126,8 @@ class RoutedDecoder(torch.nn.Module):
         else:
             positions = self._positions(position_ids, inputs_embeds, places)
             embeds = places.to_front(inputs_embeds) if places else inputs_embeds
-        hidden, values = self._prefill(embeds, positions, prompt.plan, self._program("prefill", wanted))
+        program = self._program("prefill", wanted)
+        hidden, values = self._prefill(embeds, positions, prompt.plan, cells, program)
         layers = range(self.config.num_hidden_layers)
         prompt.routing = Routing(
             self.routing_config,
@@ -161,10 +164,18 @@ class RoutedDecoder(torch.nn.Module):
         return self.with_streams(name)
 
     def _prefill(
-        self, embeds: torch.Tensor, positions: torch.Tensor, plan: RowPlan, program: Callable[..., Any]
+        self,
+        embeds: torch.Tensor,
+        positions: torch.Tensor,
+        plan: RowPlan,
+        cells: Mapping[str, torch.Tensor],
+        program: Callable[..., Any],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Hidden states ``[B, S, d]`` and what `route` exposes, in the sizes of the prompt."""
-        inputs = {INPUTS_EMBEDS: embeds.contiguous(), POSITION_IDS: positions, **plan.inputs}
+        """Hidden states ``[B, S, d]`` and what `route` exposes, in the sizes of the prompt.
+
+        `cells` are inputs that are not in the plan because a reduction chooses the tokens.
+        """
+        inputs = {INPUTS_EMBEDS: embeds.contiguous(), POSITION_IDS: positions, **plan.inputs, **cells}
         if self.uses_buckets:
             inputs = pad_inputs(inputs)
         result = program(**inputs)

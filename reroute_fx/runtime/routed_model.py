@@ -22,7 +22,7 @@ from ..lowering import Executable, TensorRTProgram
 from ..selection.selection_result import Routing
 from .cache import RoutedCache
 from .call_checks import refuse_gradients
-from .prompt import Prompt, PromptReader, TokensOnCache, without_grids
+from .prompt import GRIDS, Prompt, PromptReader, TokensOnCache, generated_grids, without_grids
 from .routed_decoder import UNROUTED_CALL, current_call
 
 _generating: ContextVar[Any] = ContextVar("_generating", default=None)
@@ -222,9 +222,11 @@ class RoutedModel(torch.nn.Module):
             # The prompt's forward gets the embeddings alone.
             kwargs = {**kwargs, "visual_mask": self._reader.is_visual(given["input_ids"])}
         token = _generating.set(self)
+        grids = generated_grids.set({name: given[name] for name in GRIDS if given.get(name) is not None})
         try:
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
         finally:
+            generated_grids.reset(grids)
             _generating.reset(token)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ from ..errors import InputError
 
 def split_images(
     ids: torch.Tensor, is_visual: torch.Tensor, sizes: Mapping[int, list[int]]
-) -> list[list[int]]:
-    """Visual tokens of each image of each row.
+) -> list[list[tuple[int, int]]]:
+    """Placeholder and visual tokens of each image of each row.
 
     Args:
         ids: ``[B, S]`` on the host.
@@ -22,7 +22,7 @@ def split_images(
     rows = []
     for row, (row_ids, visual) in enumerate(zip(ids, is_visual, strict=True)):
         runs = _runs(row_ids[visual].tolist(), visual.nonzero().flatten().tolist(), left)
-        rows.append([n for token, run in runs for n in _images_of_run(token, run, row, left)])
+        rows.append([(token, n) for token, run in runs for n in _images_of_run(token, run, row, left)])
     for token, counts in left.items():
         if counts:
             raise InputError(

@@ -1,7 +1,8 @@
 """How many tokens of each row run through each stage: known from the prompt before anything runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -20,7 +21,7 @@ class RowPlan:
         stage_lengths: for each decision layer the tokens of each row that run through its stage.
         stage_tokens: the same on the device, ``[B]`` int64, for each first layer of a stage; layer 0 runs on all.
         inputs: ``visual_index``, ``lengths``, ``pools``, ``keep_<layer>`` and ``slots_<layer>`` as `InsertSelection`
-            describes them.
+            describes them, and what else was given for rules that ask for it.
     """
 
     lengths: tuple[int, ...]
@@ -44,7 +45,11 @@ class RowPlan:
 
 
 def plan_rows(
-    config: RoutingConfig, is_visual: torch.Tensor, lengths: Sequence[int], images: Sequence[Sequence[int]]
+    config: RoutingConfig,
+    is_visual: torch.Tensor,
+    lengths: Sequence[int],
+    images: Sequence[Sequence[int]],
+    asked: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> RowPlan:
     """Plan a batch.
 
@@ -54,13 +59,15 @@ def plan_rows(
             padded at the end.
         lengths: tokens of each row.
         images: for each row the visual tokens of each of its images, in order.
+        asked: inputs that the program takes because rules ask for them: `text_index`, ``rows``, ``columns``,
+            ``images``; see `Candidates`.
     """
     batch, places = is_visual.shape
     pools = images if config.pool == "image" else [[sum(row)] for row in images]
     widest = max(1, *(sum(row) for row in images))
     position = torch.arange(places, device=is_visual.device).expand(batch, places)
     visual_index = position.masked_fill(~is_visual, places).sort(dim=1).values[:, :widest].contiguous()
-    inputs = {VISUAL_INDEX: visual_index, LENGTHS: torch.tensor(lengths)}
+    inputs = {VISUAL_INDEX: visual_index, LENGTHS: torch.tensor(lengths), **asked}
     if config.pool == "image":
         inputs[POOLS] = torch.tensor([_pool_numbers(row, widest) for row in pools])
     stage_lengths = {}

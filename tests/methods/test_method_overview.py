@@ -73,7 +73,8 @@ def test_on_the_command_line():
 
 
 def test_passes_and_kernels_name_no_method_and_no_model():
-    names = {part for method in all_methods() for part in method.name.split("-")} - {"official", "random"}
+    common = {"official", "random", "value", "similarity"}
+    names = {part for method in all_methods() for part in method.name.split("-")} - common
     words = re.compile("|".join(sorted(names | {"nüwa", "pyramiddrop", "llava", "qwen"})), re.I)
     files = [path for folder in ("passes", "kernels") for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 20

@@ -1,12 +1,13 @@
 """Chance: spread evenly, different for each seed and decision, the same for each call and row."""
 
+import dataclasses
+
 import pytest
 import torch
 from conversations import SINGLE, batch, unrouted_model
 
 import reroute_fx
-from reroute_fx import RoutingConfig
-from reroute_fx.methods.random import by_chance
+from reroute_fx import ChanceRule, RoutingConfig
 from reroute_fx.passes import Candidates
 
 PLACES = 4096
@@ -14,9 +15,9 @@ PLACES = 4096
 
 def numbers(seed, layer, places=None):
     places = torch.arange(35, 35 + PLACES) if places is None else places
-    empty = torch.empty(0)
-    given = Candidates(empty, empty, empty, 1.0, places[None], empty, layer, seed)
-    return by_chance(given)[0] / 2**24
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(Candidates))
+    given = Candidates(**fields | {"visual_index": places[None], "layer": layer, "seed": seed})
+    return ChanceRule()(given)[0] / 2**24
 
 
 def test_numbers_are_spread_evenly_and_independent():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from reroute_fx import RoutingConfig
-from reroute_fx.passes import ExposeOutputs, InsertSelection, MatchError, run_passes, to_program
+from reroute_fx.passes import ExposeOutputs, InsertSelection, MatchError, RouteStages, run_passes, to_program
+from reroute_fx.selection.asked_inputs import text_index
 
 aten = torch.ops.aten
 reroute = torch.ops.reroute
@@ -152,6 +153,103 @@ def test_added_inputs(toy, exported, several_pools):
     integers = {name for name in names if added[name].dtype == torch.int64}
     assert integers == {"visual_index", "lengths", *by_token}
     assert {added[name].dtype for name in set(names) - integers} == {torch.bool}
+
+
+ASKED = {"lengths": (40, 31, 18), "images": ((11,), (9,), ())}
+
+
+def by_text_values(candidates):
+    """Mean over the text of products of values."""
+    place = candidates.visual_index.clamp(max=candidates.hidden.shape[1] - 1)
+    mine = candidates.values.gather(2, place[:, None, :, None].expand(-1, 2, -1, 8))
+    is_text = (candidates.text_index < candidates.lengths[:, None]).float()
+    products = (candidates.text_values @ mine.transpose(2, 3)).mean(dim=1)  # [B, T, N]
+    return (products * is_text[:, :, None]).sum(dim=1) / is_text.sum(dim=1, keepdim=True)
+
+
+def by_unrotated_query(candidates):
+    """Products of the last query with keys, without rotary positions, further down later."""
+    place = candidates.visual_index.clamp(max=candidates.hidden.shape[1] - 1)
+    keys = candidates.unrotated_keys.gather(2, place[:, None, :, None].expand(-1, 2, -1, 8))
+    query = candidates.unrotated_query[:, ::2]
+    return (query @ keys.transpose(2, 3))[:, :, 0].mean(dim=1) - candidates.rows.float()
+
+
+def insert(toy, program, ranks, scoring, *more):
+    graph, _ = run_passes(program, [*toy.passes(4), InsertSelection((1, 2), False, ranks, scoring), *more])
+    return graph
+
+
+def test_rules_get_what_they_ask_for_and_nothing_else(toy, exported):
+    _, program = exported(layers=3, kv_heads=2)
+    graph = insert(toy, program, (by_text_values, by_unrotated_query), ("own", "previous"))
+    names = [node.name for node in graph.added_inputs]
+    assert names[6:] == ["text_index", "rows"]
+    first, second = graph.decisions
+    assert first.text_index is next(node for node in graph.added_inputs if node.name == "text_index")
+    assert (second.text_index, second.scoring_layer) == (None, graph.layers[1])
+    weights = [
+        {n.args[1].name for n in decision.nodes if n.target is aten.linear.default}
+        for decision in graph.decisions
+    ]
+    assert weights == [{"p_layers_1_value_weight"}, {"p_layers_1_query_weight", "p_layers_1_key_weight"}]
+    # No rule asks: no inputs, no sizes, no tables of zeros.
+    plain = insert(toy, program, (), ())
+    assert len(plain.added_inputs) == 6
+    assert "text_tokens" not in plain.new_sizes
+    assert not toy.operators(plain.fx_graph, aten.zeros_like)
+
+
+@pytest.mark.parametrize("action", ["compact_route", "physical_delete"])
+def test_what_rules_ask_for_is_right_in_each_stage(toy, exported, action):
+    model, program = exported(layers=3, kv_heads=2)
+    ranks, scoring = (by_unrotated_query, by_text_values), ("own", "own")
+    graph = insert(toy, program, ranks, scoring, RouteStages(action), ExposeOutputs())
+    routed = to_program(graph, program)
+    inputs = with_text(toy, ASKED)
+    routing = toy.call(routed, inputs)["routing"]
+    hidden = layer_input(model, eager_inputs(inputs), 1)
+    visual = [[*chain(*images)] for images in toy.make_visual(**ASKED)]
+    for row, length in enumerate(ASKED["lengths"]):
+        if not (tokens := visual[row]):
+            continue
+        positions, cells = inputs["position_ids"][row, :length], inputs["rows"][row]
+        with torch.no_grad():
+            normed = model.layers[1].input_norm(hidden[row, :length])
+            query, key = (
+                toy.heads_of(normed, linear) for linear in (model.layers[1].query, model.layers[1].key)
+            )
+            wanted = torch.einsum("hd,nhd->n", query[-1, ::2], key[tokens]) / 2 - cells[: len(tokens)]
+        torch.testing.assert_close(routing["scores.1"][row, : len(tokens)], wanted, rtol=1e-4, atol=1e-4)
+        kept = routing["kept.1"][row].nonzero().flatten().tolist()
+        assert kept == wanted.topk(len(tokens) // 2).indices.sort().values.tolist()
+        active = [i for i in range(length) if i not in tokens or tokens.index(i) in kept]
+        angles = positions[active].unsqueeze(-1) * model.frequencies
+        with torch.no_grad():
+            stream = hidden[row, :length].clone()
+            stream[active] = toy.layer_by_hand(model.layers[1], stream[active], angles)[0]
+            values = toy.heads_of(toy.normalised(stream, model.layers[2].input_norm), model.layers[2].value)
+        pool = kept if action == "physical_delete" else range(len(tokens))
+        text = values[tokens[-1] + 1 :]
+        wanted = torch.stack([(text * values[tokens[i]]).sum(-1).mean() for i in pool])
+        found = routing["scores.2"][row]
+        torch.testing.assert_close(found[list(pool)], wanted, rtol=1e-4, atol=1e-4)
+        assert int(found.isfinite().sum()) == len(pool)
+    other = with_text(toy, {"lengths": (21, 33), "images": ((9,), (12,))})
+    toy.assert_exports_again(routed, inputs, other)
+
+
+def with_text(toy, prompt):
+    """Inputs of a prompt, with what rules ask for besides."""
+    inputs = toy.make_prompt(CONFIG, **prompt)
+    is_visual = torch.zeros(inputs["inputs_embeds"].shape[:2], dtype=torch.bool)
+    for row, images in zip(is_visual, toy.make_visual(**prompt), strict=True):
+        row[[*chain(*images)]] = True
+    places = torch.arange(inputs["visual_index"].shape[1]).expand_as(inputs["visual_index"])
+    return inputs | {
+        "text_index": text_index(is_visual, prompt["lengths"]),
+        "rows": (places * 7 % 5).contiguous(),
+    }
 
 
 def test_query_is_computed_for_the_last_token_only(toy, exported):

@@ -6,7 +6,7 @@ from torch import nn
 
 from reroute_fx.passes import run_passes, to_program
 from reroute_fx.passes.graph_edit import add_input, edit_after, expression
-from reroute_fx.passes.replay import LastTokens, is_sequence_tensor
+from reroute_fx.passes.replay import is_sequence_tensor, last_tokens
 
 
 class Layouts(nn.Module):
@@ -58,7 +58,7 @@ def test_last_tokens(toy, exported):
     lengths = add_input(graph, "lengths", (batch,), torch.int64)
     stream, positions = graph.inputs[:2]
     with edit_after(graph, graph.inputs[-1], region="") as edit:
-        last = LastTokens(edit, lengths)
+        last = last_tokens(edit, lengths, {})
         tensors = {"stream": stream, "positions": positions}
         graph.outputs = {name: last.rows(edit, tensor, 1) for name, tensor in tensors.items()}
     output = graph.fx_graph.output_node()
