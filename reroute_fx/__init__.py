@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .runtime import LoadedModel, RoutedCache, RoutedModel
     from .selection.row_plan import RowPlan, plan_rows
     from .selection.selection_result import Routing
+    from .tuning.profile import Profile, profile
+    from .tuning.proposals import Proposal
     from .visualizing.visualize import visualize
 
     __version__: str
@@ -69,6 +71,8 @@ _NAMES = {
     "rules": ("AttentionRule", "ChanceRule", "LatticeRule", "UnionRule", "ValueRule"),
     "runtime": ("LoadedModel", "RoutedCache", "RoutedModel"),
     "selection.selection_result": ("Routing",),
+    "tuning.profile": ("Profile", "profile"),
+    "tuning.proposals": ("Proposal",),
     "visualizing.visualize": ("visualize",),
 }
 """What each module gives to the package: the imports above, once more for Python."""
@@ -90,6 +94,8 @@ __all__ = [
     "Method",
     "PaperConfig",
     "ParityError",
+    "Profile",
+    "Proposal",
     "RerouteError",
     "RoutedCache",
     "RoutedModel",
@@ -111,6 +117,7 @@ __all__ = [
     "paper_configs",
     "passes",
     "plan_rows",
+    "profile",
     "register_method",
     "route",
     "visualize",

@@ -20,7 +20,6 @@ from reroute_fx.benchmarking import (
     MEASURES,
     ContenderResult,
     Timing,
-    check_plot,
     comparison,
     plot_results,
 )
@@ -30,6 +29,7 @@ from reroute_fx.benchmarking.machine import peak_bytes
 from reroute_fx.benchmarking.parity import Computed, Parity, check_parity
 from reroute_fx.benchmarking.workload import needed_bytes, read_workload
 from reroute_fx.common.json_files import write_json
+from reroute_fx.common.plot_files import check_plot
 from reroute_fx.runtime import RoutedCache
 from reroute_fx.selection.row_plan import plan_rows
 from reroute_fx.selection.selection_result import Routing

@@ -472,6 +472,41 @@ def test_tasks_say_what_is_missing(tmp_path, monkeypatch):
     assert not (tmp_path / "tasks").exists()
 
 
+# Profile
+
+
+def test_profile_finds_the_layers_that_the_demo_was_grown_from(tmp_path):
+    files = ["-o", tmp_path / "profile.json", "--plot", tmp_path / "profile.png"]
+    result = run("profile", "demo", "--num-prompts", 8, "--batch-size", 8, "--max-new-tokens", 20, *files)
+    assert result.exit_code == 0, result.stderr
+    assert "8 prompts with 144 visual tokens, 22.2 % kept" in said(result)
+    assert result.stdout.count("proposed, coverage 0.") == 3
+    content = json.loads((tmp_path / "profile.json").read_text())
+    by_layer = np.array(content["effect"]).sum(axis=1)
+    assert sorted(np.argsort(-by_layer)[:4].tolist()) == [0, 4, 8, 12]
+    assert by_layer[[0, 4, 8, 12]].sum() > 0.8
+    with Image.open(tmp_path / "profile.png") as plot:
+        assert len(plot.getcolors(2**24)) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["some/model"], "ConfigError: prompts are missing for model 'some/model'"),
+        (["demo", "--prompts", "nowhere.jsonl"], "InputError: prompts is 'nowhere.jsonl'"),
+        (["demo", "--tier", "100"], "ConfigError: tier is 100"),
+        (["demo", "--device", "tpu"], "ConfigError: device is 'tpu'"),
+        (["demo", "-o", "nowhere/profile.json"], "InputError: path is 'nowhere/profile.json'"),
+        (["demo", "--plot", "profile.xyz"], "InputError: path is 'profile.xyz'"),
+    ],
+)
+def test_profile_refuses_before_it_loads_anything(monkeypatch, arguments, message):
+    monkeypatch.setattr("reroute_fx.loading.models_by_name.load_model", lambda *a: pytest.fail("loaded"))
+    result = run("profile", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
 # Routing and model options, the same for every command that routes a model
 
 
@@ -627,6 +662,7 @@ def test_the_log_of_a_command_is_shown(checkpoint):
 COMMANDS = (
     "inspect",
     "methods",
+    "profile",
     "demo",
     "visualize",
     "bench",

@@ -6,7 +6,7 @@ from typing import assert_type
 import torch
 
 import reroute_fx
-from reroute_fx import LoadedModel, RoutedCache, RoutedModel, Routing, RoutingConfig, RoutingReport
+from reroute_fx import LoadedModel, Profile, RoutedCache, RoutedModel, Routing, RoutingConfig, RoutingReport
 
 
 def use(model: torch.nn.Module, ids: torch.Tensor) -> None:
@@ -19,6 +19,9 @@ def use(model: torch.nn.Module, ids: torch.Tensor) -> None:
     assert_type(reroute_fx.compile(model, config=Path("config.json")), RoutedModel)
     assert_type(reroute_fx.inspect(model, config="config.json"), RoutingReport)
     assert_type(routed.visualize({"input_ids": ids}, "pictures"), Path)
+    profile = reroute_fx.profile(model, [{"input_ids": ids}], tier=64)
+    assert_type(profile, Profile)
+    assert_type(profile.proposals(num=3)[0].config, RoutingConfig)
     output = routed(input_ids=ids)
     assert_type(output.logits, torch.Tensor)
     assert_type(output.routing, Routing)

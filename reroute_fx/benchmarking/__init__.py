@@ -2,7 +2,7 @@
 
 from .comparison import benchmark, check_benchmark
 from .measures import MEASURES
-from .plot import check_plot, plot_results
+from .plot import plot_results
 from .result import BenchmarkResult, ContenderResult, Timing
 
 __all__ = [
@@ -12,6 +12,5 @@ __all__ = [
     "Timing",
     "benchmark",
     "check_benchmark",
-    "check_plot",
     "plot_results",
 ]

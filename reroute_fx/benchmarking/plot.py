@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..common.json_files import check_file
-from ..common.optional_libraries import optional_library
+from ..common.plot_files import check_plot
 from ..config.routing_config import RoutingConfig
-from ..errors import InputError
 from .measures import MEASURES
 
 _COLOURS = {"eager": "#9aa0a6", "compiled": "#4878a8", "routed": "#e07b39"}
@@ -46,20 +44,6 @@ class Measured(Protocol):
     def timing(self, name: str, measure: str) -> Timed: ...
     def speedup(self, measure: str) -> float: ...
     def theoretical_seconds(self, measure: str) -> float: ...
-
-
-def check_plot(path: str | Path) -> Path:
-    """Raise what `plot_results` would, before anything is measured."""
-    optional_library("matplotlib", "bench", "for plots")
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    target = check_file(path)
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if target.suffix.removeprefix(".") not in formats:
-        raise InputError(
-            f"path is {str(path)!r}; expected a name that ends in one of {', '.join(sorted(formats))}. Use .png."
-        )
-    return target
 
 
 def plot_results(results: Sequence[Measured], path: str | Path) -> None:

@@ -11,13 +11,22 @@ from ..errors import UnsupportedModelError, first_line
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
-def copy_sharing_weights(module: Module) -> Module:
+def copy_sharing_weights(module: Module, frozen: bool = False) -> Module:
     """A module tree of its own: same parameters and buffers, but hooks, configs, flags and children are copies.
+
+    Args:
+        module: the original.
+        frozen: whether parameters are views of the original's that need no gradients.
 
     Raises:
         UnsupportedModelError: an attribute of a module can't be copied.
     """
-    shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    shared: dict[int, torch.Tensor] = {
+        id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())
+    }
+    if frozen:
+        views = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+        shared |= views
     try:
         return copy.deepcopy(module, dict(shared))
     except Exception as error:

@@ -58,8 +58,9 @@ def bench(
     import torch
 
     from .. import api
-    from ..benchmarking import benchmark, check_benchmark, check_plot, plot_results
+    from ..benchmarking import benchmark, check_benchmark, plot_results
     from ..common.json_files import check_file, write_json
+    from ..common.plot_files import check_plot
     from ..loading.models_by_name import choose_device, load_model, read_routing
     from ..loading.prompts import make_batch, read_image
     from ..lowering import check_backend, check_tensorrt

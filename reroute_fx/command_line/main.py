@@ -12,6 +12,7 @@ from .lmms_commands import lmms
 from .methods_command import methods
 from .options import choices
 from .paper_commands import paper
+from .profile_command import profile
 from .terminal import logged, refusals
 from .visualize_command import visualize
 
@@ -53,7 +54,7 @@ def main(
     context.with_resource(logged(log_level))
 
 
-for command in (inspect, methods, demo, visualize, bench):
+for command in (inspect, methods, profile, demo, visualize, bench):
     app.command()(command)
 for name, group in (("artifact", artifact), ("paper", paper), ("lmms", lmms)):
     app.add_typer(group, name=name)

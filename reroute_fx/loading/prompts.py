@@ -1,5 +1,6 @@
 """Batches of prompts with pictures, for a model named on the command line."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,27 @@ def make_batch(
     """
     pictures = [image or picture(seed) for seed in range(rows)]
     _check_words(processor.tokenizer, prompt)
-    text = _ask(processor, prompt)
+    return encode(processor, model, pictures, [prompt] * rows)
+
+
+def encode(
+    processor: Any, model: Any, pictures: Sequence[Image.Image], prompts: Sequence[str]
+) -> dict[str, Any]:
+    """Inputs of prompts with a picture in front of each, on the model's device, padded in front.
+
+    Raises:
+        InputError: the processor refuses prompts and pictures.
+    """
+    texts = [_ask(processor, prompt) for prompt in prompts]
+    padding = {"padding": True, "padding_side": "left"} if len(set(texts)) > 1 else {}
     try:
-        inputs = processor(images=pictures, text=[text] * rows, return_tensors="pt")
+        inputs = processor(images=list(pictures), text=texts, return_tensors="pt", **padding)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"{type(processor).__name__} refused {rows} pictures with the prompt {text!r}; expected one picture for "
-            f"each placeholder. {error}"
+            f"{type(processor).__name__} refused {len(texts)} pictures with the prompt {texts[0]!r}; expected one "
+            f"picture for each placeholder. {error}"
         ) from error
-    return {name: _placed(value, model) for name, value in inputs.items()}
+    return {name: place(value, model) for name, value in inputs.items()}
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:
@@ -83,7 +96,8 @@ def render_chat(processor: Any, messages: list[dict[str, Any]]) -> str:
     return " ".join([*turns, "ASSISTANT:"])
 
 
-def _placed(value: Any, model: Any) -> Any:
+def place(value: Any, model: Any) -> Any:
+    """A tensor on the model's device, numbers with a point in its dtype; anything else as it is."""
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(model.device, model.dtype if value.is_floating_point() else None)
