@@ -1,7 +1,7 @@
 """Graph passes: each takes a `ModelGraph` and returns it with a `PassResult`.
 
 They know graphs and operators, not models. In the order in which a decoder is routed:
-`RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `InsertSelection`,
+`RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `PoolBlocks`, `InsertSelection`,
 `RouteStages`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages` and
 `AttendToCache`; `ExposeStreams` last, where hidden states are asked for. On the vision tower `FindStates`,
 `CanonicalizeAttention`, and `ReduceFeatures` for pictures of one size, `ReduceGrids` for those of any.
@@ -19,6 +19,7 @@ from .find_states import FindStates
 from .insert_selection import SCORING, InsertSelection
 from .model_graph import Decision, Layer, LayerSizes, ModelGraph
 from .number_stages import NumberStages
+from .pool_blocks import PoolBlocks
 from .prove_causal import ProveCausal
 from .ranking import Candidates, Rank, by_attention, fields_asked
 from .reduce_features import GONE, Reduce, ReduceFeatures, TowerStates
@@ -52,6 +53,7 @@ __all__ = [
     "NumberStages",
     "Pass",
     "PassResult",
+    "PoolBlocks",
     "ProveCausal",
     "Rank",
     "Reduce",

@@ -13,9 +13,10 @@ positions means that all of them are 0. Another ranking rule than attention is t
 
 Inputs of the graph that are added, all but the first two for each decision layer: ``visual_index [B, N]``,
 ``lengths [B]``, with several pools ``pools [B, N]``, ``keep_7 [B, N]`` and ``slots_7 [S']``, of which only the
-size is read. See the operators for what they mean. Rules may ask for ``text_index [B, T]``, ``rows [B, N]``,
-``columns [B, N]`` and ``images [B, N]``: see `Candidates`. How many tokens are kept is known from the prompt
-alone, so every shape is known before the program runs.
+size is read. See the operators for what they mean. The tokens that ``always [B, N]`` marks are kept by the first
+decisions, as many as are told, whatever their scores, which are returned as they are. Rules may ask for
+``text_index [B, T]``, ``rows [B, N]``, ``columns [B, N]`` and ``images [B, N]``: see `Candidates`. How many tokens are
+kept is known from the prompt alone, so every shape is known before the program runs.
 """
 
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ from .graph_edit import (
 from .model_graph import Decision, Layer, ModelGraph
 from .ranking import Candidates, Rank, by_attention
 from .tensor_names import (
+    ALWAYS,
     LENGTHS,
     POOLS,
     TEXT_INDEX,
@@ -62,6 +64,7 @@ class InsertSelection(Pass):
     ranks: for each decision its ranking rule; attention if there are none.
     scoring: for each decision whose attention its rule is given, one of `SCORING`; the layer's own if there are none.
     seed: for rules that choose by chance.
+    always: how many decisions, from the first, keep the tokens that an input marks.
     """
 
     requires = ("layers",)
@@ -75,12 +78,13 @@ class InsertSelection(Pass):
         ranks: Sequence[Rank] = (),
         scoring: Sequence[str] = (),
         seed: int = 0,
+        always: int = 0,
     ) -> None:
         self.decision_layers = tuple(decision_layers)
         self.several_pools = several_pools
         self.ranks = tuple(ranks) or (by_attention,) * len(self.decision_layers)
         self.scoring = tuple(scoring) or (SCORING[0],) * len(self.decision_layers)
-        self.seed = seed
+        self.seed, self.always = seed, always
 
     def apply(self, graph: ModelGraph) -> PassResult:
         if not self.decision_layers:
@@ -98,6 +102,9 @@ class InsertSelection(Pass):
         pools = None
         if self.several_pools:
             pools = add_input(graph, POOLS, (batch, VISUAL_TOKENS), torch.int64)
+        always = None
+        if self.always:
+            always = add_input(graph, ALWAYS, (batch, VISUAL_TOKENS), torch.bool)
         # All inputs stand before the first decision that is inserted.
         inputs = [
             (
@@ -118,9 +125,10 @@ class InsertSelection(Pass):
                 lengths,
                 keep,
                 pools,
+                always if number < self.always else None,
                 slots,
             )
-            for index, rank, whose, (keep, slots) in chosen
+            for number, (index, rank, whose, (keep, slots)) in enumerate(chosen)
         )
         asked.finish()
         done = len(graph.decisions)
@@ -136,6 +144,7 @@ class InsertSelection(Pass):
         lengths: fx.Node,
         keep: fx.Node,
         pools: fx.Node | None,
+        always: fx.Node | None,
         slots: fx.Node,
     ) -> Decision:
         graph = asked.graph
@@ -154,9 +163,12 @@ class InsertSelection(Pass):
                 **projections(edit, asked, scoring_layer, lengths),
             }
             scores = _score(edit, rank, candidates)
+            ranked = scores
+            if always is not None:
+                ranked = edit.call(aten.masked_fill.Scalar, scores, always, torch.inf)
             sizes = edit.size(scoring_layer.start, 1), edit.size(slots, 0)
             selection = torch.ops.reroute.select_tokens.default
-            choice = edit.call(selection, scores, visual_index, lengths, keep, pools, *sizes)
+            choice = edit.call(selection, ranked, visual_index, lengths, keep, pools, *sizes)
             positions, kept = edit.unpack(choice)
         # What the ranking rule has no use for is dead code.
         needed = ancestors([scores, positions, kept])

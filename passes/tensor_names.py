@@ -14,6 +14,10 @@ TEXT_INDEX, TEXT_TOKENS = "text_index", "text_tokens"
 """Places of the text behind the last picture, and the name of how many there are; only for rules that ask it."""
 CELLS = ("rows", "columns", "images")
 """Where each visual token lies in its picture, and in which one; each only for rules that ask it."""
+ALWAYS = "always"
+"""Which visual tokens the first decisions keep whatever their scores; only where there are such."""
+BLOCKS, MIDDLES = "blocks", "middles"
+"""Inputs of `PoolBlocks`; the second is the name of a size, too."""
 INPUTS_EMBEDS, POSITION_IDS = "inputs_embeds", "position_ids"
 """Inputs of the decoder that was exported."""
 

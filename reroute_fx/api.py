@@ -122,6 +122,7 @@ def compile(
     )
     _check_tower(model, config)
     _check_rules(model, decoder, config)
+    _check_block(model, config)
     settle_cpu_math()
     with _status(progress, "capturing the decoder"):
         captured = capture_decoder(model)
@@ -208,6 +209,7 @@ def inspect(
     )
     _check_tower(model, config)
     _check_rules(model, decoder, config)
+    _check_block(model, config)
     captured = capture_decoder(model)
     _check_positions(config, captured)
     _, report = DecoderPrograms(captured).prompt(config)
@@ -254,6 +256,16 @@ def _check_rules(model: Any, decoder: Any, config: RoutingConfig) -> None:
                 f"{type(model).__name__} lie in their pictures is not known; expected a model with one token for each "
                 f"cell of a grid, such as LLaVA-1.5 or Qwen2.5-VL. Use a rule without a lattice."
             )
+
+
+def _check_block(model: Any, config: RoutingConfig) -> None:
+    """Raise `UnsupportedModelError` unless it is known where the visual tokens lie that form blocks."""
+    if config.block and not has_cells(model.config):
+        raise UnsupportedModelError(
+            f"block is {config.block} (method {config.method!r}), but where the visual tokens of a "
+            f"{type(model).__name__} lie in their pictures is not known; expected a model with one token for each cell "
+            f"of a grid, such as LLaVA-1.5 or Qwen2.5-VL. Use a method without blocks, such as 'pdrop'."
+        )
 
 
 def _check_positions(config: RoutingConfig, captured: CapturedDecoder) -> None:

@@ -31,6 +31,7 @@ from .passes import (
     NumberStages,
     Pass,
     PassResult,
+    PoolBlocks,
     ProveCausal,
     ReduceFeatures,
     ReduceGrids,
@@ -95,12 +96,14 @@ def _stage_passes(config: RoutingConfig, savings: Savings, keep_streams: bool) -
     if not config.decision_layers:
         return []
     return [
+        *([PoolBlocks()] if config.block else []),
         InsertSelection(
             config.decision_layers,
             several_pools=config.pool == "image",
             ranks=config.ranks,
             scoring=config.scoring_layers,
             seed=config.seed,
+            always=config.block_decisions,
         ),
         RouteStages(config.action, config.positions, keep_streams),
         *([RestoreInPlace()] if savings.restore_in_place else []),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conversations import BATCHES, ROUTING, batch, forward_and_steps, new_tokens, unrouted_model
 
+from reroute_fx import RoutingConfig
 from reroute_fx.api import _named
 from reroute_fx.capture import capture_decoder, find_visual_token_ids, text_decoder
 from reroute_fx.lowering import cuda_graphs, lower
@@ -162,9 +163,9 @@ def test_a_call_waits_for_what_the_one_before_launched_on_its_stream(monkeypatch
     assert launched == ["call 1", "second waits for the end of first", "call 2"]
 
 
-def graphed_model(family):
+def graphed_model(family, config=None):
     """The model of `routed_model` with programs that are recorded, in rounded sizes."""
-    model, config = unrouted_model(family), ROUTING[family]
+    model, config = unrouted_model(family), config or ROUTING[family]
     captured = capture_decoder(model)
     program, report = route(captured.program, config)
     following = continuation(captured.program, config.decision_layers)
@@ -200,6 +201,18 @@ def test_a_recorded_model_computes_the_same(family, rows):
     tokens = [new_tokens(model, inputs, max_new_tokens=8, do_sample=False) for model in (graphed, plain)]
     assert torch.equal(*tokens)
     assert graphed.programs["continuation"].cuda_graphs.recorded >= 1
+
+
+def test_what_counts_pools_and_blocks_computes_the_same():
+    """Added places belong to no picture and no block."""
+    from conversations import NOISE, routed_model
+
+    config = RoutingConfig((1, 3), (0.5, 0.3), pool="image", block=2, block_decisions=2)
+    inputs = batch("llava", *BATCHES["padded"])
+    expected, result = (make("llava", config)(**inputs) for make in (routed_model, graphed_model))
+    torch.testing.assert_close(result.logits, expected.logits, atol=NOISE, rtol=0)
+    for layer, selected in expected.routing.selected.items():
+        assert all(map(torch.equal, result.routing.selected[layer], selected))
 
 
 def test_prompts_of_one_bucket_share_a_graph(family):

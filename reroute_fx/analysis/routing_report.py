@@ -152,6 +152,8 @@ class RoutingReport:
         )
         if config.entry_ratio < 1:
             said.append(f"{config.entering(self.visual_tokens)} visual tokens enter.")
+        if config.block:
+            said.append(f"Pools blocks of {config.block} x {config.block} visual tokens.")
         if config.rules:
             said += [
                 f"Before layer {layer} ranks by {rule}."

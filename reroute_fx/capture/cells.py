@@ -50,8 +50,8 @@ def grids_of(
 def _square(tokens: int, side: int) -> Grid:
     if tokens != side * side:
         raise InputError(
-            f"A picture has {tokens} visual tokens, but the rules rank by rows and columns; expected pictures of "
-            f"{side} x {side}, and text between them if only visual_mask tells them apart."
+            f"A picture has {tokens} visual tokens, but rules or blocks ask for rows and columns; expected pictures "
+            f"of {side} x {side}, and text between them if only visual_mask tells them apart."
         )
     return 1, side, side
 
@@ -59,8 +59,9 @@ def _square(tokens: int, side: int) -> Grid:
 def _merged(grid: Sequence[int] | None, tokens: int, merge: int) -> Grid:
     if grid is None or math.prod(grid) != tokens * merge**2:
         raise InputError(
-            f"A picture of {tokens} visual tokens came with the grid {grid}, but the rules rank by rows and columns; "
-            f"expected image_grid_thw or video_grid_thw with a grid for each picture. Pass what the processor returned."
+            f"A picture of {tokens} visual tokens came with the grid {grid}, but rules or blocks ask for rows and "
+            f"columns; expected image_grid_thw or video_grid_thw with a grid for each picture. Pass what the processor "
+            f"returned."
         )
     frames, height, width = grid
     return frames, height // merge, width // merge

@@ -58,6 +58,10 @@ class RoutingConfig:
             these. A method with a reduction needs no decisions.
         rules: for each decision the rule that ranks, in the place of the method's own and of `scoring`; none at all for
             the method's own.
+        block: edge, in visual tokens, of the blocks of a picture; the token in the middle of each carries its mean. 0
+            for none.
+        block_decisions: how many decisions, from the first, keep the tokens that stand for blocks, whatever their
+            scores; they are part of what these decisions keep. 0 without blocks.
 
     Raises:
         ConfigError: on construction, naming the field.
@@ -77,6 +81,8 @@ class RoutingConfig:
     seed: int = 0
     entry_ratio: float = 1.0
     rules: tuple[Rule, ...] = ()
+    block: int = 0
+    block_decisions: int = 0
 
     def __post_init__(self) -> None:
         for field in ("decision_layers", "keep_ratios", "keep_tokens", "rules"):
@@ -98,6 +104,7 @@ class RoutingConfig:
             raise ConfigError(f"seed is {self.seed!r}; expected a Python int in 0..2^31 - 1.")
         self._check_entry()
         self._check_rules()
+        self._check_block()
         layers = self.decision_layers
         if reduces(self.method) and not (layers or self.keep_ratios or self.keep_tokens):
             return
@@ -172,6 +179,24 @@ class RoutingConfig:
                 f"scoring is {self.scoring!r} together with rules, each of which names its layer; leave scoring out."
             )
 
+    def _check_block(self) -> None:
+        edge, kept, decisions = self.block, self.block_decisions, len(self.decision_layers)
+        if not isinstance(edge, int) or isinstance(edge, bool) or edge < 0 or edge == 1:
+            raise ConfigError(
+                f"block is {edge!r}; expected 0, or the edge of a block of 2 visual tokens or more, a Python int."
+            )
+        least, most = (1, decisions) if edge else (0, 0)
+        if not isinstance(kept, int) or isinstance(kept, bool) or not least <= kept <= most:
+            raise ConfigError(
+                f"block_decisions is {kept!r} with block={edge} and {decisions} decisions; expected "
+                + (f"how many of them keep blocks, 1..{most}." if edge else "0: there are no blocks.")
+            )
+        if edge and self.entry_ratio < 1:
+            raise ConfigError(
+                f"block is {edge} together with entry_ratio {self.entry_ratio}; expected one of them: what is left of "
+                f"a reduced picture is no grid that has blocks."
+            )
+
     def _check_counts(self) -> None:
         """Raise unless there is a share or a number for each decision that it can keep."""
         field = "keep_tokens" if self.keep_tokens and not self.keep_ratios else "keep_ratios"
@@ -192,6 +217,12 @@ class RoutingConfig:
                 raise ConfigError(f"keep_tokens is {list(counts)}; expected Python ints above 0.")
         elif not all(isinstance(r, (int, float)) and not isinstance(r, bool) and 0 < r <= 1 for r in counts):
             raise ConfigError(f"keep_ratios is {list(counts)}; expected Python numbers in (0, 1].")
+        elif too_low := [r for r in counts[: self.block_decisions] if r * self.block**2 <= 1]:
+            raise ConfigError(
+                f"keep_ratios holds {too_low[0]:.4g} with blocks of {self.block} x {self.block} visual tokens; "
+                f"expected more than {1 / self.block**2:.4f}, the share of tokens that stand for blocks. Keep more, or "
+                f"name a larger block."
+            )
         if self.action == "physical_delete" and any(a < b for a, b in pairwise(counts)):
             what = "ratios" if field == "keep_ratios" else "numbers"
             raise ConfigError(
@@ -325,8 +356,12 @@ class RoutingConfig:
     @property
     def kept(self) -> tuple[str, ...]:
         """In words, what each decision keeps."""
-        return tuple(f"{k} tokens" for k in self.keep_tokens) or tuple(
+        counts = [f"{k} tokens" for k in self.keep_tokens] or [
             f"ratio {ratio:.4g}" for ratio in self.keep_ratios
+        ]
+        return tuple(
+            f"{count}, blocks first" if decision < self.block_decisions else count
+            for decision, count in enumerate(counts)
         )
 
     def keep_count(self, decision: int, pool: int) -> int:
@@ -394,17 +429,26 @@ def _solve(make: Maker, method: str, plan: Schedule, share: float, num_layers: i
     """Bisect the schedule's number for the share, with the integer keep counts at 576 tokens."""
     if num_layers < 2:
         raise ConfigError(f"num_layers is {num_layers}; expected at least 2.")
+    edge = plan.block(share) if plan.block else 0
+    pooled = [1 / edge**2 if i < plan.block_decisions else 0.0 for i in range(len(plan.layers))]
 
     def at(a: float) -> RoutingConfig:
         # In a shallow decoder two decisions can fall on one layer: the later one counts.
         rules = plan.rules or (None,) * len(plan.layers)
-        scaled = zip(_scale(plan.layers, num_layers), plan.ratios(a), rules, strict=True)
-        stages = {layer: (ratio, rule) for layer, ratio, rule in scaled if layer < num_layers}
+        scaled = zip(_scale(plan.layers, num_layers), plan.ratios(a), pooled, rules, strict=True)
+        stages = {
+            layer: (min(1.0, ratio + coarse), coarse, rule)
+            for layer, ratio, coarse, rule in scaled
+            if layer < num_layers
+        }
+        keep_blocks = sum(coarse > 0 for _, coarse, _ in stages.values())
         return make(
             tuple(stages),
-            tuple(ratio for ratio, _ in stages.values()),
+            tuple(ratio for ratio, _, _ in stages.values()),
             entry_ratio=plan.entry(a) if plan.entry else 1.0,
-            rules=tuple(rule for _, rule in stages.values() if rule),
+            rules=tuple(rule for _, _, rule in stages.values() if rule),
+            block=edge if keep_blocks else 0,
+            block_decisions=keep_blocks,
         )
 
     target = share * REFERENCE_TOKENS

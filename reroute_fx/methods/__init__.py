@@ -15,6 +15,7 @@ from .nuwa import NUWA
 from .pdrop import PDROP
 from .pdrop_official import PDROP_OFFICIAL
 from .random import RANDOM
+from .two_scale import TWO_SCALE
 from .value_similarity import VALUE_SIMILARITY
 
 __all__ = [
@@ -50,6 +51,7 @@ _BUILT_IN = (
     FEATHER,
     COVERAGE,
     VALUE_SIMILARITY,
+    TWO_SCALE,
     RANDOM,
     AVGPOOL,
 )

@@ -30,6 +30,9 @@ class Schedule:
             are shares of those. None without a reduction.
         published: shares that the authors give, by tier; with a reduction what enters comes first.
         rules: a rule for each decision, in the place of the method's `rank` and of `scoring`; none at all otherwise.
+        block: from the share that a tier stands for to the edge of blocks, see `RoutingConfig`. None without blocks.
+        block_decisions: how many decisions, from the first, keep the tokens that stand for blocks; their ratios are
+            what they keep beside these.
     """
 
     layers: tuple[int, ...]
@@ -38,6 +41,8 @@ class Schedule:
     entry: Callable[[float], float] | None = None
     published: Mapping[float, tuple[float, ...]] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
+    block: Callable[[float], int] | None = None
+    block_decisions: int = 0
 
 
 @dataclass(frozen=True)

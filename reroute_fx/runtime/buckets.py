@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from ..passes.tensor_names import (
+    BLOCKS,
     CACHED,
     INPUTS_EMBEDS,
     LENGTHS,
+    MIDDLES,
     POOLS,
     TEXT_INDEX,
     VISUAL_INDEX,
@@ -21,6 +23,8 @@ from ..selection.row_plan import RowPlan
 
 BUCKET = 64
 """Places to whose multiples the stream, the visual tokens and the stages are rounded up."""
+_BEHIND = 2**62
+"""A number behind those of all pools, blocks and places; `F.pad` takes numbers as floats, which have no 2^63 - 1."""
 
 
 def pad_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -38,9 +42,8 @@ def pad_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             padded[name] = tensor
         elif name in (VISUAL_INDEX, TEXT_INDEX):
             padded[name] = F.pad(tensor, (0, _missing(tensor.shape[-1])), value=places)
-        elif name == POOLS:
-            behind = torch.iinfo(torch.int64).max
-            padded[name] = F.pad(tensor, (0, _missing(tensor.shape[-1])), value=behind)
+        elif name in (POOLS, BLOCKS, MIDDLES):
+            padded[name] = F.pad(tensor, (0, _missing(tensor.shape[-1])), value=_BEHIND)
         else:
             padded[name] = F.pad(tensor, (0, _missing(tensor.shape[-1])))
     return padded

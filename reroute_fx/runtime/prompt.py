@@ -15,6 +15,7 @@ from ..config.routing_config import RoutingConfig
 from ..errors import InputError
 from ..passes.tensor_names import CELLS, TEXT_INDEX
 from ..selection.asked_inputs import cells, text_index
+from ..selection.pooled_blocks import pooled_inputs
 from ..selection.row_plan import RowPlan, plan_rows
 from ..selection.selection_result import Routing
 from .cache import RoutedCache
@@ -233,7 +234,7 @@ class PromptReader:
         if self.limits is not None:
             self.limits.check_images(images)
         device = input_ids.device
-        asked = self._asked_cells(given, pictures)
+        asked = self._asked_cells(given, pictures, is_visual)
         if self.routing_config.entry_ratio < 1:
             left, counts, entering = plan_entry(self.routing_config, is_visual, lengths.tolist(), images)
             plan = plan_rows(
@@ -247,14 +248,17 @@ class PromptReader:
         return Prompt(plan, places.to(device) if places else None)
 
     def _asked_cells(
-        self, given: Mapping[str, Any], pictures: list[list[tuple[int, int]]]
+        self, given: Mapping[str, Any], pictures: list[list[tuple[int, int]]], is_visual: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Where each visual token lies in its picture, if the program asks."""
-        if not set(CELLS) & set(self.asked):
+        """Where each visual token lies in its picture, and the blocks of pictures, if the program asks."""
+        edge, asks_cells = self.routing_config.block, not set(CELLS).isdisjoint(self.asked)
+        if not edge and not asks_cells:
             return {}
         held = generated_grids.get() if given.get("mm_encoder_outputs") else {}
-        found = cells(grids_of(self.model_config, {**given, **held}, pictures))
-        return {name: found[name] for name in CELLS if name in self.asked}
+        grids = grids_of(self.model_config, {**given, **held}, pictures)
+        found = cells(grids) if asks_cells else {}
+        pooled = pooled_inputs(is_visual, grids, edge) if edge else {}
+        return {name: found[name] for name in CELLS if name in self.asked} | pooled
 
     def _asked_text(self, is_visual: torch.Tensor, lengths: list[int]) -> dict[str, torch.Tensor]:
         """Where the text behind the last picture is, if the program asks."""

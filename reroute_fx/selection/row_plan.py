@@ -8,7 +8,7 @@ import torch
 
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
-from ..passes.tensor_names import LENGTHS, POOLS, VISUAL_INDEX, keep_input, slots_input
+from ..passes.tensor_names import ALWAYS, LENGTHS, POOLS, VISUAL_INDEX, keep_input, slots_input
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def plan_rows(
         lengths: tokens of each row.
         images: for each row the visual tokens of each of its images, in order.
         asked: inputs that the program takes because rules ask for them: `text_index`, ``rows``, ``columns``,
-            ``images``; see `Candidates`.
+            ``images``; see `Candidates`. With blocks what `pooled_inputs` returns.
     """
     batch, places = is_visual.shape
     pools = images if config.pool == "image" else [[sum(row)] for row in images]
@@ -73,6 +73,8 @@ def plan_rows(
     stage_lengths = {}
     for decision, layer in enumerate(config.decision_layers):
         _refuse_small_pools(config, decision, pools)
+        if config.keep_tokens and decision < config.block_decisions:
+            _refuse_many_blocks(config, decision, pools, asked[ALWAYS])
         kept = [[config.keep_count(decision, tokens) for tokens in row] for row in pools]
         inputs[keep_input(layer)] = torch.tensor(
             [_places(p, k, widest) for p, k in zip(pools, kept, strict=True)]
@@ -94,6 +96,20 @@ def _refuse_small_pools(config: RoutingConfig, decision: int, pools: Sequence[Se
             raise InputError(
                 f"Row {row} has a pool of {too_small[0]} visual tokens, but keep_tokens is {list(config.keep_tokens)}; "
                 f"expected at least {config.keep_count(decision, 1)}. Pass a larger image or use keep_ratios."
+            )
+
+
+def _refuse_many_blocks(
+    config: RoutingConfig, decision: int, pools: Sequence[Sequence[int]], always: torch.Tensor
+) -> None:
+    for row, sizes in enumerate(pools):
+        marks = always[row, : sum(sizes)].split(list(sizes))
+        most = max((int(of_pool.sum()) for of_pool in marks), default=0)
+        if most > config.keep_tokens[decision]:
+            raise InputError(
+                f"Row {row} has a pool with {most} blocks of {config.block} x {config.block} visual tokens, but "
+                f"keep_tokens is {list(config.keep_tokens)}; expected at least {most} for the first "
+                f"{config.block_decisions}. Pass a smaller image, or use keep_ratios or larger blocks."
             )
 
 

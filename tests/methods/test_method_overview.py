@@ -73,7 +73,7 @@ def test_on_the_command_line():
 
 
 def test_passes_and_kernels_name_no_method_and_no_model():
-    common = {"official", "random", "value", "similarity"}
+    common = {"official", "random", "value", "similarity", "two", "scale"}
     names = {part for method in all_methods() for part in method.name.split("-")} - common
     words = re.compile("|".join(sorted(names | {"nüwa", "pyramiddrop", "llava", "qwen"})), re.I)
     files = [path for folder in ("passes", "kernels") for path in (ROOT / folder).rglob("*.py")]
