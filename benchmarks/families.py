@@ -123,6 +123,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"vision_config": {**VISION, "image_size": 56, "patch_size": 14}},
     ),
     "Qwen3-VL": ("Qwen3VL", {**HEADS, "rope_parameters": ROPE}, {}),
+    "Qwen3-VL-MoE": ("Qwen3VLMoe", {**HEADS, **EXPERTS, "rope_parameters": ROPE}, {}),
 }
 """Name of the config, options of the decoder's config, and of its own."""
 

@@ -21,7 +21,7 @@ from .model_graph import Decision, Layer, LayerSizes, ModelGraph
 from .number_stages import NumberStages
 from .pool_blocks import PoolBlocks
 from .prove_causal import ProveCausal
-from .ranking import Candidates, Rank, by_attention, fields_asked
+from .ranking import Candidates, Rank, attention_scores, by_attention, fields_asked
 from .reduce_features import GONE, Reduce, ReduceFeatures, TowerStates
 from .reduce_grids import GridInputs, GridStates, ReduceGrid, ReduceGrids
 from .remove_no_ops import RemoveNoOps
@@ -66,6 +66,7 @@ __all__ = [
     "RestoreInPlace",
     "RouteStages",
     "TowerStates",
+    "attention_scores",
     "by_attention",
     "edit_graph",
     "fields_asked",

@@ -24,7 +24,7 @@ from torch import fx
 
 from .base_errors import MatchError
 from .base_pass import Pass, PassResult, Rejection, refuse
-from .canonicalize_attention import attention_arguments
+from .canonicalize_attention import attention_arguments, change_attention
 from .graph_edit import (
     Editor,
     add_input,
@@ -160,5 +160,4 @@ def _attend(graph: ModelGraph, layer: Layer, keys: fx.Node, values: fx.Node, slo
             )
             for cache, new in ((keys, given.key), (values, given.value))
         )
-    query, _, _, _, dropout, _ = layer.attention.args
-    layer.attention.args = (query, keys, values, slots.mask, dropout, False)
+    change_attention(layer.attention, key=keys, value=values, mask=slots.mask, is_causal=False)

@@ -4,16 +4,19 @@ Before: ``scaled_dot_product_attention(q, repeat(k), repeat(v), mask)``, where r
         unsqueeze-expand-reshape over key-value groups, or the eager spelling
         ``matmul(softmax(matmul(q, k^T) * scale + mask), v)``.
 After:  ``scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=..., enable_gqa=...)``
-        with the keys and values as they are cached, [B, Hkv, S, D].
+        with the keys and values as they are cached, [B, Hkv, S, D]. With sinks, a logit for each head that
+        stands for no token, ``reroute.attention_with_sinks(q, k, v, sinks, mask, is_causal, scale)``, which a
+        decoder is captured with.
 
 Only spellings that are verified argument by argument are rewritten. Anything else that looks like
 attention is rejected with a reason.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from .base_pass import Pass, PassResult, Rejection, refuse
@@ -22,6 +25,9 @@ from .model_graph import ModelGraph
 
 _SOFTMAX = (aten.softmax, aten._softmax)
 _MATMUL = (aten.matmul, aten.bmm)
+_WITH_SINKS = torch.ops.reroute.attention_with_sinks
+ATTENTION = (aten.scaled_dot_product_attention, _WITH_SINKS)
+"""Operators of canonical attentions."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Attention:
     mask: fx.Node | None
     is_causal: bool
     scale: float
+    sinks: fx.Node | None = None
 
 
 class _NotCanonical(Exception):
@@ -44,8 +51,19 @@ def attention_arguments(node: fx.Node) -> Attention:
     """Read the arguments of a canonical attention node."""
     given = named_arguments(node)
     return Attention(
-        given["query"], given["key"], given["value"], given["attn_mask"], given["is_causal"], given["scale"]
+        given["query"],
+        given["key"],
+        given["value"],
+        given["attn_mask"],
+        given["is_causal"],
+        given["scale"],
+        given.get("sinks"),
     )
+
+
+def change_attention(node: fx.Node, **changed: Any) -> None:
+    """Give a canonical attention other arguments, by their names in `Attention`."""
+    _rewrite(node, replace(attention_arguments(node), **changed))
 
 
 class CanonicalizeAttention(Pass):
@@ -59,6 +77,8 @@ class CanonicalizeAttention(Pass):
             try:
                 if is_op(node, aten.scaled_dot_product_attention):
                     attention = _read_fused(node)
+                elif is_op(node, _WITH_SINKS):
+                    attention = attention_arguments(node)
                 elif is_op(node, *_SOFTMAX) and _over_keys(node):
                     attention, node = _read_eager(node)
                 else:
@@ -79,6 +99,12 @@ class CanonicalizeAttention(Pass):
 
 def _rewrite(node: fx.Node, attention: Attention) -> None:
     """Spell `node` canonically; its name and its fake value stay."""
+    if attention.sinks is not None:
+        node.target = _WITH_SINKS.default
+        node.args = (attention.query, attention.key, attention.value, attention.sinks)
+        node.args += (attention.mask, attention.is_causal, attention.scale)
+        node.kwargs = {}
+        return
     grouped = not same_size(shape(attention.query)[1], shape(attention.key)[1])
     node.target = aten.scaled_dot_product_attention.default
     node.args = (attention.query, attention.key, attention.value, attention.mask, 0.0, attention.is_causal)
@@ -203,4 +229,4 @@ def _only_user(node: fx.Node) -> fx.Node:
 
 def attentions(graph: ModelGraph) -> Iterator[fx.Node]:
     """Canonical attention nodes in graph order."""
-    yield from (n for n in graph.fx_graph.nodes if is_op(n, aten.scaled_dot_product_attention))
+    yield from (n for n in graph.fx_graph.nodes if is_op(n, *ATTENTION))

@@ -7,8 +7,9 @@ After:  the same graph; `ModelGraph.layers` holds a `Layer` for each attention a
 The residual stream is found by dataflow. A value that every path from the stream's source to the
 output runs through is a *cut*. A cut that adds something to an earlier cut is a residual update. A
 layer reaches from the last residual update before its attention to the last one before the next
-attention. Inside a layer nothing may be read from outside, tokens may see each other in the
-attention only, and that must read its query, keys and values from its own layer.
+attention. What is added between two layers, visual features say, belongs to the first of them. Inside a
+layer nothing may be read from outside, tokens may see each other in the attention only, and that must
+read its query, keys and values from its own layer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -149,8 +150,27 @@ def _split(
         nodes = _between(start, inside[-1])
         ordered = tuple(sorted(nodes, key=order.__getitem__))
         sizes = _measure(graph, start, block, ordered)
-        layers.append(Layer(len(layers), start, inside[-1], block, ordered, sizes))
+        layers.append(
+            Layer(len(layers), start, inside[-1], block, ordered, sizes, _addends(start, inside[-1]))
+        )
     return layers, rejected
+
+
+def _addends(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
+    """What a layer adds to the stream last, for each token and from outside the stream."""
+    found: list[fx.Node] = []
+    while is_op(end, aten.add.Tensor) and not end.kwargs:
+        terms = [a for a in end.args if isinstance(a, fx.Node)]
+        outside = [a for a in terms if start not in ancestors([a], stop=start)]
+        if len(outside) != 1 or not _is_like(outside[0], start):
+            break
+        found += outside
+        (end,) = (a for a in terms if a not in outside)
+    return tuple(reversed(found))
+
+
+def _is_like(node: fx.Node, stream: fx.Node) -> bool:
+    return is_tensor(node) and [*map(expression, shape(node))] == [*map(expression, shape(stream))]
 
 
 def _measure(graph: ModelGraph, start: fx.Node, block: fx.Node, nodes: Sequence[fx.Node]) -> LayerSizes:

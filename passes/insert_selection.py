@@ -2,7 +2,8 @@
 
 Before: ``%h -> layer 7 -> ...``
 After:  ``%query = layer 7's rotated query of each row's last token``, ``%keys = layer 7's rotated keys of %h``,
-        ``%scores = reroute.visual_scores(%query, %keys, %visual_index, %lengths)``,
+        ``%scores = reroute.visual_scores(%query, %keys, %visual_index, %lengths)``, with attention sinks a key
+        for them in front,
         ``%positions, %kept = reroute.select_tokens(%scores, %visual_index, %lengths, %keep_7, ...)``.
         The layers themselves are as before; `RouteStages` makes them use the selection.
 
@@ -149,6 +150,7 @@ class InsertSelection(Pass):
     ) -> Decision:
         graph = asked.graph
         scoring_layer = graph.layers[layer.index - distance]
+        attention = attention_arguments(scoring_layer.attention)
         with edit_after(graph, layer.attention.prev, region=f"decision.{layer.index}") as edit:
             candidates = {
                 "hidden": scoring_layer.start,
@@ -158,7 +160,8 @@ class InsertSelection(Pass):
                 "pools": pools,
                 "layer": layer.index,
                 "seed": self.seed,
-                "scale": attention_arguments(scoring_layer.attention).scale,
+                "scale": attention.scale,
+                "sinks": attention.sinks,
                 **asked.tokens(),
                 **projections(edit, asked, scoring_layer, lengths),
             }

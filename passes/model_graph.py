@@ -49,6 +49,7 @@ class Layer:
         nodes: what computes `end` from `start`, with helpers that no other layer reads, in graph order;
             `start` is not among them.
         sizes: what the layer's cost follows from.
+        addends: what `end` adds to the stream last that does not come from it, ``[B, S, d]`` each, in order.
     """
 
     index: int
@@ -57,6 +58,7 @@ class Layer:
     attention: fx.Node
     nodes: tuple[fx.Node, ...]
     sizes: LayerSizes
+    addends: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .base_pass import Pass, PassResult, Rejection, refuse
-from .canonicalize_attention import Attention, attention_arguments, attentions
+from .canonicalize_attention import Attention, attention_arguments, attentions, change_attention
 from .graph_edit import aten, is_op, same_size, shape, value
 from .model_graph import ModelGraph
 
@@ -89,7 +89,7 @@ class ProveCausal(Pass):
             except _NotUnderstood as reason:
                 rejected.append(Rejection(node.name, str(reason)))
                 continue
-            _drop_mask(node)
+            change_attention(node, mask=None, is_causal=True)
             proved.append(node)
             dropped += 1
         if rejected:
@@ -104,11 +104,6 @@ class ProveCausal(Pass):
         graph.unused_inputs += tuple(n.name for n in graph.inputs if n.name in padding and not n.users)
         detail = f"valid without padding: {', '.join(sorted(padding))} dropped" if padding else ""
         return PassResult(self.name, matched=len(proved), rewritten=dropped, detail=detail)
-
-
-def _drop_mask(node: fx.Node) -> None:
-    query, key, values, _, dropout, _ = node.args
-    node.args = (query, key, values, None, dropout, True)
 
 
 def _read_sizes_elsewhere(graph: ModelGraph, name: str) -> None:

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 
+from ..kernels import with_sink_token
 from .base_errors import RerouteError
+
+_BEHIND = 2**62
+"""A place behind every token."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Candidates:
         pools: number of the pool that each visual token competes in, ascending, ``[B, N]`` int64; None for one pool.
         layer: decision layer.
         seed: for rules that choose by chance.
+        sinks: logit of each head of the scoring layer that stands for no token, ``[H]``; None if there is none.
     """
 
     hidden: torch.Tensor
@@ -60,6 +65,7 @@ class Candidates:
     pools: torch.Tensor | None
     layer: int
     seed: int
+    sinks: torch.Tensor | None = None
 
 
 Rank = Callable[[Candidates], torch.Tensor]
@@ -70,10 +76,23 @@ It is traced, once, with sizes that stay symbolic: plain tensor operations, and 
 
 
 def by_attention(candidates: Candidates) -> torch.Tensor:
-    """How much each row's last token attends to each visual token, mean over heads."""
-    scores: torch.Tensor = torch.ops.reroute.visual_scores(
-        candidates.query, candidates.keys, candidates.visual_index, candidates.lengths, candidates.scale
-    )
+    """How much each row's last token attends to each visual token, mean over heads.
+
+    Sinks take their share of each head before the mean, so that heads which attend to nothing count for little.
+    """
+    return attention_scores(candidates, candidates.query, candidates.keys, candidates.sinks)
+
+
+def attention_scores(
+    candidates: Candidates, query: torch.Tensor, keys: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """`by_attention` with a query, keys and sinks of one's own: some heads, or without rotary positions."""
+    index, lengths = candidates.visual_index, candidates.lengths
+    if sinks is not None:
+        query, keys = with_sink_token(query, keys, sinks, candidates.scale)
+        # Every token moves one place; what stands for none lies behind them all.
+        index, lengths = index.clamp(max=_BEHIND) + 1, lengths + 1
+    scores: torch.Tensor = torch.ops.reroute.visual_scores(query, keys, index, lengths, candidates.scale)
     return scores
 
 

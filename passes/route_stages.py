@@ -10,7 +10,8 @@ After, by action:
 ``physical_delete``
     as stagewise, but the next decision scores and selects on the compact stream; nothing comes back
 
-Deferred rows keep the residual value that they had when they were deferred. At the end the output has
+Deferred rows keep the residual value that they had when they were deferred. What the layers of their stage add to
+every token whatever it holds (`Layer.addends`) they get when they come back. At the end the output has
 all S rows again, each at its own place. Rotary positions are gathered, gaps and all; contiguous ones are those of
 the first S' tokens instead.
 
@@ -145,11 +146,19 @@ def _route(
                 _, *inside, stream = _run_layers(edit, group, stream, tokens)
                 for layer, rows in zip(group[1:], inside, strict=True):
                     if layer.start in wanted:
-                        restored[layer.start] = _restore(edit, start, rows, tokens)
-                restored[last.end] = _restore(edit, start, stream, tokens)
+                        passed = group[: layer.index - group[0].index]
+                        restored[layer.start] = _restore(edit, _waiting(edit, start, passed), rows, tokens)
+                restored[last.end] = _restore(edit, _waiting(edit, start, group), stream, tokens)
     for original, stream in restored.items():
         original.replace_all_uses_with(stream, partial(operator.lt, stream))  # only what comes later
     return restored
+
+
+def _waiting(edit: Editor, stream: fx.Node, layers: Sequence[Layer]) -> fx.Node:
+    """The stream of tokens that wait while `layers` run."""
+    for addend in (addend for layer in layers for addend in layer.addends):
+        stream = edit.call(aten.add.Tensor, stream, addend)
+    return stream
 
 
 def _delete(graph: ModelGraph, renumbered: set[fx.Node], keep_streams: bool) -> dict[fx.Node, fx.Node]:

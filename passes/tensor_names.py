@@ -21,6 +21,8 @@ BLOCKS, MIDDLES = "blocks", "middles"
 INPUTS_EMBEDS, POSITION_IDS = "inputs_embeds", "position_ids"
 """Inputs of the decoder that was exported."""
 
+_ADDEND = "addend"
+
 Cached = Literal["key", "value"]
 CACHED: tuple[Cached, ...] = ("key", "value")
 Output = Literal["key", "value", "scores", "kept", "stream"]
@@ -39,6 +41,16 @@ def slots_input(layer: int) -> str:
 def positions_input(layer: int) -> str:
     """Rotary positions of the stage that begins with a layer, where stages count their own."""
     return f"{POSITION_IDS}_{layer}"
+
+
+def addend_input(layer: int) -> str:
+    """What is added to the stream at a layer and does not come from it, ``[B, S, d]``."""
+    return f"{_ADDEND}_{layer}"
+
+
+def is_addend_input(name: str) -> bool:
+    """Whether an input is an addend of a layer."""
+    return name.startswith(f"{_ADDEND}_")
 
 
 def cached_input(layer: int) -> str:

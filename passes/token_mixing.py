@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import fx
 
+from .canonicalize_attention import ATTENTION
 from .graph_edit import aten, expression, is_op, is_tensor, mentions, named_arguments, shape, value
 from .token_rows import Axis, Mixes, Place, Rows, Several
 from .token_rules import Call, rule_of
@@ -87,7 +88,7 @@ class TokenMixing:
         if not _returns_tensors(node):
             return None
         self._refuse_lengths(node)
-        if is_op(node, aten.scaled_dot_product_attention):
+        if is_op(node, *ATTENTION):
             return self.places[node.args[0]]  # type: ignore[index]
         if is_op(node, *_NEW):
             return self._by_shape(node)

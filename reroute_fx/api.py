@@ -164,6 +164,7 @@ def compile(
         decoder,
         report=_named(report, model, source, backend, captured.seconds),
         position_rank=captured.position_rank,
+        layer_features=captured.layer_features,
         visual_ids=find_visual_token_ids(model.config),
         limits=limits,
         tower=tower,

@@ -8,19 +8,23 @@ import os
 from pathlib import Path
 
 import torch
-from conversations import IMAGE, unrouted_model
+from conversations import IMAGE, routed_model, unrouted_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import reroute_fx
-from reroute_fx import Limits
+from reroute_fx import Limits, LoadedModel
 from reroute_fx.artifact import manifest
 from reroute_fx.artifact.exporting import trace
 from reroute_fx.artifact.files import list_files
+from reroute_fx.capture import find_visual_token_ids, text_decoder
+from reroute_fx.lowering import lower
+from reroute_fx.lowering.call_schedule import by_name
 from reroute_fx.lowering.inductor import aot_regions
 from reroute_fx.lowering.inductor.aot_regions import schedule
 from reroute_fx.lowering.regions import device_key
+from reroute_fx.runtime.loaded_model import Parts
 
 TIERS = (0.6, 0.5, 0.4)
 LIMITS = Limits(batch=9, length=96, image_tokens=32)
@@ -90,6 +94,28 @@ def sign(folder, change=lambda content: None):
     change(content)
     del content["checksum"]
     path.write_text(json.dumps({"checksum": manifest._checksum(content), **content}))
+
+
+def loaded_model(family):
+    """A `LoadedModel` whose programs run as they are, instead of those of an artifact."""
+    routed = routed_model(family)
+    traced = trace(routed)
+    programs = {name: lower(program, "eager") for name, program in traced.programs.items()}
+    return LoadedModel(
+        Parts(
+            config=routed.config,
+            generation_config=routed.generation_config,
+            routing_config=routed.routing_config,
+            limits=Limits(batch=8, length=128, image_tokens=64),
+            dtype=routed.dtype,
+            device=routed.device,
+            images=traced.images,
+            positions=traced.positions,
+            layer_features=text_decoder(routed).layer_features,
+            visual_ids=find_visual_token_ids(routed.config),
+            programs={name: lambda p=p, **given: by_name(p(**given)) for name, p in programs.items()},
+        )
+    )
 
 
 def artifact(tmp_path_factory, family, tier=TIERS[0]):

@@ -3,11 +3,12 @@
 import functools
 
 import torch
-from tiny_models import END, IMAGE, START, VIDEO, llava_config, qwen_config
+from tiny_models import END, IMAGE, START, VIDEO, llava_config, qwen3_config, qwen_config
 from transformers import (
     GenerationConfig,
     LlavaForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
     TextStreamer,
 )
 
@@ -24,6 +25,7 @@ EVERYTHING = RoutingConfig(DECISIONS, (1.0, 1.0))
 ROUTING = {
     "llava": RoutingConfig(DECISIONS, (0.5, 0.25)),
     "qwen": RoutingConfig(DECISIONS, (0.6, 0.2), "physical_delete"),
+    "qwen3": RoutingConfig(DECISIONS, (0.5, 0.25)),
 }
 NOISE = 1e-4
 """Allowed difference of logits near 8, where float32 has a spacing of 1e-6: a hundred roundings in another order.
@@ -33,6 +35,7 @@ Another selection, position or cached token moves them by 1e-1 and more.
 MODELS = {
     "llava": (LlavaForConditionalGeneration, llava_config, {}),
     "qwen": (Qwen2_5_VLForConditionalGeneration, qwen_config, {"patch_size": 4, "window_size": 16}),
+    "qwen3": (Qwen3VLForConditionalGeneration, qwen3_config, {"patch_size": 4}),
 }
 
 
@@ -65,12 +68,12 @@ def batch(family, *rows, pad="left"):
     """Inputs for rows of token ids, padded on one side."""
     ids, mask = padded(rows, pad)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if family == "qwen":
+    if family != "llava":
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     pictures = [(row[1], row.count(IMAGE) // 16) for row in rows if IMAGE in row]
     if pictures:
         inputs["pixel_values"] = torch.cat([draw(family, name, count) for name, count in pictures])
-        if family == "qwen":
+        if family != "llava":
             grids = [GRIDS[(name + i) % 2] for name, count in pictures for i in range(count)]
             inputs["image_grid_thw"] = torch.tensor(grids)
     return inputs

@@ -1,6 +1,7 @@
 """Batches with padding, several images and video: each row as if it ran alone, and as Hugging Face's layers say."""
 
 import copy
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -21,6 +22,7 @@ from tiny_models import (
     qwen_picture,
     tiny_llava,
     tiny_qwen,
+    tiny_qwen3,
 )
 
 import reroute_fx
@@ -49,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @lru_cache
 def unrouted(family):
-    return {"llava": tiny_llava, "qwen": tiny_qwen}[family]()
+    return {"llava": tiny_llava, "qwen": tiny_qwen, "qwen3": tiny_qwen3}[family]()
 
 
 @lru_cache
@@ -280,7 +282,17 @@ def qwen_rows():
     ]
 
 
-ROWS = {"llava": llava_rows, "qwen": qwen_rows}
+def qwen3_rows():
+    """The rows of `qwen_rows`, with text between the frames of the videos."""
+    rows = []
+    for row in qwen_rows():
+        pictures = [replace(picture, apart=picture.token == VIDEO) for picture in row.pictures]
+        texts = [3] * (len(pictures) + 1)
+        rows.append(make_row(generator(len(rows)), texts, pictures))
+    return rows
+
+
+ROWS = {"llava": llava_rows, "qwen": qwen_rows, "qwen3": qwen3_rows}
 
 
 @pairs("3 s each")
@@ -349,6 +361,7 @@ class ByHand:
         self.scores, self.selected = {}, {}
         with torch.no_grad():
             self.hidden, self.rotary = self._first_layer_inputs()
+            self.addends = self._addends()
             self._run()
             self.logits = self.model.lm_head(self.decoder.norm(self.hidden))[0]
 
@@ -365,6 +378,21 @@ class ByHand:
         finally:
             hook.remove()
         return seen["hidden"].clone(), seen["position_embeddings"]
+
+    def _addends(self):
+        """Visual features that the decoder adds behind its first layers, zero for text, ``[1, S, d]`` each."""
+        model = self.model.model
+        if not hasattr(model, "visual") or not hasattr(model.visual, "deepstack_visual_indexes"):
+            return []
+        found = [torch.zeros_like(self.hidden) for _ in model.visual.deepstack_visual_indexes]
+        place = iter(self.row.visual_positions)
+        for picture in self.row.pictures:
+            inner = model.visual(picture.pixels, grid_thw=torch.tensor([picture.grid])).deepstack_features
+            for token in range(picture.size):
+                at = next(place)
+                for addend, features in zip(found, inner, strict=True):
+                    addend[0, at] = features[token]
+        return found
 
     def _call(self, module, hidden, tokens):
         causal = torch.full((len(tokens), len(tokens)), -torch.inf).triu(1)[None, None]
@@ -398,6 +426,10 @@ class ByHand:
                     candidates = kept
             output = self._call(layer, self.hidden[:, active], active)
             self.hidden[:, active] = output[0] if isinstance(output, tuple) else output
+            if number < len(self.addends):
+                # Tokens that wait get them too; what was deleted is as it was.
+                added = active if config.action == "physical_delete" else everything
+                self.hidden[:, added] += self.addends[number][:, added]
 
 
 @pairs("3 s each")

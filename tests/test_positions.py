@@ -25,8 +25,8 @@ def rows(draw):
     return parts
 
 
-def collect(batch, pad):
-    """Ids, mask, grids and seconds of rows, padded on one side."""
+def collect(batch, pad, apart=False):
+    """Ids, mask, grids and seconds of rows, padded on one side; `apart` has text between the frames of a video."""
     ids, images, videos, seconds = [], [], [], []
     for row in batch:
         ids.append([])
@@ -35,7 +35,8 @@ def collect(batch, pad):
                 ids[-1] += [5] * what
             else:
                 time, height, width = what[:3]
-                ids[-1] += [IMAGE if kind == "image" else VIDEO] * (time * height * width)
+                frame = [IMAGE if kind == "image" else VIDEO] * (height * width)
+                ids[-1] += ([*frame, 6] if apart else frame) * time
                 (images if kind == "image" else videos).append([time, 2 * height, 2 * width])
                 seconds += [what[3]] if kind == "video" else []
     longest = max(map(len, ids))
@@ -49,10 +50,12 @@ def collect(batch, pad):
 
 @given(batch=st.lists(rows(), min_size=1, max_size=3), pad=st.sampled_from(["left", "right"]))
 @settings(max_examples=200, deadline=None)
-def test_they_are_those_of_the_model(batch, pad):
-    model = unrouted_model("qwen")
-    ids, mask, images, videos, seconds = collect(batch, pad)
-    grids = {IMAGE: torch.tensor(images).view(-1, 3), VIDEO: torch.tensor(videos).view(-1, 3)}
+@pytest.mark.parametrize("family", ["qwen", "qwen3"])
+def test_they_are_those_of_the_model(family, batch, pad):
+    model = unrouted_model(family)
+    ids, mask, images, videos, seconds = collect(batch, pad, apart=family == "qwen3")
+    of_each = ((IMAGE, images), (VIDEO, videos))
+    grids = {token: torch.tensor(found, dtype=torch.int64).view(-1, 3) for token, found in of_each}
     expected, _ = model.model.get_rope_index(
         ids,
         mm_token_type_ids=(ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
@@ -107,6 +110,10 @@ def test_a_model_that_counts_in_another_way_is_refused(monkeypatch):
         positions, offsets = original(*args, **kwargs)
         return positions + 1, offsets
 
-    monkeypatch.setattr(model.model, "get_rope_index", shifted)
-    with pytest.raises(UnsupportedModelError, match="other rotary positions"):
-        find_positions(model, 3)
+    def asks_for_sound(input_ids, audio_lengths):
+        raise AssertionError("it is not called without")
+
+    for other in (shifted, asks_for_sound):
+        monkeypatch.setattr(model.model, "get_rope_index", other)
+        with pytest.raises(UnsupportedModelError, match="other rotary positions"):
+            find_positions(model, 3)

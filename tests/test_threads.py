@@ -6,18 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from artifacts import loaded_model
 from conversations import MIXED, NOISE, SINGLE, TEXT, batch, build, new_tokens, prompt, routed_model
 from suite_tiers import singles
 from test_cuda_graphs import graphed_model
 from transformers import Qwen2_5_VLModel
 
 import reroute_fx
-from reroute_fx import Limits, LoadedModel
-from reroute_fx.artifact.exporting import trace
-from reroute_fx.capture import find_visual_token_ids
-from reroute_fx.lowering import lower
-from reroute_fx.lowering.call_schedule import by_name
-from reroute_fx.runtime.loaded_model import Parts
 
 THREADS = 8
 GREEDY = {"max_new_tokens": 2, "do_sample": False}
@@ -93,27 +88,6 @@ def _switch_often():
     sys.setswitchinterval(1e-4)
     yield
     sys.setswitchinterval(before)
-
-
-def loaded_model(family):
-    """A `LoadedModel` whose programs run as they are, instead of those of an artifact."""
-    routed = routed_model(family)
-    traced = trace(routed)
-    programs = {name: lower(program, "eager") for name, program in traced.programs.items()}
-    return LoadedModel(
-        Parts(
-            config=routed.config,
-            generation_config=routed.generation_config,
-            routing_config=routed.routing_config,
-            limits=Limits(batch=8, length=128, image_tokens=64),
-            dtype=routed.dtype,
-            device=routed.device,
-            images=traced.images,
-            positions=traced.positions,
-            visual_ids=find_visual_token_ids(routed.config),
-            programs={name: lambda p=p, **given: by_name(p(**given)) for name, p in programs.items()},
-        )
-    )
 
 
 @singles("6 s each")

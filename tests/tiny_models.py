@@ -16,9 +16,11 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
-PAD, END, START, VIDEO, IMAGE = 0, 47, 48, 49, 50
+PAD, STAMP, END, START, VIDEO, IMAGE = 0, 46, 47, 48, 49, 50
 LAYERS = 8
 TEXT = {
     "vocab_size": 64,
@@ -93,6 +95,32 @@ def qwen2_vl() -> Any:
     return sharp(Qwen2VLForConditionalGeneration, config)
 
 
+def qwen3_config(layers: int, spread: float | None = None, **vision: Any) -> Qwen3VLConfig:
+    """Features of three layers of the tower are added behind the first three of the decoder; positions interleave."""
+    drawn = {} if spread is None else {"initializer_range": spread}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    config = Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": 8, "num_hidden_layers": layers, "rope_parameters": rope, **drawn},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "num_position_embeddings": 25,
+            "deepstack_visual_indexes": [0, 1, 2],
+            **drawn,
+            **vision,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    return _spread(config, spread)
+
+
 def _spread(config: Any, spread: float | None) -> Any:
     if spread is not None:
         config.initializer_range = spread
@@ -105,6 +133,10 @@ def tiny_llava() -> Any:
 
 def tiny_qwen() -> Any:
     return sharp(Qwen2_5_VLForConditionalGeneration, qwen_config(LAYERS, tokens_per_second=4))
+
+
+def tiny_qwen3() -> Any:
+    return sharp(Qwen3VLForConditionalGeneration, qwen3_config(LAYERS))
 
 
 def sharp(model_class: type, config: Any) -> Any:
@@ -128,6 +160,7 @@ class Picture:
         size: number of its visual tokens.
         pixels: as the model takes them.
         seconds: between the frames of a video.
+        apart: whether there is text between its frames.
     """
 
     token: int
@@ -135,6 +168,12 @@ class Picture:
     size: int
     pixels: torch.Tensor = field(repr=False)
     seconds: float = 1.0
+    apart: bool = False
+
+    @property
+    def placeholders(self) -> list[int]:
+        frame = [self.token] * (self.size // self.grid[0])
+        return ([*frame, STAMP] * self.grid[0])[:-1] if self.apart else frame * self.grid[0]
 
 
 @dataclass(frozen=True)
@@ -177,7 +216,7 @@ def make_row(random: torch.Generator, texts: Sequence[int], pictures: Sequence[P
     assert len(texts) == len(pictures) + 1
     ids = torch.randint(3, 40, (texts[0],), generator=random).tolist()
     for picture, text in zip(pictures, texts[1:], strict=True):
-        ids += [picture.token] * picture.size
+        ids += picture.placeholders
         ids += torch.randint(3, 40, (text,), generator=random).tolist()
     return Row(tuple(ids), tuple(pictures))
 
@@ -198,13 +237,14 @@ def collate(model: Any, rows: Sequence[Row], side: str = "left", extra: int = 0)
         inputs["pixel_values"] = torch.cat([picture.pixels for picture in images])
     if videos:
         inputs["pixel_values_videos"] = torch.cat([picture.pixels for picture in videos])
-    if isinstance(model, Qwen2_5_VLForConditionalGeneration):
+    if isinstance(model, (Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration)):
         inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
         if images:
             inputs["image_grid_thw"] = torch.tensor([picture.grid for picture in images])
         if videos:
             inputs["video_grid_thw"] = torch.tensor([picture.grid for picture in videos])
-            inputs["second_per_grid_ts"] = torch.tensor([picture.seconds for picture in videos])
+            if isinstance(model, Qwen2_5_VLForConditionalGeneration):
+                inputs["second_per_grid_ts"] = torch.tensor([picture.seconds for picture in videos])
     return inputs
 
 

@@ -18,8 +18,8 @@ def check_pictures(program: ExportedProgram, loaded: LoadedModel) -> None:
     images = loaded._parts.images
     pixels, grid = images.sample()
     inputs = images.inputs(pixels.to(loaded.device, loaded.dtype), grid)
-    found = loaded._parts.programs["images"](**inputs)["features"]
-    expected = program.module()(**inputs)["features"]
+    all_found, all_expected = loaded._parts.programs["images"](**inputs), program.module()(**inputs)
+    found, expected = all_found["features"], all_expected["features"]
     stays, wanted = (features.isfinite().all(dim=1) for features in (found, expected))
     if stays.sum() != wanted.sum():
         raise CaptureError(
@@ -27,6 +27,8 @@ def check_pictures(program: ExportedProgram, loaded: LoadedModel) -> None:
             f"be exported; use reroute_fx.compile."
         )
     _compare(found[stays & wanted], expected[stays & wanted], "features of pictures")
+    if "layer_features" in all_expected:
+        _compare(all_found["layer_features"], all_expected["layer_features"], "features of pictures")
 
 
 @torch.no_grad()

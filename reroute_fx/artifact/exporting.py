@@ -182,6 +182,7 @@ def _write(
         inputs=input_contract(traced.images, dtype),
         images=traced.images,
         positions=traced.positions,
+        layer_features=text_decoder(routed).layer_features,
         visual_ids=find_visual_token_ids(routed.config),
         requirements=None if format == "onnx" else Requirements.of(routed.device),
         versions={name: found for name in _PACKAGES if (found := package_version(name))},

@@ -80,6 +80,7 @@ def read_model(
         device=device,
         images=manifest.images,
         positions=manifest.positions,
+        layer_features=manifest.layer_features,
         visual_ids=manifest.visual_ids,
         programs=programs,
         asked=manifest.asked,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ..capture.image_layout import FixedImages, GridImages
+from ..capture.layer_features import LayerFeatures
 from ..capture.positions import GridPositions
 from ..config.limits import Limits
 from ..config.routing_config import RoutingConfig
@@ -72,6 +73,7 @@ class Manifest:
         inputs: contract of a call, by name.
         images: how it takes pictures.
         positions: how rotary positions follow from a prompt; None if they count its tokens.
+        layer_features: visual features that are added inside the decoder; None if there are none.
         visual_ids: placeholders of visual features.
         requirements: what its code was compiled for; None if it runs anywhere.
         versions: of the packages that made it.
@@ -97,6 +99,7 @@ class Manifest:
     programs: dict[str, ProgramFiles]
     files: dict[str, FileEntry]
     asked: tuple[str, ...] = ()
+    layer_features: LayerFeatures | None = None
 
     @property
     def weight_bytes(self) -> int:

@@ -16,8 +16,10 @@ from ..common.turns import one_at_a_time
 from ..errors import CaptureError, RerouteError, UnsupportedModelError, first_line
 from .copies import copy_sharing_weights
 from .fingerprint import Fingerprint
+from .layer_features import LayerFeatures, adding_features, find_layer_features
+from .sinks import WITH_SINKS, has_sinks
 from .structure import structure_of, with_weights, without_weights
-from .tracing import first_output, quiet
+from .tracing import outputs, quiet, without_writes
 from .visual_tokens import find_visual_token_ids
 
 _SAMPLE_BATCH, _SAMPLE_LENGTH = 2, 1024
@@ -31,10 +33,11 @@ class CapturedDecoder:
     """An exported decoder.
 
     Attributes:
-        program: from ``inputs_embeds [B, S, d]``, ``attention_mask [B, S]`` and ``position_ids`` to hidden
-            states, B and S symbolic, no cache.
+        program: from ``inputs_embeds [B, S, d]``, ``attention_mask [B, S]``, ``position_ids`` and the addends of
+            `layer_features` to hidden states, B and S symbolic, no cache.
         num_layers: layers that the config promises.
         position_rank: dimensions of ``position_ids``: 2 for ``[B, S]``, 3 for ``[3, B, S]``.
+        layer_features: visual features that are added inside the decoder; None if there are none.
         seconds: wall-clock seconds of the export, or of taking that of a decoder that is alike.
         trace: the same program without weights, one for all decoders that are alike.
     """
@@ -42,6 +45,7 @@ class CapturedDecoder:
     program: ExportedProgram
     num_layers: int
     position_rank: int
+    layer_features: LayerFeatures | None
     seconds: float
     trace: ExportedProgram
 
@@ -137,16 +141,21 @@ def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
             f"{hooked} has a forward hook, which would not run: the decoder's parts are compiled into programs. Remove "
             f"it, or put it on the decoder itself."
         )
-    structure = structure_of(decoder)
+    features = find_layer_features(model, decoder)  # type: ignore[arg-type]
+    structure: Hashable | None = structure_of(decoder)
+    if structure is not None:
+        structure = structure, features
     if decoder not in _captured or not _captured[decoder].is_of(config, structure):
-        _captured[decoder] = _Capture(parts, config, structure, _capture(model, decoder, structure))
+        _captured[decoder] = _Capture(parts, config, structure, _capture(model, decoder, features, structure))
     return _captured[decoder].decoder
 
 
-def _capture(model: Any, decoder: PreTrainedModel, structure: Hashable | None) -> CapturedDecoder:
+def _capture(
+    model: Any, decoder: PreTrainedModel, features: LayerFeatures | None, structure: Hashable | None
+) -> CapturedDecoder:
     """Take the trace of a decoder that is alike, or trace it."""
     if decoder.device.type == "meta":
-        return _export(decoder)
+        return _export(decoder, features)
     if structure in _alike:
         start, alike = time.perf_counter(), _alike[structure]
         _alike.move_to_end(structure)
@@ -160,7 +169,7 @@ def _capture(model: Any, decoder: PreTrainedModel, structure: Hashable | None) -
             del _alike[structure]
         else:
             return captured
-    captured = _export(decoder)
+    captured = _export(decoder, features)
     _compare_attention(decoder, captured, model)
     if structure is not None and captured.trace is not captured.program:
         _alike[structure] = replace(captured, program=captured.trace)
@@ -169,16 +178,18 @@ def _capture(model: Any, decoder: PreTrainedModel, structure: Hashable | None) -
     return captured
 
 
-def _export(decoder: PreTrainedModel) -> CapturedDecoder:
+def _export(decoder: PreTrainedModel, features: LayerFeatures | None) -> CapturedDecoder:
     start = time.perf_counter()
-    inputs, shapes = _sample_inputs(decoder)
+    inputs, shapes = _sample_inputs(decoder, features)
     traced = copy_sharing_weights(decoder)
-    traced.config._attn_implementation = "sdpa"
+    if features is not None:
+        adding_features(traced, features)
+    traced.config._attn_implementation = WITH_SINKS if has_sinks(traced) else "sdpa"
     # What is asked for besides comes from programs of its own.
     traced.config.output_attentions = traced.config.output_hidden_states = False
     try:
         with quiet():
-            program = dynamo_export(traced, inputs, shapes)
+            program = without_writes(dynamo_export(traced, inputs, shapes))
     except RerouteError:
         raise
     except Exception as error:
@@ -189,7 +200,7 @@ def _export(decoder: PreTrainedModel) -> CapturedDecoder:
     seconds = time.perf_counter() - start
     trace = without_weights(program, decoder) or program
     return CapturedDecoder(
-        program, decoder.config.num_hidden_layers, inputs["position_ids"].ndim, seconds, trace
+        program, decoder.config.num_hidden_layers, inputs["position_ids"].ndim, features, seconds, trace
     )
 
 
@@ -197,17 +208,19 @@ def _export(decoder: PreTrainedModel) -> CapturedDecoder:
 def _compare_attention(decoder: PreTrainedModel, captured: CapturedDecoder, model: Any) -> None:
     """Raise unless the program computes what the decoder does with the attention that the model uses.
 
-    Capturing forces one implementation of attention. What that one doesn't know of (attention sinks, tokens that see
-    what comes after them) is not in the program.
+    Capturing forces one implementation of attention. What that one doesn't know of (tokens that see what comes after
+    them, say) is not in the program.
     """
     ids = torch.arange(_COMPARED_TOKENS, device=decoder.device) * 7 % decoder.config.vocab_size
     positions = torch.arange(_COMPARED_TOKENS, device=decoder.device)[None]
     if captured.position_rank == 3:
         positions = positions.expand(3, 1, -1).contiguous()
-    inputs = {"inputs_embeds": model.get_input_embeddings()(ids[None]), "position_ids": positions}
-    expected = decoder(**inputs, use_cache=False).last_hidden_state[0].double()
+    embeds = model.get_input_embeddings()(ids[None])
+    inputs = {"inputs_embeds": embeds, "position_ids": positions}
+    given, addends = _visual_features(captured.layer_features, embeds)
+    expected = decoder(**inputs, **given, use_cache=False).last_hidden_state[0].double()
     mask = torch.ones(1, _COMPARED_TOKENS, dtype=torch.long, device=decoder.device)
-    found = first_output(captured.program, inputs | {"attention_mask": mask})[0].double()
+    found = outputs(captured.program, inputs | addends | {"attention_mask": mask})[0][0].double()
     # Half of the digits, of most tokens: now and then rounding sends one to another expert. Attention that is spelt out
     # computes its softmax in float32.
     noise = max(torch.finfo(dtype).eps for dtype in (decoder.dtype, torch.float32)) ** 0.5
@@ -218,11 +231,25 @@ def _compare_attention(decoder: PreTrainedModel, captured: CapturedDecoder, mode
             f"{type(decoder).__name__} attends in another way (implementation "
             f"{decoder.config._attn_implementation!r}) than plain causal scaled-dot-product attention: on "
             f"{_COMPARED_TOKENS} tokens its states differ by {float(error):.2g} of their size, expected at most "
-            f"{noise:.1g}. Decoders with attention sinks, or whose tokens see later ones, can't be routed."
+            f"{noise:.1g}. Decoders whose tokens see later ones, or with a logit of their own kind, can't be routed."
         )
 
 
-def _sample_inputs(decoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+def _visual_features(
+    features: LayerFeatures | None, embeds: torch.Tensor
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Features of a third of the tokens, as the decoder takes them and as the program does."""
+    if features is None:
+        return {}, {}
+    is_visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    is_visual[:, 2:5] = True
+    given = features.arguments(is_visual, [embeds[0, i % 4 : i % 4 + 3] for i in range(len(features.layers))])
+    return given, features.addends(given, embeds)
+
+
+def _sample_inputs(
+    decoder: PreTrainedModel, features: LayerFeatures | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs to trace with and their dynamic dimensions."""
     batch, length = Dim("batch", min=1), Dim("length", min=1)
     size = (_SAMPLE_BATCH, _SAMPLE_LENGTH)
@@ -244,6 +271,9 @@ def _sample_inputs(decoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, 
         "attention_mask": {0: batch, 1: length},
         "position_ids": position_shape,
     }
+    if features is not None:
+        inputs |= features.none(embeds)
+        shapes |= dict.fromkeys(features.inputs, shapes["inputs_embeds"])
     return inputs, shapes
 
 

@@ -9,7 +9,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch.export import Dim
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from ..errors import InputError
 from ..methods.tiers import entering
@@ -102,6 +107,8 @@ class GridImages:
         merge: patches along an edge that become one feature.
         patch: pixels along the edge of a patch.
         window: pixels along the edge of an attention window; None if every layer sees whole frames.
+        table: places along the edge of the learned table of positions, which is stretched over each picture; None if
+            there is none.
         share: of each picture's features that stay; then the program is told the features of each frame, and how many
             of them stay. None if all do.
     """
@@ -110,6 +117,7 @@ class GridImages:
     merge: int
     patch: int
     window: int | None
+    table: int | None = None
     share: float | None = None
     kind: Literal["grid"] = "grid"
 
@@ -121,6 +129,8 @@ class GridImages:
         return {
             "pixel_values": patches,
             "position_ids": patches,
+            "table_places": patches,
+            "table_weights": patches,
             "window_order": {0: features},
             "frames": segments,
             "windows": segments,
@@ -130,6 +140,11 @@ class GridImages:
         assert grid is not None
         bounds = get_vision_cu_seqlens(grid)
         given = {"position_ids": get_vision_position_ids(grid, self.merge), "frames": segments(bounds)}
+        if self.table is not None:
+            places, weights = get_vision_interpolation_indices_and_weights(
+                grid, self.table, align_corners=True, spatial_merge_size=self.merge
+            )
+            given |= {"table_places": places, "table_weights": weights}
         if self.window is not None:
             order, edges = get_vision_window_index(grid, self.merge, self.window, self.patch)
             given |= {"window_order": order, "windows": segments(edges)}

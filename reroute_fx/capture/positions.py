@@ -21,11 +21,13 @@ class GridPositions:
         merge: patches along an edge that are one token.
         tokens_per_second: positions for a second of a video; None if a frame is one position.
         whole_seconds: whether seconds between frames are cut to whole ones, as early versions of transformers do.
+        single_frames: whether each frame of a video is a picture of its own, with text in between (Qwen3-VL).
     """
 
     merge: int
     tokens_per_second: float | None
     whole_seconds: bool = False
+    single_frames: bool = False
 
     def __call__(
         self,
@@ -44,13 +46,19 @@ class GridPositions:
             video_token: placeholder of videos.
             seconds: between the frames of each video, ``[n]``; None for 1.
         """
-        left = {token: iter(grid.tolist()) for token, grid in grids.items()}
+        left = {token: iter(self._pictures(grid.tolist())) for token, grid in grids.items()}
         spacing = iter(seconds.tolist() if seconds is not None else [])
         found = torch.zeros(3, *ids.shape, dtype=torch.int64)
         for row, (row_ids, real) in enumerate(zip(ids, is_token, strict=True)):
             parts = list(self._row(row_ids[real].tolist(), left, video_token, spacing))
             found[:, row, real] = torch.cat(parts, dim=1)
         return found
+
+    def _pictures(self, grids: list[list[int]]) -> list[list[int]]:
+        """Grids of what the placeholders of a run stand for."""
+        if not self.single_frames:
+            return grids
+        return [[1, height, width] for time, height, width in grids for _ in range(time)]
 
     def _row(
         self,
@@ -96,12 +104,15 @@ def find_positions(model: PreTrainedModel, rank: int) -> GridPositions | None:
         return None
     vision = model.config.vision_config
     rate = getattr(vision, "tokens_per_second", None)
-    candidates = [GridPositions(vision.spatial_merge_size, rate, whole) for whole in (False, True)]
+    candidates = [
+        GridPositions(vision.spatial_merge_size, rate, whole, single)
+        for whole, single in ((False, False), (True, False), (False, True))
+    ]
     found = next((positions for positions in candidates if _agrees(model, positions)), None)
     if found is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} gives its prompts other rotary positions than Qwen2.5-VL does; expected those. It "
-            f"can't be exported; use reroute_fx.compile."
+            f"{type(model).__name__} gives its prompts other rotary positions than Qwen2.5-VL and Qwen3-VL do; "
+            f"expected those. It can't be exported; use reroute_fx.compile."
         )
     return found
 
@@ -111,9 +122,10 @@ def _agrees(model: PreTrainedModel, positions: GridPositions) -> bool:
     config, edge = model.config, positions.merge
     image, video = config.image_token_id, config.video_token_id
     text = next(i for i in range(8) if i not in (image, video))
+    clip = ([video] * 6 + [text]) * 3 if positions.single_frames else [video] * 18
     rows = [
         [text] * 3 + [image] * 6 + [text] + [image] * 20 + [text] * 2,
-        [text] * 2 + [video] * 18 + [text] * 4 + [image] * 4 + [text],
+        [text] * 2 + clip + [text] * 4 + [image] * 4 + [text],
     ]
     grids = {
         "image_grid_thw": torch.tensor(
@@ -125,12 +137,19 @@ def _agrees(model: PreTrainedModel, positions: GridPositions) -> bool:
     width = max(map(len, rows)) + 1
     ids = torch.tensor([row + [text] * (width - len(row)) for row in rows])
     is_token = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    expected: Any = model.base_model.get_rope_index(
-        ids,
-        mm_token_type_ids=(ids == image).int() + 2 * (ids == video).int(),
-        second_per_grid_ts=seconds,
-        attention_mask=is_token.long(),
-        **grids,
-    )[0]
+    try:
+        expected: Any = model.base_model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == image).int() + 2 * (ids == video).int(),
+            second_per_grid_ts=seconds,
+            attention_mask=is_token.long(),
+            **grids,
+        )[0]
+    except (
+        RuntimeError,
+        StopIteration,
+        TypeError,
+    ):  # Its videos lie in the row in another way, or it wants more.
+        return False
     by_token = {image: grids["image_grid_thw"], video: grids["video_grid_thw"]}
     return torch.equal(positions(ids, is_token, by_token, video, seconds), expected)

@@ -1,6 +1,6 @@
 """Settings under which modules of transformers are traced."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,13 +20,21 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def without_writes(program: ExportedProgram) -> ExportedProgram:
+    """The same program without writes into parts of tensors, as ``x[..., 1:60:3] = y`` leaves them behind."""
+    if not program.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        return program
+    decomposed: ExportedProgram = program.run_decompositions({})
+    return decomposed
+
+
 @torch.no_grad()
-def first_output(program: ExportedProgram, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What a program returns first, run as it is; `inputs` by the names of its placeholders."""
+def outputs(program: ExportedProgram, inputs: dict[str, torch.Tensor]) -> Sequence[torch.Tensor]:
+    """What a program returns, run as it is; `inputs` by the names of its placeholders."""
     state = {**program.state_dict, **program.constants}
     flat = [
         inputs[spec.arg.name] if spec.kind is InputKind.USER_INPUT else state[spec.target]
         for spec in program.graph_signature.input_specs
     ]
-    output: torch.Tensor = program.graph_module(*flat)[0]
-    return output
+    returned: Sequence[torch.Tensor] = program.graph_module(*flat)
+    return returned

@@ -14,7 +14,7 @@ from ..errors import CaptureError, UnsupportedModelError, first_line
 from .copies import copy_sharing_weights
 from .image_layout import FixedImages, GridImages
 from .segments import SEGMENTS
-from .tracing import first_output, quiet
+from .tracing import outputs, quiet
 from .visual_tokens import has_fixed_size, has_grids
 
 
@@ -23,8 +23,9 @@ class CapturedTower:
     """An exported vision tower with its projector.
 
     Attributes:
-        program: from what `images.inputs` returns to ``{"features": [T, d]}``, features of all pictures in order. Nodes
-            of its layers carry ``meta["region"]``.
+        program: from what `images.inputs` returns to ``{"features": [T, d]}``, features of all pictures in order. With
+            features that the decoder adds inside it also ``{"layer_features": [layers, T, d]}``. Nodes of the tower's
+            layers carry ``meta["region"]``.
         images: how it takes pictures.
     """
 
@@ -96,16 +97,19 @@ def _tower(model: PreTrainedModel) -> tuple[Any, FixedImages | GridImages]:
         tower = _FixedTower(model)
         fixed = FixedImages(vision.num_channels, vision.image_size, vision.image_size, tokens=0)
         with torch.no_grad():
-            features = tower.expected(model, **_sample(fixed, model))
+            features = tower.expected(model, **_sample(fixed, model))["features"]
         return tower, replace(fixed, tokens=features.shape[0] // 2)
     if hasattr(inner, "visual") and hasattr(inner.visual, "spatial_merge_size"):
         visual = inner.visual
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         window = getattr(visual, "window_size", None)
-        return _GridTower(visual), GridImages(values, visual.spatial_merge_size, vision.patch_size, window)
+        table = getattr(visual, "num_grid_per_side", None)
+        return _GridTower(visual), GridImages(
+            values, visual.spatial_merge_size, vision.patch_size, window, table
+        )
     raise UnsupportedModelError(
         f"{type(model).__name__} has a vision tower ({type(vision).__name__}) that can't be exported yet; expected "
-        f"LLaVA-1.5 or a Qwen2-VL of any version. reroute_fx.compile works without an export."
+        f"LLaVA-1.5, a Qwen2-VL of any version or Qwen3-VL. reroute_fx.compile works without an export."
     )
 
 
@@ -135,8 +139,10 @@ class _FixedTower(nn.Module):
 
     def expected(
         self, model: PreTrainedModel, pixel_values: torch.Tensor, grid: torch.Tensor | None
-    ) -> torch.Tensor:
-        return torch.cat(list(model.get_image_features(pixel_values=pixel_values).pooler_output))
+    ) -> dict[str, torch.Tensor]:
+        return {
+            "features": torch.cat(list(model.get_image_features(pixel_values=pixel_values).pooler_output))
+        }
 
 
 class _GridTower(nn.Module):
@@ -155,20 +161,27 @@ class _GridTower(nn.Module):
         frames: torch.Tensor,
         window_order: torch.Tensor | None = None,
         windows: torch.Tensor | None = None,
+        table_places: torch.Tensor | None = None,
+        table_weights: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         # The longest segment is known from the shape of `frames`; any number will do.
         given = {"position_ids": position_ids, "cu_seqlens": frames, "max_seqlen": 1}
         if windows is not None:
             given |= {"window_index": window_order, "cu_window_seqlens": windows, "max_window_seqlen": 1}
-        return {"features": self.vision(pixel_values, grid_thw=None, **given).pooler_output}
+        if table_places is not None:
+            given |= {"interp_indices": table_places, "interp_weights": table_weights}
+        return _features(self.vision(pixel_values, grid_thw=None, **given))
 
     def expected(
         self, model: PreTrainedModel, pixel_values: torch.Tensor, grid: torch.Tensor
-    ) -> torch.Tensor:
-        features: torch.Tensor = self.vision(
-            pixel_values, grid_thw=grid.to(pixel_values.device)
-        ).pooler_output
-        return features
+    ) -> dict[str, torch.Tensor]:
+        return _features(self.vision(pixel_values, grid_thw=grid.to(pixel_values.device)))
+
+
+def _features(output: Any) -> dict[str, torch.Tensor]:
+    """What a tower returns, ``[T, d]``, and for each layer of the decoder that adds features of its own."""
+    inner = getattr(output, "deepstack_features", None)
+    return {"features": output.pooler_output} | ({"layer_features": torch.stack(inner)} if inner else {})
 
 
 def _check_sizes(program: ExportedProgram, shapes: dict[str, dict[int, Any]]) -> None:
@@ -203,13 +216,15 @@ def _mark_layers(program: ExportedProgram) -> None:
             node.meta["region"] = f"layer.{number}"
 
 
-def _compare(program: ExportedProgram, inputs: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+def _compare(
+    program: ExportedProgram, inputs: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
     """Raise unless the program computes what the model does, up to rounding in another order."""
-    found = first_output(program, inputs)
-    # A hundred roundings of the largest value.
-    noise = 100 * torch.finfo(expected.dtype).eps * expected.abs().max()
-    if found.shape != expected.shape or (found - expected).abs().max() > noise:
-        raise CaptureError(
-            "The exported vision tower computes something else than the model's get_image_features. It can't be "
-            "exported; use reroute_fx.compile."
-        )
+    for found, wanted in zip(outputs(program, inputs), expected.values(), strict=True):
+        # A hundred roundings of the largest value.
+        noise = 100 * torch.finfo(wanted.dtype).eps * wanted.abs().max()
+        if found.shape != wanted.shape or (found - wanted).abs().max() > noise:
+            raise CaptureError(
+                "The exported vision tower computes something else than the model's get_image_features. It can't be "
+                "exported; use reroute_fx.compile."
+            )

@@ -2,7 +2,8 @@
 
 Before: ``torch.ops.reroute.select_tokens(...)``, opaque to the compiler
 After:  on CPU ``select_tokens_reference(...)``, a Python function that the compiler traces into ATen;
-        on CUDA ``torch.ops.reroute.select_tokens_triton(...)``, which it takes apart into kernel launches
+        on CUDA ``torch.ops.reroute.select_tokens_triton(...)``, which it takes apart into kernel launches; what has
+        no kernel of its own as on CPU
 """
 
 import importlib
@@ -15,19 +16,23 @@ from torch import fx
 from .. import kernels
 
 _REFERENCES: dict[Any, Callable[..., Any]] = {
+    torch.ops.reroute.attention_with_sinks.default: kernels.attention_with_sinks_reference,
     torch.ops.reroute.visual_scores.default: kernels.visual_scores_reference,
     torch.ops.reroute.select_tokens.default: kernels.select_tokens_reference,
     torch.ops.reroute.compact_tokens.default: kernels.compact_tokens_reference,
     torch.ops.reroute.restore_tokens.default: kernels.restore_tokens_reference,
     torch.ops.reroute.restore_tokens_.default: kernels.restore_tokens_reference_,
 }
+_WITHOUT_KERNEL = {torch.ops.reroute.attention_with_sinks.default}
+"""What the reference spells in operators that are fused already."""
 
 
 def use_implementations(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """Replace the operators of `module` in place by their implementations on `device`."""
     for node in module.graph.nodes:
         if node.target in _REFERENCES:
-            node.target = _on_cuda(node.target) if device.type == "cuda" else _REFERENCES[node.target]
+            has_kernel = device.type == "cuda" and node.target not in _WITHOUT_KERNEL
+            node.target = _on_cuda(node.target) if has_kernel else _REFERENCES[node.target]
     module.recompile()
     return module
 

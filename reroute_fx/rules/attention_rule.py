@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 
 from ..errors import ConfigError
-from ..passes import Candidates
+from ..passes import Candidates, attention_scores
 from .rule_checks import FORBID, Layer, is_layer, one_of, whole_numbers
 from .similarity import among_visual, mean_over_text
 
@@ -65,13 +65,16 @@ class AttentionRule:
         if self.among == "visual":
             attention = among_visual(candidates, queries, keys, candidates.scale)
         elif self.queries == "text":
-            attention = _among_all(candidates, queries, keys)
+            attention = _among_all(candidates, queries, keys, self._sinks(candidates))
         else:
-            scores: torch.Tensor = torch.ops.reroute.visual_scores(
-                queries, keys, candidates.visual_index, candidates.lengths, candidates.scale
-            )
-            return scores
+            return attention_scores(candidates, queries, keys, self._sinks(candidates))
         return attention[:, 0] if self.queries == "last" else mean_over_text(candidates, attention)
+
+    def _sinks(self, candidates: Candidates) -> torch.Tensor | None:
+        """Those of the chosen heads, ``[h]``."""
+        if candidates.sinks is None or not self.heads:
+            return candidates.sinks
+        return torch.cat([candidates.sinks[head : head + 1] for head in self.heads])
 
     def _of_heads(self, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys of the chosen heads, ``[B, h, ., D]`` both; all heads as they are."""
@@ -85,13 +88,19 @@ class AttentionRule:
         return torch.cat(chosen, dim=1), torch.cat(theirs, dim=1)
 
 
-def _among_all(candidates: Candidates, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Attention ``[B, T, N]`` of text tokens, softmax over what comes before each and itself, mean over heads."""
+def _among_all(
+    candidates: Candidates, queries: torch.Tensor, keys: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention ``[B, T, N]`` of text tokens, softmax over sinks and tokens up to each, mean over heads."""
     batch, heads, tokens, width = queries.shape
     kv_heads, length = keys.shape[1:3]
     grouped = queries.float().reshape(batch, kv_heads, heads // kv_heads * tokens, width)
     logits = (grouped @ keys.float().transpose(2, 3) * candidates.scale).view(batch, heads, tokens, length)
     is_later = torch.arange(length, device=keys.device) > candidates.text_index[:, :, None]  # [B, T, S]
-    attention = logits.masked_fill(is_later[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)
+    logits = logits.masked_fill(is_later[:, None], -torch.inf)
+    if sinks is not None:
+        of_sinks = sinks.float().view(1, heads, 1, 1).expand(batch, heads, tokens, 1)
+        logits = torch.cat([logits, of_sinks], dim=-1)
+    attention = logits.softmax(dim=-1).mean(dim=1)
     place = candidates.visual_index.clamp(max=length - 1)[:, None].expand(batch, tokens, -1)
     return attention.gather(2, place)

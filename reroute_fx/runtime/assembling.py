@@ -12,6 +12,7 @@ from ..analysis.routing_report import RoutingReport
 from ..capture import text_decoder
 from ..capture.copies import copy_sharing_weights
 from ..capture.fingerprint import Fingerprint
+from ..capture.layer_features import LayerFeatures
 from ..capture.vision_tower import CapturedTower
 from ..config.limits import Limits
 from ..errors import InputError
@@ -32,6 +33,7 @@ def make_routed_model(
     report: RoutingReport,
     *,
     position_rank: int,
+    layer_features: LayerFeatures | None = None,
     visual_ids: tuple[int, ...],
     limits: Limits | None = None,
     tower: CapturedTower | None = None,
@@ -49,6 +51,7 @@ def make_routed_model(
     inner.prefill, inner.continuation = prefill, continuation
     inner.routing_config = report.config
     inner.position_rank = position_rank
+    inner.layer_features = layer_features
     inner.owner = owner
     inner.uses_buckets = prefill.cuda_graphs is not None
     specialize(routed, RoutedModel)

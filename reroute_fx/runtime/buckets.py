@@ -17,6 +17,7 @@ from ..passes.tensor_names import (
     POOLS,
     TEXT_INDEX,
     VISUAL_INDEX,
+    is_addend_input,
     read_output_name,
 )
 from ..selection.row_plan import RowPlan
@@ -31,12 +32,13 @@ def pad_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Inputs of a routed program with rounded sizes.
 
     Args:
-        inputs: ``inputs_embeds [B, S, d]``, ``position_ids [..., B, S]`` and those of `RowPlan.inputs`.
+        inputs: ``inputs_embeds [B, S, d]``, addends of layers like it, ``position_ids [..., B, S]`` and those of
+            `RowPlan.inputs`.
     """
     places = inputs[INPUTS_EMBEDS].shape[1]
     padded = {}
     for name, tensor in inputs.items():
-        if name == INPUTS_EMBEDS:
+        if name == INPUTS_EMBEDS or is_addend_input(name):
             padded[name] = F.pad(tensor, (0, 0, 0, _missing(places)))
         elif name == LENGTHS:
             padded[name] = tensor

@@ -24,7 +24,11 @@ def check_tensors(given: Mapping[str, Any], device: torch.device) -> None:
                 f"{name} is on {tensor.device}, but the model is on {device}; expected the same device. Call "
                 f"inputs.to(model.device)."
             )
-        if name in ("input_ids", "position_ids") and tensor.dtype not in (torch.int64, torch.int32):
+        # Qwen3-Omni computes its positions in floating point; the decoder looks whether they are whole.
+        is_index = tensor.dtype in (torch.int64, torch.int32) or (
+            name == "position_ids" and tensor.is_floating_point()
+        )
+        if name in ("input_ids", "position_ids") and not is_index:
             raise InputError(f"{name} has dtype {tensor.dtype}; expected int64, as a processor returns.")
         if name in (*VISUAL_INPUTS, "inputs_embeds") and not tensor.is_floating_point():
             raise InputError(

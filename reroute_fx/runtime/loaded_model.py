@@ -3,7 +3,7 @@
 import functools
 import inspect
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..capture.image_layout import FixedImages, GridImages
+from ..capture.layer_features import LayerFeatures
 from ..capture.positions import GridPositions
 from ..config.limits import Limits
 from ..config.routing_config import RoutingConfig
@@ -45,6 +46,7 @@ class Parts:
         device: where they lie.
         images: how the model takes pictures.
         positions: how rotary positions follow from a prompt; None if they count its tokens.
+        layer_features: visual features that are added inside the decoder; None if there are none.
         visual_ids: placeholders of visual features.
         programs: by the names in `PROGRAMS`.
         asked: inputs that the program for prompts takes because rules ask for them.
@@ -58,6 +60,7 @@ class Parts:
     device: torch.device
     images: FixedImages | GridImages
     positions: GridPositions | None
+    layer_features: LayerFeatures | None
     visual_ids: tuple[int, ...]
     programs: Mapping[str, Program]
     asked: tuple[str, ...] = ()
@@ -101,6 +104,7 @@ class LoadedModel(RoutedModel, GenerationMixin):
         self._decoder.continuation = _routed(parts.programs["continuation"])
         self._decoder.routing_config = parts.routing_config
         self._decoder.position_rank = 2 if parts.positions is None else 3
+        self._decoder.layer_features = parts.layer_features
         self._decoder.owner = owner
         self._decoder.uses_buckets = False
         self._decoder.config = parts.config.get_text_config(decoder=True)
@@ -177,6 +181,8 @@ class LoadedModel(RoutedModel, GenerationMixin):
         # Compiled programs read memory as it was laid out when they were made.
         input_ids = input_ids.long().contiguous()
         embeds = self._parts.programs["embeddings"](given=input_ids)["inputs_embeds"]
+        layers = self._parts.layer_features
+        addends = layers.none(embeds) if layers else {}
         grids: dict[int, torch.Tensor] = {}
         for kind, pixels, grid in (
             ("image", pixel_values, image_grid_thw),
@@ -186,13 +192,17 @@ class LoadedModel(RoutedModel, GenerationMixin):
                 token = _placeholder(self.config, kind)
                 if grid is not None:
                     grids[token] = grid.cpu()
-                embeds = self._put_features(embeds, input_ids == token, pixels, grids.get(token))
+                streams = self._put_features(
+                    [embeds, *addends.values()], input_ids == token, pixels, grids.get(token)
+                )
+                embeds, addends = streams[0], dict(zip(addends, streams[1:], strict=True))
         output = self._decoder.routed_forward(
             _no_other_program,
             inputs_embeds=embeds,
             position_ids=self._positions(input_ids, attention_mask, grids, second_per_grid_ts),
             past_key_values=past_key_values,
             use_cache=use_cache,
+            addends=addends,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = output.last_hidden_state[:, kept].contiguous()
@@ -207,20 +217,32 @@ class LoadedModel(RoutedModel, GenerationMixin):
         return self.routed_forward(functools.partial(type(self)._run, self), *args, **kwargs)
 
     def _put_features(
-        self, embeds: torch.Tensor, is_here: torch.Tensor, pixels: torch.Tensor, grid: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`embeds` with the features of pictures in the places that `is_here` marks."""
+        self,
+        streams: Sequence[torch.Tensor],
+        is_here: torch.Tensor,
+        pixels: torch.Tensor,
+        grid: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """`streams` with the features of pictures in the places that `is_here` marks.
+
+        The first has the embeddings, ``[B, S, d]``, those that follow what is added inside the decoder.
+        """
         images = self._parts.images
         images.check(pixels, grid)
         inputs = images.inputs(pixels.to(self.dtype).contiguous(), grid)
-        features = self._parts.programs["images"](**inputs)["features"]
-        places = is_here[..., None].expand_as(embeds)
+        found = self._parts.programs["images"](**inputs)
+        features = found["features"]
+        places = is_here[..., None].expand_as(streams[0])
         if (tokens := int(is_here.sum())) != len(features):
             raise InputError(
                 f"input_ids holds {tokens} placeholders, but the pictures have {len(features)} features; they do not "
                 f"match. Pass input_ids and pixel_values as the processor returned them."
             )
-        return embeds.masked_scatter(places, features.to(embeds.dtype))
+        layers = found["layer_features"] if len(streams) > 1 else ()
+        return [
+            stream.masked_scatter(places, put.to(stream.dtype))
+            for stream, put in zip(streams, (features, *layers), strict=True)
+        ]
 
     def _positions(
         self,

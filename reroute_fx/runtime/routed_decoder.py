@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from ..capture.layer_features import LayerFeatures
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError, UnsupportedModelError
 from ..passes.tensor_names import (
@@ -64,6 +65,7 @@ class RoutedDecoder(torch.nn.Module):
         continuation: program for tokens on a cache.
         routing_config: what they route.
         position_rank: 2 for positions ``[B, S]``, 3 for ``[3, B, S]``.
+        layer_features: visual features that are added inside the decoder; None if there are none.
         owner: identity of the model, kept with the caches that it makes.
         uses_buckets: whether prompts run in rounded sizes, for CUDA graphs.
         with_streams: makes the program of that name that returns the stream before each layer as well; None if there
@@ -74,6 +76,7 @@ class RoutedDecoder(torch.nn.Module):
     continuation: Callable[..., Any]
     routing_config: RoutingConfig
     position_rank: int
+    layer_features: LayerFeatures | None
     owner: str
     uses_buckets: bool
     with_streams: Callable[[str], Callable[..., Any]] | None = None
@@ -94,15 +97,30 @@ class RoutedDecoder(torch.nn.Module):
                 "output_attentions is True, in the call or in the config of the decoder; expected False: the programs "
                 "keep no attention maps. Use the model that was compiled."
             )
+        addends = self._take_addends(kwargs)
         _refuse_what_the_programs_lack(**kwargs)
         refuse_other_masks(kwargs.get("attention_mask"), call, kwargs["inputs_embeds"].shape[1])
         if isinstance(call, Prompt):
-            return self._start(call, **kwargs)
-        return self._continue(call, **kwargs)
+            return self._start(call, addends, **kwargs)
+        return self._continue(call, addends, **kwargs)
+
+    def _take_addends(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The addends of a call in the columns of the batch, instead of what `given` loses."""
+        features = self.layer_features
+        if "addends" in given:
+            dense: dict[str, torch.Tensor] = given.pop("addends")
+            return dense
+        if features is None:
+            return {}
+        addends = features.addends(given, given["inputs_embeds"])
+        for name in (features.mask, features.features):
+            given.pop(name, None)
+        return addends
 
     def _start(
         self,
         prompt: Prompt,
+        addends: Mapping[str, torch.Tensor],
         inputs_embeds: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
@@ -126,8 +144,11 @@ class RoutedDecoder(torch.nn.Module):
         else:
             positions = self._positions(position_ids, inputs_embeds, places)
             embeds = places.to_front(inputs_embeds) if places else inputs_embeds
+        if places:
+            addends = {name: places.to_front(addend) for name, addend in addends.items()}
         program = self._program("prefill", wanted)
-        hidden, values = self._prefill(embeds, positions, prompt.plan, cells, program)
+        others = {**prompt.plan.inputs, **cells, **addends}
+        hidden, values = self._prefill(embeds, positions, others, prompt.plan, program)
         layers = range(self.config.num_hidden_layers)
         prompt.routing = Routing(
             self.routing_config,
@@ -167,15 +188,15 @@ class RoutedDecoder(torch.nn.Module):
         self,
         embeds: torch.Tensor,
         positions: torch.Tensor,
+        others: Mapping[str, torch.Tensor],
         plan: RowPlan,
-        cells: Mapping[str, torch.Tensor],
         program: Callable[..., Any],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Hidden states ``[B, S, d]`` and what `route` exposes, in the sizes of the prompt.
 
-        `cells` are inputs that are not in the plan because a reduction chooses the tokens.
+        `others` are the inputs of the plan, those of rules, and what is added inside the decoder.
         """
-        inputs = {INPUTS_EMBEDS: embeds.contiguous(), POSITION_IDS: positions, **plan.inputs, **cells}
+        inputs = {INPUTS_EMBEDS: embeds.contiguous(), POSITION_IDS: positions, **others}
         if self.uses_buckets:
             inputs = pad_inputs(inputs)
         result = program(**inputs)
@@ -209,6 +230,8 @@ class RoutedDecoder(torch.nn.Module):
         if given is None:
             given = torch.arange(length, device=embeds.device).expand(batch, length)
             places = None
+        elif given.is_floating_point():
+            given = _whole(given)
         if self.position_rank == 3:
             # Hugging Face may put the text positions in front of the three visual ones.
             given = given[-3:] if given.ndim == 3 else given.expand(3, batch, length)
@@ -242,7 +265,11 @@ class RoutedDecoder(torch.nn.Module):
         )
 
     def _continue(
-        self, call: TokensOnCache, inputs_embeds: torch.Tensor, **given: Any
+        self,
+        call: TokensOnCache,
+        addends: Mapping[str, torch.Tensor],
+        inputs_embeds: torch.Tensor,
+        **given: Any,
     ) -> MoeModelOutputWithPast:
         cache, rows = call.cache, call.cache.rows
         assert rows is not None
@@ -259,6 +286,7 @@ class RoutedDecoder(torch.nn.Module):
         result = program(
             inputs_embeds=embeds.contiguous(),
             position_ids=positions.contiguous(),
+            **addends,
             **self._stage_positions(rows, new),
             **cache.inputs(),
         )
@@ -311,6 +339,16 @@ def _output(
     )
 
 
+def _whole(positions: torch.Tensor) -> torch.Tensor:
+    """Positions that a model computed in floating point, as int64."""
+    if not torch.equal(positions, positions.round()):
+        raise InputError(
+            "The model gives its decoder fractional position_ids; expected whole ones, which the programs take. Videos "
+            "whose frames lie a fraction of a position apart can't be routed."
+        )
+    return positions.long()
+
+
 def _refuse_packed_rows(positions: torch.Tensor | None, position_rank: int) -> None:
     """Without a mask and a cache transformers takes positions that restart for several sequences in one row.
 
@@ -343,6 +381,6 @@ def _refuse_what_the_programs_lack(**given: Any) -> None:
         )
     if asked:
         raise UnsupportedModelError(
-            f"The model gives its decoder {list(asked)}; expected embeddings and positions only. Models that add image "
-            f"features inside the decoder can't be routed."
+            f"The model gives its decoder {list(asked)}; expected embeddings, positions and features "
+            f"for its layers only. Models that tell it more of their pictures can't be routed."
         )

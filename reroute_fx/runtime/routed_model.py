@@ -68,7 +68,8 @@ class RoutedModel(torch.nn.Module):
     A prompt may come as ``inputs_embeds`` with its features in place: beside ``input_ids``, or with ``visual_mask``
     ``[B, S]`` bool, True for visual tokens; without both it is text. ``hidden_states`` are the residual stream before
     each layer and, last, the final norm's output, ``[B, S, d]`` each: rows that were deferred or deleted as they last
-    ran. Losses of ``labels`` are given without gradients only.
+    ran, deferred ones with the visual features that layers added since. Losses of ``labels`` are given without
+    gradients only.
 
     Attributes:
         routing_config: what is routed.

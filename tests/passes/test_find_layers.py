@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from reroute_fx.passes import FindLayers, MatchError, run_passes, to_program
+from reroute_fx import RoutingConfig
+from reroute_fx.passes import ACTIONS, FindLayers, MatchError, run_passes, to_program
+from reroute_fx.pipeline import route
 
 aten = torch.ops.aten
 
@@ -304,3 +306,67 @@ def test_attention_that_replaces_the_stream_is_refused(toy, exported):
     graph, message = refusal(toy, program)
     assert message.startswith("2 decoder layers were found")
     assert f"Nearest miss: %{projection(toy, graph, 'p_layers_1_output_weight').name}: " in message
+
+
+class Adding(nn.Module):
+    """A decoder that adds to its stream what does not come from it: per token, as a bias, and through a layer."""
+
+    def __init__(self, toy):
+        super().__init__()
+        self.toy, self.inner = toy, toy.Decoder(layers=4)
+        self.bias = nn.Parameter(torch.randn(toy.WIDTH))
+        self.mix = nn.Linear(toy.WIDTH, toy.WIDTH)
+
+    def forward(self, inputs_embeds, position_ids, first, second):
+        toy, hidden = self.toy, inputs_embeds
+        cos, sin = toy.rotary(self.inner, position_ids)
+        mask = toy.causal_mask(None, hidden)
+        for number, layer in enumerate(self.inner.layers):
+            hidden = layer(hidden, cos, sin, mask)
+            if number == 0:
+                hidden = hidden + self.bias
+            elif number == 1:
+                hidden = second + (hidden + first)
+            elif number == 2:
+                hidden = hidden + self.mix(hidden)
+        return hidden
+
+
+@pytest.fixture(scope="module")
+def adding(toy):
+    inputs = toy.make_inputs()
+    more = {name: torch.randn(inputs["inputs_embeds"].shape) for name in ("first", "second")}
+    model = Adding(toy)
+    return model, toy.export(model, inputs | more)
+
+
+def test_what_is_added_for_each_token_belongs_to_the_layer_before(toy, adding):
+    """Neither a bias nor what comes of the stream is such an addition."""
+    graph, _ = find(toy, adding[1], 4)
+    assert [[node.name for node in layer.addends] for layer in graph.layers] == [
+        [],
+        ["first", "second"],
+        [],
+        [],
+    ]
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_it_is_compacted_with_its_stage(toy, adding, action):
+    """Keeping everything is the decoder, and the routed program exports again."""
+    model, program = adding
+    everything, config = (RoutingConfig((1, 3), ratios, action) for ratios in ((1.0, 1.0), (0.5, 0.25)))
+
+    def prompt(config, *shape):
+        inputs = toy.make_prompt(config, *shape)
+        size, random = inputs["inputs_embeds"].shape, torch.Generator().manual_seed(0)
+        return inputs | {name: torch.randn(size, generator=random) for name in ("first", "second")}
+
+    given = prompt(everything, (20, 20), ((8,), (8,)))
+    own = {name: given[name] for name in ("inputs_embeds", "position_ids", "first", "second")}
+    routed, _ = route(program, everything)
+    with torch.no_grad():
+        assert torch.equal(toy.call(routed, given)["output"], model(**own))
+    routed, _ = route(program, config)
+    shapes = ((20, 14), ((8,), (5,))), ((33, 9), ((12,), (4,)))
+    toy.assert_exports_again(routed, *(prompt(config, *shape) for shape in shapes))

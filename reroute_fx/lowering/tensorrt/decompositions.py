@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from ... import kernels  # noqa: F401 - it registers torch.ops.reroute
+from ... import kernels
 from ...errors import CaptureError
 from ..selection_by_counting import count_before, row_numbers, select_tokens_by_counting
 
@@ -255,6 +255,7 @@ def _index_put_(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 _OURS: dict[Operator, Callable[..., Any]] = {
+    reroute.attention_with_sinks.default: kernels.attention_with_sinks_reference,
     reroute.visual_scores.default: visual_scores,
     reroute.select_tokens.default: select_tokens_by_counting,
     reroute.compact_tokens.default: compact_tokens,

@@ -1,0 +1,178 @@
+"""Decoders with attention sinks: routed as the model attends, and ranked with the sinks in the softmax."""
+
+import pytest
+import torch
+from suite_tiers import share
+from tiny_models import IMAGE, TEXT, VISION, sharp
+from transformers import (
+    CLIPVisionConfig,
+    GptOssConfig,
+    GraniteSWAConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+import reroute_fx
+from reroute_fx import Limits, MatchError, RoutingConfig, UnsupportedModelError
+from reroute_fx.capture import captured_decoder
+
+SIZES = {**TEXT, "num_hidden_layers": 3, "head_dim": 8}
+FULL = {"layer_types": ["full_attention"] * 3}
+EVERYTHING = RoutingConfig((1,), (1.0,))
+ROUTING = RoutingConfig((1, 2), (0.5, 0.25))
+TOLERANCE = 1e-5
+"""Of logits near 4; another selection moves them by 1e-2 and more."""
+
+pytestmark = pytest.mark.usefixtures("no_gradients", "one_thread")
+
+
+def over(text):
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_index=IMAGE)
+    model = sharp(LlavaForConditionalGeneration, config)
+    model.set_attn_implementation({"text_config": "eager"})
+    for layer in model.model.language_model.layers:
+        layer.self_attn.sinks.copy_(torch.linspace(-2, 4, 4))
+    return model
+
+
+def gpt_oss(**options):
+    return over(GptOssConfig(**SIZES, num_local_experts=4, **{**FULL, **options}))
+
+
+def granite_swa():
+    return over(GraniteSWAConfig(**SIZES, **FULL))
+
+
+BUILD = {"gpt_oss": gpt_oss, "granite_swa": granite_swa}
+FAMILIES = share(BUILD, ["gpt_oss"], "10 s; the same operator in another decoder")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    with torch.no_grad():
+        return BUILD[request.param]()
+
+
+def prompts():
+    """Two rows of different lengths, padded on the left."""
+    ids = torch.tensor([[1, 7, *[IMAGE] * 16, 9, 11, 13], [0, 0, 3, *[IMAGE] * 16, 5, 6]])
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    return {"input_ids": ids, "pixel_values": pixels, "attention_mask": (ids != 0).long()}
+
+
+def first_row():
+    given = prompts()
+    return {"input_ids": given["input_ids"][:1], "pixel_values": given["pixel_values"][:1]}
+
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def test_keeping_everything_is_the_unrouted_model(model):
+    routed, given = reroute_fx.compile(model, config=EVERYTHING, backend="eager"), prompts()
+    is_token = given["attention_mask"].bool()
+    found, expected = (each(**given).logits[is_token] for each in (routed, model))
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    assert torch.equal(routed.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+
+
+def by_hand(model, given, config):
+    """Logits and kept tokens of one row, by the decoder's own layers on slices of the stream."""
+    seen, decoder = {}, model.model.language_model
+
+    def look(module, args, kwargs):
+        seen.update(hidden=args[0], **kwargs)
+
+    hook = decoder.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    model(**given)
+    hook.remove()
+    hidden, rotary = seen["hidden"].clone(), seen["position_embeddings"]
+    visual = (given["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
+    everything = list(range(hidden.shape[1]))
+
+    def call(module, rows, tokens):
+        causal = torch.full((len(tokens), len(tokens)), -torch.inf).triu(1)[None, None]
+        return module(
+            rows, attention_mask=causal, position_embeddings=tuple(part[:, tokens] for part in rotary)
+        )
+
+    active, kept = everything, {}
+    for number, layer in enumerate(decoder.layers):
+        if number in config.decision_layers:
+            _, maps = call(layer.self_attn, layer.input_layernorm(hidden), everything)
+            scores = maps[0, :, -1].mean(0)[visual].tolist()
+            count = max(1, int(len(visual) * config.keep_ratios[config.decision_layers.index(number)]))
+            kept[number] = sorted(sorted(range(len(visual)), key=lambda i: -scores[i])[:count])
+            active = [i for i in everything if i not in visual or visual.index(i) in kept[number]]
+        output = call(layer, hidden[:, active], active)
+        hidden[:, active] = output[0] if isinstance(output, tuple) else output
+    return model.lm_head(decoder.norm(hidden)), kept
+
+
+@pytest.mark.parametrize("action", ["compact_route", "compact_route_stagewise"])
+def test_routed_as_by_hand(action):
+    model, given = gpt_oss(), first_row()
+    config = RoutingConfig(ROUTING.decision_layers, ROUTING.keep_ratios, action)
+    logits, kept = by_hand(model, given, config)
+    output = reroute_fx.compile(model, config=config, backend="eager")(**given)
+    assert {layer: rows[0].tolist() for layer, rows in output.routing.selected.items()} == kept
+    torch.testing.assert_close(output.logits, logits, atol=TOLERANCE, rtol=0)
+
+
+def test_the_ranking_is_that_of_the_attention_with_sinks():
+    """Heads count by what their sinks leave: the mean of the maps without sinks ranks in another order."""
+    model, given = gpt_oss(), first_row()
+    config = RoutingConfig((1,), (0.25,))
+    with_sinks = reroute_fx.compile(model, config=config, backend="eager")(**given).routing
+    total = with_sinks.scores[1][0].sum()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.sinks.fill_(-1e4)
+    without = reroute_fx.compile(model, config=config, backend="eager")(**given).routing
+    assert total < without.scores[1][0].sum()
+    assert with_sinks.scores[1][0].argsort().tolist() != without.scores[1][0].argsort().tolist()
+
+
+def test_a_row_of_a_padded_batch_is_the_row_alone():
+    routed = reroute_fx.compile(gpt_oss(), config=ROUTING, backend="eager")
+    alone, batch = routed(**first_row()), routed(**prompts())
+    torch.testing.assert_close(batch.logits[:1], alone.logits, atol=TOLERANCE, rtol=0)
+    for layer in ROUTING.decision_layers:
+        assert torch.equal(batch.routing.selected[layer][0], alone.routing.selected[layer][0])
+
+
+def test_windows_are_refused():
+    model = gpt_oss(
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=8
+    )
+    with pytest.raises(MatchError, match="1 attention masks are plain causal, 2 are not"):
+        reroute_fx.compile(model, config=ROUTING, backend="eager")
+
+
+def test_sinks_that_capture_does_not_find_are_refused(monkeypatch, no_traces):
+    monkeypatch.setattr(captured_decoder, "has_sinks", lambda decoder: False)
+    with pytest.raises(UnsupportedModelError, match="attends in another way"):
+        reroute_fx.compile(gpt_oss(), config=ROUTING, backend="eager")
+
+
+@pytest.mark.full("30 s; compiled regions of other decoders are in the gate")
+def test_compiled():
+    model, given = gpt_oss(), prompts()
+    compiled, eager = (reroute_fx.compile(model, config=ROUTING, backend=b) for b in ("inductor", "eager"))
+    is_token = given["attention_mask"].bool()
+    found, expected = (each(**given).logits[is_token] for each in (compiled, eager))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert torch.equal(compiled.generate(**given, **GREEDY), eager.generate(**given, **GREEDY))
+
+
+@pytest.mark.full("60 s to 300 s for an artifact")
+@pytest.mark.parametrize("format", ["onnx", "aot"])
+def test_artifact(format, tmp_path):
+    routed, given = reroute_fx.compile(gpt_oss(), config=ROUTING, backend="eager"), prompts()
+    reroute_fx.export(
+        routed, tmp_path / "a", format=format, limits=Limits(batch=4, length=64, image_tokens=32)
+    )
+    loaded = reroute_fx.load(tmp_path / "a")
+    is_token = given["attention_mask"].bool()
+    found, expected = (each(**given).logits[is_token] for each in (loaded, routed))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert torch.equal(loaded.generate(**given, **GREEDY), routed.generate(**given, **GREEDY))
