@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from .selection.selection_result import Routing
     from .tuning.profile import Profile, profile
     from .tuning.proposals import Proposal
+    from .tuning.tune import tune
+    from .tuning.tuned import Tuned
     from .visualizing.visualize import visualize
 
     __version__: str
@@ -73,6 +75,8 @@ _NAMES = {
     "selection.selection_result": ("Routing",),
     "tuning.profile": ("Profile", "profile"),
     "tuning.proposals": ("Proposal",),
+    "tuning.tune": ("tune",),
+    "tuning.tuned": ("Tuned",),
     "visualizing.visualize": ("visualize",),
 }
 """What each module gives to the package: the imports above, once more for Python."""
@@ -105,6 +109,7 @@ __all__ = [
     "RowPlan",
     "Savings",
     "Schedule",
+    "Tuned",
     "UnionRule",
     "UnsupportedModelError",
     "ValueRule",
@@ -120,6 +125,7 @@ __all__ = [
     "profile",
     "register_method",
     "route",
+    "tune",
     "visualize",
 ]
 

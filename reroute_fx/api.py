@@ -68,8 +68,8 @@ def compile(
             base model is taken, with the adapters in its layers.
         tier: average number of visual tokens (of 576) that enter a decoder layer: 192, 128, 64, or the share
             kept as a float in (0, 1]; None for 128, or what the authors of an ``-official`` method run.
-        config: decision layers and ratios spelled out, or the path of a JSON file that `RoutingConfig.save` wrote,
-            instead of `tier`, `method`, `action`, `schedule` and `pool`.
+        config: decision layers and ratios spelled out, or the path of a JSON file that `RoutingConfig.save` or `tune`
+            wrote, instead of `tier`, `method`, `action`, `schedule` and `pool`.
         method: how tokens are chosen: ``"pdrop"``, the default, ``"fastv"``, another that `reroute-fx methods` lists,
             or one of your own: a `Method`, or the name of one that `register_method` was given. ``"none"`` compiles
             without routing, the baseline of a comparison.
@@ -117,11 +117,9 @@ def compile(
         raise ConfigError(
             f"cuda_graphs is True, but the model is on {decoder.device}; expected a model on cuda. Leave it out."
         )
-    config = _config(
-        model, decoder, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool
-    )
+    config = _config(model, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool)
     _check_tower(model, config)
-    _check_rules(model, decoder, config)
+    check_rules(model, decoder, config)
     _check_block(model, config)
     settle_cpu_math()
     with _status(progress, "capturing the decoder"):
@@ -205,11 +203,9 @@ def inspect(
     """
     model, source = unwrap(model)
     decoder = text_decoder(model)
-    config = _config(
-        model, decoder, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool
-    )
+    config = _config(model, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool)
     _check_tower(model, config)
-    _check_rules(model, decoder, config)
+    check_rules(model, decoder, config)
     _check_block(model, config)
     captured = capture_decoder(model)
     _check_positions(config, captured)
@@ -217,11 +213,8 @@ def inspect(
     return _named(report, model, source, "", captured.seconds)
 
 
-def _config(
-    model: Any, decoder: Any, config: RoutingConfig | str | Path | None, **choices: Any
-) -> RoutingConfig:
-    num_layers, grids = decoder.config.num_hidden_layers, has_grids(model.config)
-    return choose_config(config, num_layers=num_layers, grids=grids, **choices)
+def _config(model: Any, config: RoutingConfig | str | Path | None, **choices: Any) -> RoutingConfig:
+    return choose_config(config, model.config, grids=has_grids(model.config), **choices)
 
 
 def _check_tower(model: Any, config: RoutingConfig) -> None:
@@ -240,7 +233,7 @@ def _check_tower(model: Any, config: RoutingConfig) -> None:
         )
 
 
-def _check_rules(model: Any, decoder: Any, config: RoutingConfig) -> None:
+def check_rules(model: Any, decoder: Any, config: RoutingConfig) -> None:
     """Raise unless the decoder has the heads that rules ask, and the model the rows and columns.
 
     Raises:

@@ -259,6 +259,24 @@ def test_bench_knows_the_demo():
     assert (inputs["input_ids"] == demo.model.config.image_token_id).sum() == 144
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_tune_writes_what_config_takes(checkpoint, tmp_path):
+    lines = []
+    for seed in range(8):
+        picture(seed).save(tmp_path / f"{seed}.png")
+        lines.append(json.dumps({"image": f"{seed}.png", "text": f"Where is the star {seed}?"}))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    files = ["--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "tuned.json"]
+    amounts = ["--trials", 2, "--max-new-tokens", 2, "--workers", 1]
+    result = run("tune", checkpoint, "--tier", 0.5, *amounts, *files, "--dtype", "float32")
+    assert result.exit_code == 0, result.stderr
+    assert "Plan: up to 2 trials" in result.stderr
+    assert re.search(r"chosen.*reference", said(result))
+    inspected = run("inspect", checkpoint, "--config", tmp_path / "tuned.json", "--json")
+    config = json.loads((tmp_path / "tuned.json").read_text())["config"]
+    assert json.loads(inspected.stdout)["config"] == config
+
+
 @pytest.mark.full("22 s; the wheel check runs the demo, and test_visualize.py draws")
 def test_demo_asks_compares_and_draws(tmp_path):
     """The same answer from both unrouted models, a right box from the routed one, and pictures."""
@@ -663,6 +681,7 @@ COMMANDS = (
     "inspect",
     "methods",
     "profile",
+    "tune",
     "demo",
     "visualize",
     "bench",

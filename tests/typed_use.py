@@ -6,7 +6,16 @@ from typing import assert_type
 import torch
 
 import reroute_fx
-from reroute_fx import LoadedModel, Profile, RoutedCache, RoutedModel, Routing, RoutingConfig, RoutingReport
+from reroute_fx import (
+    LoadedModel,
+    Profile,
+    RoutedCache,
+    RoutedModel,
+    Routing,
+    RoutingConfig,
+    RoutingReport,
+    Tuned,
+)
 
 
 def use(model: torch.nn.Module, ids: torch.Tensor) -> None:
@@ -18,6 +27,7 @@ def use(model: torch.nn.Module, ids: torch.Tensor) -> None:
     assert_type(RoutingConfig.load("config.json"), RoutingConfig)
     assert_type(reroute_fx.compile(model, config=Path("config.json")), RoutedModel)
     assert_type(reroute_fx.inspect(model, config="config.json"), RoutingReport)
+    assert_type(reroute_fx.tune(model, [{"input_ids": ids}]), Tuned)
     assert_type(routed.visualize({"input_ids": ids}, "pictures"), Path)
     profile = reroute_fx.profile(model, [{"input_ids": ids}], tier=64)
     assert_type(profile, Profile)

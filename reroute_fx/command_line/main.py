@@ -14,6 +14,7 @@ from .options import choices
 from .paper_commands import paper
 from .profile_command import profile
 from .terminal import logged, refusals
+from .tune_command import tune
 from .visualize_command import visualize
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -54,7 +55,7 @@ def main(
     context.with_resource(logged(log_level))
 
 
-for command in (inspect, methods, profile, demo, visualize, bench):
+for command in (inspect, methods, profile, tune, demo, visualize, bench):
     app.command()(command)
 for name, group in (("artifact", artifact), ("paper", paper), ("lmms", lmms)):
     app.add_typer(group, name=name)

@@ -33,20 +33,31 @@ def from_plain(kind: type[Kind], content: Mapping[str, Any]) -> Kind:
     return _parse(kind, text, "config")
 
 
-def from_file(kind: type[Kind], path: str | Path) -> Kind:
-    """What is written in a JSON file.
+def from_file(kind: type[Kind], path: str | Path, part: str = "") -> Kind:
+    """What is written in a JSON file, or under the name `part` in it if there is such a name.
 
     Raises:
         ConfigError: naming the file, and the first field that is missing, unknown or wrong.
     """
     try:
-        text = Path(path).read_bytes()
+        text: str | bytes = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(
             f"config is {str(path)!r}; expected a JSON file with a {kind.__name__}, as its save(path) writes. "
             f"{error.strerror}."
         ) from error
+    if part and has_part(path, part):
+        text = json.dumps(json.loads(text)[part])
     return _parse(kind, text, str(path))
+
+
+def has_part(path: str | Path, part: str) -> bool:
+    """Whether a file holds a JSON object with such a name; not for a file that can't be read."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and part in content
 
 
 def _parse(kind: type[Kind], text: str | bytes, source: str) -> Kind:

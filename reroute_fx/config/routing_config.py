@@ -306,10 +306,12 @@ class RoutingConfig:
     def load(cls, path: str | Path) -> "RoutingConfig":
         """What `save` wrote, or a file by hand with the same fields, of which those with defaults may be left out.
 
+        A file that `reroute_fx.tune` wrote will do too; which model it is for is not looked at here.
+
         Raises:
             ConfigError: naming the file, and the first field that is missing, unknown or wrong.
         """
-        return from_file(cls, path)
+        return from_file(cls, path, part="config")
 
     def check_depth(self, num_layers: int) -> None:
         """Raise `ConfigError` unless every decision layer exists in a decoder of `num_layers`."""

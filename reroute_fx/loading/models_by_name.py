@@ -85,12 +85,11 @@ def read_routing(
         ConfigError: no such model, or a routing that it can't have.
     """
     about = _read_about(name, revision)
-    layers = getattr(about.get_text_config(decoder=True), "num_hidden_layers", None)
-    if layers is None:
+    if not hasattr(about.get_text_config(decoder=True), "num_hidden_layers"):
         raise ConfigError(f"model is {name!r} and has no decoder layers; expected a vision-language model.")
     return choose_config(
         config,
-        num_layers=layers,
+        about,
         grids=has_grids(about),
         tier=tier,
         method=method,

@@ -1,0 +1,55 @@
+"""The end of a search: the best trials on prompts that it didn't see, and the choice among them."""
+
+import statistics
+from collections.abc import Sequence
+
+from .search import FIRST, HELD_OUT, REST, Measure, Search
+from .search_space import SearchSpace
+from .tuned import Finalist
+
+_FINALISTS = 8
+
+
+def judge(search: Search, measure: Measure) -> tuple[Finalist, list[Finalist]]:
+    """The tier's exact schedule, and the best trials, the closest on the prompts of the search first."""
+    complete = sorted((t for t in search.trials if t.is_complete), key=lambda trial: trial.divergence)
+    configs = list(dict.fromkeys(trial.config for trial in complete))[:_FINALISTS]
+    reference = search.space.reference
+    jobs = [(config, part) for config in (reference, *configs) for part in (FIRST, REST, HELD_OUT)]
+    losses = iter(measure(jobs))
+    finalists = [
+        Finalist(config, search.space.cost(config), next(losses) + next(losses), next(losses))
+        for config in (reference, *configs)
+    ]
+    return finalists[0], finalists[1:]
+
+
+def choose(finalists: Sequence[Finalist], space: SearchSpace) -> Finalist:
+    """The simplest of those that can't be told from the closest, over all prompts.
+
+    Two can be told apart if the mean of their differences is more than its standard error.
+    """
+    best = min(finalists, key=lambda each: statistics.fmean(_all(each)))
+    close = [each for each in finalists if not _is_farther(each, best)]
+    return min(close, key=lambda each: (space.complexity(each.config), statistics.fmean(_all(each))))
+
+
+def _all(finalist: Finalist) -> tuple[float, ...]:
+    return (finalist.searched + finalist.held_out).divergence
+
+
+def _is_farther(one: Finalist, best: Finalist) -> bool:
+    differences = [a - b for a, b in zip(_all(one), _all(best), strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return bool(statistics.fmean(differences) > error)
+
+
+def not_dominated(finalists: Sequence[Finalist]) -> list[Finalist]:
+    """Those than which no other is as close and as cheap, and closer or cheaper; the closest first."""
+
+    def is_better(one: Finalist, other: Finalist) -> bool:
+        a, b = (one.divergence, one.cost), (other.divergence, other.cost)
+        return a != b and a[0] <= b[0] and a[1] <= b[1]
+
+    left = [each for each in finalists if not any(is_better(other, each) for other in finalists)]
+    return sorted(left, key=lambda each: each.divergence)
