@@ -259,6 +259,7 @@ def test_bench_knows_the_demo():
     assert (inputs["input_ids"] == demo.model.config.image_token_id).sum() == 144
 
 
+@pytest.mark.full("20 s; test_tune.py tunes and reads the file in the gate")
 @pytest.mark.usefixtures("one_thread")
 def test_tune_writes_what_config_takes(checkpoint, tmp_path):
     lines = []
