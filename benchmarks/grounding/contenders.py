@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ TIERS = {192: 1 / 3, 128: 2 / 9, 64: 1 / 9}
 POOLED = {192: (8, 6), 128: (8, 4), 64: (4, 4)}
 """Columns and rows of 12 x 12 tokens after average pooling."""
 ACTIONS = {"deleted": "physical_delete", "routed": "compact_route_stagewise"}
+OTHERS = {
+    "fastv-official-k3": (192, 128, 64),
+    "pdrop-official": (192,),
+    "feather": (192,),
+    "value-similarity": (192, 128, 64),
+    "coverage": (192, 128, 64),
+    "two-scale": (192, 128, 64),
+}
+"""Other methods, and the tiers that their first decision lets them reach."""
 BATCH = 24
 
 
@@ -46,8 +56,8 @@ def unrouted(model: Any) -> Contender:
     return Contender("unrouted", None, _generate(model))
 
 
-def contenders(model: Any, seed: int) -> list[Contender]:
-    """All of them, the unrouted model first."""
+def contenders(model: Any, seed: int, folder: Path) -> list[Contender]:
+    """All of them, the unrouted model first; tuned ones if `tune_demo.py` wrote configurations into `folder`."""
     found = [unrouted(model)]
     for tier, share in TIERS.items():
         for method in ("fastv", "pdrop"):
@@ -57,6 +67,12 @@ def contenders(model: Any, seed: int) -> list[Contender]:
                 if method == "fastv":
                     found.append(Contender(f"random {name}", tier, _generate(routed, RandomScores(seed))))
         found.append(Contender("average pooling", tier, _pooled(model, POOLED[tier])))
+        for method in (name for name, tiers in OTHERS.items() if tier in tiers):
+            routed = reroute_fx.compile(model, share, method=method, backend="eager")
+            found.append(Contender(f"{method} routed", tier, _generate(routed)))
+        if (config := folder / f"tuned_{tier}.json").exists():
+            routed = reroute_fx.compile(model, config=config, backend="eager")
+            found.append(Contender("tuned routed", tier, _generate(routed)))
     return found
 
 

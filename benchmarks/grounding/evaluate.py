@@ -76,13 +76,13 @@ def _sums(stages: list[list[dict[str, int]]]) -> list[dict[str, int]]:
     ]
 
 
-def run(model: Any, processor: Any, seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
+def run(model: Any, processor: Any, seeds: Sequence[int], count: int, folder: Path) -> list[dict[str, Any]]:
     """The records of all contenders on `count` prompts of each kind and seed."""
     records = []
     with Progress() as progress:
         for seed in seeds:
             prompts = {kind: collect("test", seed, count, kind) for kind in KINDS}
-            everyone = contenders(model, seed)
+            everyone = contenders(model, seed, folder)
             for contender in progress.track(everyone, description=f"seed {seed}"):
                 for kind in KINDS:
                     records.append(record(contender, processor, prompts[kind], seed, kind))
@@ -113,7 +113,7 @@ def main(
         loaded = load_model(str(checkpoint), "cpu", "float32")
         _check(loaded.model)
         weights = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
-        records = run(loaded.model, loaded.processor, range(seeds), count)
+        records = run(loaded.model, loaded.processor, range(seeds), count, folder)
         write_json(
             target, {"environment": environment(torch.device("cpu")), "weights": weights, "records": records}
         )

@@ -26,8 +26,27 @@ ORDER = (
     "random deleted",
     "random routed",
     "average pooling",
+    "fastv-official-k3 routed",
+    "pdrop-official routed",
+    "feather routed",
+    "value-similarity routed",
+    "coverage routed",
+    "two-scale routed",
+    "tuned routed",
 )
-_COLOURS = {"fastv": "#4878a8", "pdrop": "#e07b39", "random": "#8a8a8a", "average": "#5a9e6f"}
+_COLOURS = {
+    "fastv": "#4878a8",
+    "pdrop": "#e07b39",
+    "random": "#8a8a8a",
+    "average": "#5a9e6f",
+    "fastv-official-k3": "#7fb0d8",
+    "pdrop-official": "#b5651d",
+    "feather": "#9467bd",
+    "value-similarity": "#17a2a2",
+    "coverage": "#c9a400",
+    "two-scale": "#d6278a",
+    "tuned": "#c0001a",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,12 @@ def first_answers(records: Records, count: int) -> list[dict[str, Any]]:
     return [{**record, "answers": record["answers"][:count]} for record in records if record["seed"] == 0]
 
 
+def contenders_at(records: Records, tier: int) -> list[str]:
+    """Those that were asked at a tier, in the order of tables."""
+    asked = {r["contender"] for r in records if r["tier"] == tier}
+    return [name for name in ORDER if name in asked]
+
+
 def tiers(records: Records) -> list[int]:
     return sorted({r["tier"] for r in records if r["tier"]}, reverse=True)
 
@@ -92,7 +117,7 @@ def markdown_table(records: Records) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
         _line(records, "unrouted", None),
     ]
-    lines += [_line(records, name, tier) for tier in tiers(records) for name in ORDER]
+    lines += [_line(records, name, tier) for tier in tiers(records) for name in contenders_at(records, tier)]
     return "\n".join(lines)
 
 
@@ -144,13 +169,14 @@ def plot_accuracy(records: Records, path: Path) -> None:
         strict=True,
     ):
         for name in ORDER:
-            intervals = [getattr(score(records, name, tier), field) for tier in tiers(records)]
+            asked = [tier for tier in tiers(records) if name in contenders_at(records, tier)]
+            intervals = [getattr(score(records, name, tier), field) for tier in asked]
             middle = [100 * i.mean for i in intervals]
             spread = [
                 [100 * (i.mean - i.low) for i in intervals],
                 [100 * (i.high - i.mean) for i in intervals],
             ]
-            chart.errorbar(tiers(records), middle, yerr=spread, label=name, capsize=3, **_style(name))
+            chart.errorbar(asked, middle, yerr=spread, label=name, capsize=3, **_style(name))
         unrouted = 100 * getattr(score(records, "unrouted", None), field).mean
         chart.axhline(unrouted, color="black", linewidth=1, label="unrouted")
         chart.set_xticks(tiers(records))

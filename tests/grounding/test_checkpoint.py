@@ -46,7 +46,7 @@ def answered():
     """Scores of some contenders on the first prompts, asked now."""
     loaded = load_model("demo", "cpu", "float32")
     prompts = {kind: collect("test", 0, COUNT, kind) for kind in KINDS}
-    chosen = [c for c in contenders(loaded.model, 0) if c.name == "unrouted" or c.tier == 128]
+    chosen = [c for c in contenders(loaded.model, 0, RESULTS) if c.name == "unrouted" or c.tier == 128]
     wanted = [c for c in chosen if c.name in ("unrouted", "pdrop routed", "fastv routed")]
     records = [record(c, loaded.processor, prompts[kind], 0, kind) for c in wanted for kind in KINDS]
     return {c.name: percentages(score(records, c.name, c.tier)) for c in wanted}
