@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import jsonschema
@@ -30,7 +31,7 @@ from reroute_fx.command_line.terminal import logged
 from reroute_fx.config import routing_config as config
 from reroute_fx.errors import ConfigError, InputError
 from reroute_fx.loading import models_by_name
-from reroute_fx.loading.models_by_name import choose_device, load_model
+from reroute_fx.loading.models_by_name import choose_device, load_model, name_of
 from reroute_fx.loading.prompts import make_batch, read_image
 from reroute_fx.loading.sample_picture import picture
 
@@ -714,3 +715,14 @@ def test_help_breaks_no_words(columns):
         wide = set(re.findall(r"[\w:|.-]+", run(*command.split(), "--help", columns=300).stdout))
         assert max(map(len, narrow.splitlines())) <= columns
         assert set(re.findall(r"[\w:|.-]+", narrow)) <= wide, command
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("org/model", "org/model"), ("{folder}", "weights"), (None, "")],
+    ids=["id", "folder", "none"],
+)
+def test_a_model_s_name_holds_no_path_of_this_machine(given, name, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    assert name_of(SimpleNamespace(name_or_path=given and given.format(folder=folder))) == name

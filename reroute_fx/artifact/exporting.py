@@ -19,6 +19,7 @@ from ..capture.vision_tower import capture_vision_tower
 from ..capture.vocabulary import capture_embeddings, capture_head
 from ..config.limits import Limits
 from ..errors import ConfigError
+from ..loading.models_by_name import name_of
 from ..lowering import check_tensorrt
 from ..lowering.inductor.aot_regions import check_compiler
 from ..lowering.onnx.onnx_program import check_libraries
@@ -173,7 +174,7 @@ def _write(
     manifest = Manifest(
         schema=SCHEMA,
         format=format,
-        name=_name(routed),
+        name=name_of(routed.config),
         model=type(routed).__name__.removeprefix("Routed"),
         model_type=routed.config.model_type,
         dtype=dtype,
@@ -203,12 +204,6 @@ def _write_descriptions(routed: Any, folder: Path, processor: Any) -> None:
     routed.generation_config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder / PROCESSOR)
-
-
-def _name(routed: RoutedModel) -> str:
-    """Id of the model, or the last part of its folder's path."""
-    given = str(routed.config.name_or_path or "")
-    return Path(given).name if Path(given).exists() else given
 
 
 @contextmanager

@@ -173,3 +173,9 @@ def _no_model(name: str, revision: str | None, content: str, error: Exception) -
     return ConfigError(
         f"model is {name!r}{which}; expected 'demo', a model id, or a folder with {content}. {first_line(error)}"
     )
+
+
+def name_of(model_config: Any) -> str:
+    """Id of a model, or the last part of its folder's path; empty if it has none."""
+    given = str(model_config.name_or_path or "")
+    return Path(given).name if Path(given).exists() else given

@@ -18,6 +18,7 @@ from ..common.optional_libraries import optional_library
 from ..config.routing_config import RoutingConfig
 from ..config.tuned_config import ModelKind, TuningFacts
 from ..errors import ConfigError, InputError
+from ..loading.models_by_name import name_of
 from ..methods import BY_RULES
 from ..rules import AttentionRule, Rule
 from .divergence import Answered, Router, answer
@@ -220,7 +221,7 @@ def _tuned(
     held_out = len(chosen.held_out.divergence)
     facts = TuningFacts(
         model=ModelKind.of(model.config),
-        name=" ".join(filter(None, (type(model).__name__, model.config.name_or_path))),
+        name=" ".join(filter(None, (type(model).__name__, name_of(model.config)))),
         tier=search.space.tier,
         prompts=len(chosen.searched.divergence) + held_out,
         held_out_prompts=held_out,
