@@ -280,9 +280,13 @@ def test_a_missing_program_is_named(copied, program):
         reroute_fx.load(copied)
 
 
-def test_other_formats_are_told(copied):
-    sign(copied, lambda content: content["programs"]["head"].update(format="onnx"))
-    with pytest.raises(ArtifactError, match=r"ONNX Runtime can't load .*head_0\.pt2"):
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [("images", r"ONNX Runtime can't load .*images_0\.pt2"), ("prefill", "prefill has 2 files; expected 1")],
+)
+def test_other_formats_are_told(copied, program, message):
+    sign(copied, lambda content: content["programs"][program].update(format="onnx"))
+    with pytest.raises(ArtifactError, match=message):
         reroute_fx.load(copied)
 
 

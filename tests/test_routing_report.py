@@ -81,6 +81,8 @@ def test_dictionary_survives_json():
         "seed": 0,
         "entry_ratio": 1.0,
         "rules": [],
+        "block": 0,
+        "block_decisions": 0,
     }
     assert (loaded["visual_tokens"], loaded["text_tokens"]) == (576, 40)
     assert loaded["tokens_per_layer"] == [576] * 2 + [152] * 13 + [76] * 8 + [38] * 9

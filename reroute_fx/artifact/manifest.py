@@ -151,7 +151,12 @@ class Manifest:
                 f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Export the model again."
             ) from error
         named = {WEIGHTS}
-        for program in manifest.programs.values():
+        for name, program in manifest.programs.items():
+            if program.format != "aot" and len(program.files) != 1:
+                raise ArtifactError(
+                    f"{path}: {name} has {len(program.files)} files; expected 1 of format {program.format!r}. "
+                    f"Export the model again."
+                )
             named |= {*program.files, *([program.schedule] if program.schedule else [])}
         for name in (*named, *manifest.files):
             check_name(name)

@@ -191,7 +191,7 @@ def test_pictures_without_a_grid_are_refused():
     embeds, mask = torch.randn(1, 14, 32), torch.zeros(1, 14, dtype=torch.bool)
     mask[:, 2:12] = True
     with pytest.raises(
-        InputError, match="A picture has 10 visual tokens, but the rules rank by rows and columns"
+        InputError, match="A picture has 10 visual tokens, but rules or blocks ask for rows and columns"
     ):
         routed(inputs_embeds=embeds, visual_mask=mask)
 
