@@ -53,6 +53,7 @@ class Sizes:
         self.fake_mode = FakeTensorMode(shape_env=self._env)
         self._places = _places(values)
         self._first = {symbol: place.read(inputs) for symbol, place in self._places.items()}
+        self._hints: dict[sympy.Symbol, int] = {}
         self._new: dict[sympy.Symbol, sympy.Expr] = {
             symbol: self._symbol(number) if dynamic else sympy.Integer(number)
             for symbol, number in self._first.items()
@@ -62,10 +63,9 @@ class Sizes:
         self._condition: Any = None
 
     def _symbol(self, number: int) -> sympy.Symbol:
-        source = ConstantSource(f"size_{len(self._env.var_to_range)}")
-        symbol: sympy.Symbol = self._env.create_symbol(
-            max(number, _LEAST), source, dynamic_dim=DimDynamic.DYNAMIC
-        )
+        hint, source = max(number, _LEAST), ConstantSource(f"size_{len(self._hints)}")
+        symbol: sympy.Symbol = self._env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+        self._hints[symbol] = hint
         return symbol
 
     def _fake(self, value: Any) -> Any:
@@ -81,7 +81,7 @@ class Sizes:
     def _size(self, expression: sympy.Expr) -> Any:
         if expression.is_number:
             return int(expression)
-        hint = int(expression.xreplace(self._env.backed_var_to_val))
+        hint = int(expression.xreplace(self._hints))
         return self._env.create_symintnode(expression, hint=hint)
 
     def numbers(self, inputs: Sequence[Any]) -> list[int]:
