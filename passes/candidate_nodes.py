@@ -21,6 +21,7 @@ from .graph_edit import (
     descendants,
     edit_after,
     expression,
+    memory_order,
     new_size,
     shape,
     value,
@@ -88,7 +89,7 @@ def projections(edit: Editor, asked: AskedInputs, layer: Layer, lengths: fx.Node
         size = shape(target)
         sizes = (*size[:2], size[2] if count is None else count, size[3])
         # As the layer's own lie in memory.
-        order = sorted(range(4), key=lambda dim: -_hint(value(target).stride(dim)))
+        order = memory_order(value(target))
         fake = _empty(edit.graph, [sizes[dim] for dim in order], value(target).dtype)
         with edit.graph.fake_mode:
             fake = fake.permute([order.index(dim) for dim in range(4)])
@@ -115,10 +116,6 @@ def projections(edit: Editor, asked: AskedInputs, layer: Layer, lengths: fx.Node
             f"{prefix}text_queries": projection(attention.query, text_tokens, partial(text, rotary)),
         }
     return found
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _empty(graph: ModelGraph, size: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:

@@ -189,3 +189,14 @@ def ancestors(nodes: Iterable[fx.Node], stop: fx.Node | None = None) -> set[fx.N
 def sequence_dims(node: fx.Node, length: sympy.Expr) -> list[int]:
     """Dimensions of a tensor that run over the rows of the stream."""
     return [i for i, size in enumerate(shape(node)) if same_size(size, length)]
+
+
+def memory_order(fake: torch.Tensor) -> list[int]:
+    """Dimensions of a tensor from the slowest to the fastest in memory."""
+    strides = [hint(stride) for stride in fake.stride()]
+    return sorted(range(fake.ndim), key=lambda dim: (-strides[dim], dim))
+
+
+def hint(size: Any) -> int:
+    """What a size was when the program was captured."""
+    return size if isinstance(size, int) else int(size.node.hint)

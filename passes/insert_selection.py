@@ -137,7 +137,7 @@ class InsertSelection(Pass):
 
     def _insert(
         self,
-        asked: "AskedInputs",
+        asked: AskedInputs,
         layer: Layer,
         rank: Rank,
         distance: int,

@@ -117,10 +117,9 @@ def compile(
         raise ConfigError(
             f"cuda_graphs is True, but the model is on {decoder.device}; expected a model on cuda. Leave it out."
         )
-    config = _config(model, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool)
-    _check_tower(model, config)
-    check_rules(model, decoder, config)
-    _check_block(model, config)
+    config = _config(
+        model, decoder, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool
+    )
     settle_cpu_math()
     with _status(progress, "capturing the decoder"):
         captured = capture_decoder(model)
@@ -203,18 +202,24 @@ def inspect(
     """
     model, source = unwrap(model)
     decoder = text_decoder(model)
-    config = _config(model, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool)
-    _check_tower(model, config)
-    check_rules(model, decoder, config)
-    _check_block(model, config)
+    config = _config(
+        model, decoder, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool
+    )
     captured = capture_decoder(model)
     _check_positions(config, captured)
     _, report = DecoderPrograms(captured).prompt(config)
     return _named(report, model, source, "", captured.seconds)
 
 
-def _config(model: Any, config: RoutingConfig | str | Path | None, **choices: Any) -> RoutingConfig:
-    return choose_config(config, model.config, grids=has_grids(model.config), **choices)
+def _config(
+    model: Any, decoder: Any, config: RoutingConfig | str | Path | None, **choices: Any
+) -> RoutingConfig:
+    """The configuration that is asked for, which fits the model."""
+    chosen = choose_config(config, model.config, grids=has_grids(model.config), **choices)
+    _check_tower(model, chosen)
+    check_rules(model, decoder, chosen)
+    _check_block(model, chosen)
+    return chosen
 
 
 def _check_tower(model: Any, config: RoutingConfig) -> None:

@@ -7,9 +7,9 @@ prints the table of docs/profile.md.
 
 from typing import Annotated, Any
 
-import torch
 import typer
-from contenders import BATCH, TIERS, make_inputs
+from contenders import TIERS, unrouted
+from evaluate import answer_all
 
 import reroute_fx
 from reroute_fx import RoutingConfig
@@ -20,25 +20,17 @@ from reroute_fx.loading.models_by_name import load_model
 from reroute_fx.tuning.proposals import fit_shares
 from reroute_fx.tuning.read_prompts import demo_prompts
 
-_NEW_TOKENS = 16
 _GROWN = RoutingConfig((1, 4, 8, 12), (1.0, 1.0, 0.5, 0.25))
 """Before the layers that the model was grown from, in the shape of pdrop."""
 
 
 def accuracy(model: Any, processor: Any, prompts: Any) -> float:
     """Share of boxes that overlap the right one by half, in percent."""
-    right = 0
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
-        inputs = make_inputs(processor, batch)
-        with torch.no_grad():
-            tokens = model.generate(**inputs, max_new_tokens=_NEW_TOKENS, do_sample=False)
-        texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(
-            overlap(read_box(text.strip()), question.box) >= THRESHOLD
-            for (_, question), text in zip(batch, texts, strict=True)
-        )
-    return 100 * right / len(prompts)
+    right = [
+        overlap(read_box(text), question.box) >= THRESHOLD
+        for question, text, _ in answer_all(unrouted(model), processor, prompts)
+    ]
+    return 100 * sum(right) / len(right)
 
 
 def configurations(profile: Any, tier: int) -> dict[str, RoutingConfig]:

@@ -111,3 +111,14 @@ Prompt = Annotated[str, typer.Option(metavar="TEXT", help="text behind the pictu
 Image = Annotated[Path, typer.Option(metavar="FILE", help="picture", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="most tokens of the answer")]
 PrintJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+# What a model is asked, without labels.
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help='a line {"image": "cat.png", "text": "Where is the cat?"} for each prompt; demo does without',
+        show_default=False,
+    ),
+]
+NumPrompts = Annotated[int, typer.Option(min=1, metavar="N", help="the first ones of these")]

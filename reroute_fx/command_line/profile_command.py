@@ -5,25 +5,18 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, MaxNewTokens, Model, Revision
+from .options import Device, Dtype, MaxNewTokens, Model, NumPrompts, Prompts, Revision
 from .terminal import MESSAGES, OUTPUT, refusals
 
 
 @refusals()
 def profile(
     model: Model,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='a line {"image": "cat.png", "text": "Where is the cat?"} for each prompt; demo does without',
-            show_default=False,
-        ),
-    ] = None,
+    prompts: Prompts = None,
     tier: Annotated[
         float, typer.Option(metavar="192|128|64|SHARE", help="how many tokens stay when recall is counted")
     ] = 128,
-    num_prompts: Annotated[int, typer.Option(min=1, metavar="N", help="the first ones of these")] = 64,
+    num_prompts: NumPrompts = 64,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="prompts that run together")] = 1,
     max_new_tokens: MaxNewTokens = 32,
     gradient: Annotated[

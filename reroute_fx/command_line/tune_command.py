@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Action, Device, Dtype, MaxNewTokens, Model, Revision
+from .options import Action, Device, Dtype, MaxNewTokens, Model, NumPrompts, Prompts, Revision
 from .terminal import MESSAGES, OUTPUT, refusals
 
 _SEARCH = "Search"
@@ -18,15 +18,8 @@ def tune(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="for the configuration", show_default=False)
     ],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='a line {"image": "cat.png", "text": "Where is the cat?"} for each prompt; demo does without',
-            show_default=False,
-        ),
-    ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, metavar="N", help="the first ones of these")] = 64,
+    prompts: Prompts = None,
+    num_prompts: NumPrompts = 64,
     tier: Annotated[
         float,
         typer.Option(

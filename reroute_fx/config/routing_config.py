@@ -30,6 +30,8 @@ from .config_files import from_file, from_plain, to_plain
 
 SCHEDULES = ("exact", "paper")
 POOLS = ("row", "image")
+_BISECTIONS = 60
+"""More than float64 has digits."""
 
 
 @dataclass(frozen=True)
@@ -472,7 +474,25 @@ def _solve(make: Maker, method: str, plan: Schedule, share: float, num_layers: i
         )
     if highest <= target:
         return at(high)
-    for _ in range(60):
+    return nearest(at, share, num_layers, low, high)
+
+
+def nearest(
+    at: Callable[[float], RoutingConfig], share: float, num_layers: int, low: float, high: float
+) -> RoutingConfig:
+    """Of configurations that keep more the larger their number is, the one with the average closest to a share.
+
+    As close as whole tokens of 576 allow.
+
+    Args:
+        at: from a number to a configuration.
+        share: of the visual tokens that enter a layer on average.
+        num_layers: layers of the decoder.
+        low: a number that keeps no more.
+        high: a number that keeps no less.
+    """
+    target = share * REFERENCE_TOKENS
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle).average_tokens(num_layers) <= target else (low, middle)
     return min((at(low), at(high)), key=lambda c: abs(c.average_tokens(num_layers) - target))

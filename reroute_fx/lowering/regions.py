@@ -21,6 +21,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from ..passes.graph_edit import memory_order
+
 aten = torch.ops.aten
 _FEW = 10
 """Operators of a region that is called once, up to which it is not compiled."""
@@ -194,17 +196,6 @@ def region_key(graph: fx.Graph) -> str:
 def device_key(region: fx.GraphModule, device: torch.device) -> str:
     """Equal for regions for which the same code is compiled on `device`."""
     return f"{device} {region_key(region.graph)}"
-
-
-def memory_order(fake: torch.Tensor) -> list[int]:
-    """Dimensions of a tensor from the slowest to the fastest in memory."""
-    strides = [hint(stride) for stride in fake.stride()]
-    return sorted(range(fake.ndim), key=lambda dim: (-strides[dim], dim))
-
-
-def hint(size: Any) -> int:
-    """What a size was when the program was captured."""
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _find(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:

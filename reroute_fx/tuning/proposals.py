@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..config.routing_config import RoutingConfig
+from ..config.routing_config import RoutingConfig, nearest
 from ..errors import ConfigError
 from ..methods import BY_RULES
 from ..methods.tiers import REFERENCE_TOKENS
@@ -190,13 +190,8 @@ def fit_shares(config: RoutingConfig, share: float, num_layers: int) -> RoutingC
 
     As close as whole tokens of 576 allow; no ratio exceeds 1.
     """
-    target = share * REFERENCE_TOKENS
 
     def at(scale: float) -> RoutingConfig:
         return replace(config, keep_ratios=tuple(min(1.0, scale * ratio) for ratio in config.keep_ratios))
 
-    low, high = 1 / REFERENCE_TOKENS, 1 / min(config.keep_ratios)
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if at(middle).average_tokens(num_layers) <= target else (low, middle)
-    return min((at(low), at(high)), key=lambda c: abs(c.average_tokens(num_layers) - target))
+    return nearest(at, share, num_layers, 1 / REFERENCE_TOKENS, 1 / min(config.keep_ratios))

@@ -17,11 +17,12 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
 from ...errors import BackendUnavailableError, CaptureError
+from ...passes.graph_edit import hint, memory_order
 from ..call_schedule import CallSchedule
 from ..example_sizes import ExampleSizes
 from ..implementations import use_implementations
 from ..operator_list import OperatorList, to_operator_list
-from ..regions import device_key, hint, is_size, memory_order, share_regions
+from ..regions import device_key, is_size, share_regions
 
 
 @dataclass(frozen=True)
