@@ -119,15 +119,14 @@ def loaded_model(family):
 
 
 def artifact(tmp_path_factory, family, tier=TIERS[0]):
-    """The folder of an artifact; the first process that asks makes those of all tiers."""
+    """The folder of an artifact, which the first process that asks makes."""
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = Path(root, "artifacts", family)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for each in TIERS:
-            if not (folder / str(each)).exists():
-                made = processor() if family == "llava" else None
-                reroute_fx.export(routed_at(family, each), folder / str(each), limits=LIMITS, processor=made)
+        if not (folder / str(tier)).exists():
+            made = processor() if family == "llava" else None
+            reroute_fx.export(routed_at(family, tier), folder / str(tier), limits=LIMITS, processor=made)
     return folder / str(tier)

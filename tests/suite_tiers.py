@@ -6,6 +6,7 @@ What the gate leaves out is marked where it stands, with the reason:
     @pytest.mark.parametrize("case", share(CASES, gate, "reason"))   the gate has some of the cases
     @pairs("reason")                                           the gate has cases in which each two values meet
     @singles("reason")                                         the gate has each value of each argument
+    @one("reason")                                             the gate has one of the cases
     @examples(gate=25, full=200, reason="...")                  the gate draws fewer examples
     @fewer(gate=2, full=20, reason="...")                       the fixture `rounds` is smaller in the gate
 
@@ -68,6 +69,11 @@ def pairs(reason: str) -> pytest.MarkDecorator:
 def singles(reason: str) -> pytest.MarkDecorator:
     """Of the cases of a test the gate has as many as it takes for each value of each argument to be there."""
     return pytest.mark.covered(reason, size=1)
+
+
+def one(reason: str) -> pytest.MarkDecorator:
+    """Of the cases of a test the gate has one."""
+    return pytest.mark.covered(reason, size=0)
 
 
 def fewer(gate: int, full: int, reason: str) -> pytest.MarkDecorator:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conversations import ROUTING, unrouted_model
+from suite_tiers import one
 
 from reroute_fx.capture import capture_decoder
 from reroute_fx.errors import BackendUnavailableError, CaptureError
@@ -34,6 +35,7 @@ def region(scheduled):
     return copy.deepcopy(scheduled.parts["prefill"].regions[0])
 
 
+@one("2 s each")
 def test_regions_are_few_and_called_for_every_layer(scheduled):
     calls = {name: len(parts.schedule.calls) for name, parts in scheduled.parts.items()}
     regions = {name: len(parts.regions) for name, parts in scheduled.parts.items()}

@@ -23,7 +23,7 @@ from conversations import (
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
-from suite_tiers import share
+from suite_tiers import fewer, share
 from transformers import DynamicCache, TextStreamer
 
 import reroute_fx
@@ -58,12 +58,14 @@ def ask(family, name):
     return batch(family, *CONVERSATIONS[name], pad="right" if name == "right" else "left")
 
 
+@fewer(gate=1, full=3, reason="tiers: 10 s each; their programs differ in numbers")
 @pytest.mark.parametrize("rows", share(BATCHES, ["single"], "20 s each"))
-def test_in_a_fresh_process(family, rows, tmp_path_factory, tmp_path):
-    """No modeling code, nothing unpickled, nothing traced, and the same answers at three tiers."""
+def test_in_a_fresh_process(family, rows, rounds, tmp_path_factory, tmp_path):
+    """No modeling code, nothing unpickled, nothing traced, and the same answers at each tier."""
+    tiers = TIERS[:rounds]
     inputs = batch(family, *BATCHES[rows])
     save_file(inputs, tmp_path / "inputs.safetensors")
-    folders = [str(artifact(tmp_path_factory, family, tier)) for tier in TIERS]
+    folders = [str(artifact(tmp_path_factory, family, tier)) for tier in tiers]
     script = Path(__file__).parent / "fresh_process.py"
     command = [sys.executable, str(script), str(tmp_path / "inputs.safetensors"), *folders]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -71,7 +73,7 @@ def test_in_a_fresh_process(family, rows, tmp_path_factory, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["modeling"] == []
     assert found["unpickled"] == []
-    for tier, result in zip(TIERS, found["results"], strict=True):
+    for tier, result in zip(tiers, found["results"], strict=True):
         routed = routed_at(family, tier)
         with torch.no_grad():
             expected, exact = routed(**inputs), exact_at(family, tier)(**inputs)
@@ -224,6 +226,7 @@ def test_packages_hold_no_weights(tmp_path_factory, family):
             assert weight.detach().flatten()[:8].numpy().tobytes() not in held
 
 
+@pytest.mark.full("another artifact; test_structure.py compiles another tier without compiling anew")
 def test_tiers_share_their_code(tmp_path_factory, family):
     """Keep counts are inputs: only the manifest and the configs differ from tier to tier."""
     first, second = (artifact(tmp_path_factory, family, tier) for tier in TIERS[:2])

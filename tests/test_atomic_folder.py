@@ -188,6 +188,7 @@ def test_the_old_one_comes_back_if_the_new_one_can_not_be_moved(tmp_path, system
     assert os.listdir(tmp_path) == ["llava-128"]
 
 
+@pytest.mark.full("19 s in a process of its own; another system than the gate runs on")
 def test_without_fcntl_artifacts_are_written_and_locked(tmp_path):
     """As on Windows: everything is imported, and folders that another one holds are left alone."""
     code = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given
 from hypothesis import strategies as st
-from suite_tiers import examples, pairs, singles
+from suite_tiers import examples, singles
 from tiny_models import (
     IMAGE,
     LAYERS,
@@ -194,7 +194,7 @@ def batches_of(draw, family):
 
 
 @examples(
-    gate=10,
+    gate=4,
     full=200,
     reason="each example generates for every row alone and for the batch",
     derandomize=True,
@@ -295,7 +295,7 @@ def qwen3_rows():
 ROWS = {"llava": llava_rows, "qwen": qwen_rows, "qwen3": qwen3_rows}
 
 
-@pairs("3 s each")
+@singles("3 s each")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("action", ACTIONS)
@@ -432,7 +432,7 @@ class ByHand:
                 self.hidden[:, added] += self.addends[number][:, added]
 
 
-@pairs("3 s each")
+@singles("2 s each")
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("family", ROWS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conversations import MIXED, SINGLE, TEXT, batch, build, routed_model, unrouted_model
 from PIL import Image
-from suite_tiers import share
+from suite_tiers import one, share
 
 import reroute_fx
 from reroute_fx import BackendUnavailableError, ConfigError, InputError, ParityError, UnsupportedModelError
@@ -110,6 +110,7 @@ def test_table_fits_a_terminal_and_says_how_many_samples_there_are(result):
     assert "With 2 samples p99 is close to the largest one." in text
 
 
+@pytest.mark.full("6 s; kv_lengths are compared with theory in test_identities.py")
 def test_caches_are_those_of_the_theory():
     """Without padding, and before anything follows, to the byte."""
     model, routed = unrouted_model("llava"), routed_model("llava")
@@ -136,6 +137,7 @@ def test_weights_of_a_step_are_those_of_layers_norm_and_head():
     assert weight_bytes(model) == expected + model.lm_head.weight.nbytes
 
 
+@pytest.mark.full("9 s; it guards a measurement")
 def test_qwen_is_measured_with_its_own_positions():
     model, routed = unrouted_model("qwen"), routed_model("qwen")
     result = reroute_fx.benchmark(model, routed, batch("qwen", *MIXED), new_tokens=2, rounds=1)
@@ -192,6 +194,7 @@ def test_contenders_alternate_in_every_round():
     assert seconds["a"] == {"x": [[1.0], [9.0], [14.0]], "y": [[4.0], [12.0], [17.0]]}
 
 
+@one("4 s each")
 @pytest.mark.parametrize("warmup", share([0, 1, 3], [3], "6 s each"))
 def test_rounds_that_warm_up_are_not_counted(monkeypatch, warmup):
     ran = []

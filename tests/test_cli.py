@@ -81,6 +81,7 @@ def test_inspect_needs_no_weights(name, layers, decision_layers, teraflops):
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 4 * GIB
 
 
+@pytest.mark.full("7 s; test_what_inspect_prints_is_a_configuration inspects")
 def test_inspect_prints_a_table(tmp_path):
     config = json.loads((PUBLISHED / "llava-1.5-7b.json").read_text())
     config["text_config"] |= {"num_hidden_layers": 8, "hidden_size": 256, "num_attention_heads": 4}
@@ -221,6 +222,7 @@ def validated(path):
     return results
 
 
+@pytest.mark.full("15 s; test_benchmark.py measures, and the command in docs is run")
 @pytest.mark.usefixtures("one_thread")
 def test_bench_measures_every_batch(checkpoint, tmp_path):
     out = {"--output-json": tmp_path / "times.json", "--plot": tmp_path / "times.png"}

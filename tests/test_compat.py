@@ -16,6 +16,7 @@ from reroute_fx._compat import check_transformers
 from reroute_fx.errors import BackendUnavailableError
 
 
+@pytest.mark.full("17 s; starts processes")
 def test_a_hook_that_was_renamed_is_told_at_import():
     code = (
         "from transformers import GenerationMixin\n"

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conversations import BATCHES, ROUTING, batch, forward_and_steps, new_tokens, unrouted_model
+from suite_tiers import one
 
 from reroute_fx import RoutingConfig
 from reroute_fx.api import _named
@@ -180,6 +181,7 @@ def graphed_model(family, config=None):
     )
 
 
+@one("2 s each")
 @pytest.mark.parametrize("rows", BATCHES)
 def test_a_recorded_model_computes_the_same(family, rows):
     from conversations import NOISE, routed_model
@@ -215,6 +217,7 @@ def test_what_counts_pools_and_blocks_computes_the_same():
         assert all(map(torch.equal, result.routing.selected[layer], selected))
 
 
+@one("1 s each")
 def test_prompts_of_one_bucket_share_a_graph(family):
     graphed = graphed_model(family)
     for text in ([9], [9, 11], [9, 11, 13], [9, 11, 13, 15]):

@@ -20,6 +20,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
+from suite_tiers import one
 from tiny_models import qwen3_config
 from torch.export import Dim
 from transformers import Qwen3VLForConditionalGeneration
@@ -129,6 +130,7 @@ def test_hidden_states_are_those_of_the_stream():
         assert torch.equal(ours, theirs)
 
 
+@one("4 s each")
 @pytest.mark.parametrize("rows", [SINGLE, MIXED, TEXT], ids=["single", "padded", "text"])
 def test_without_the_model_class(rows):
     """Tower, positions and features of an artifact, its programs run as they are."""
@@ -150,6 +152,7 @@ def test_layers_know_what_they_add():
     assert [layer.addends for layer in plain.layers] == [()] * 4
 
 
+@pytest.mark.full("10 s; captures another model")
 def test_more_features_than_layers():
     """The model leaves those out that no layer is there for."""
     torch.manual_seed(0)
@@ -160,6 +163,7 @@ def test_more_features_than_layers():
     assert torch.equal(routed(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.full("11 s; captures another model")
 def test_a_decoder_that_adds_in_another_way_is_refused(monkeypatch):
     original = Qwen3VLTextModel._deepstack_process
     monkeypatch.setattr(
@@ -176,6 +180,7 @@ def test_a_method_that_reduces_pictures_is_refused():
         reroute_fx.compile(build(FAMILY), method="nuwa", tier=128, backend="eager")
 
 
+@pytest.mark.full("9 s")
 def test_positions_in_place_can_be_decomposed_by_hand():
     """The way that the error shows to those who export themselves."""
     decoder = text_decoder(unrouted_model(FAMILY))

@@ -13,6 +13,7 @@ from unittest import SkipTest
 
 import pytest
 import transformers
+from suite_tiers import share
 from sybil import Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import SkipParser
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 START = DOCS / "index.md"
 OTHERS = sorted({*DOCS.glob("*.md"), *ROOT.glob("*.md")} - {START})
+SLOW = {"choosing.md", "command_line.md", "evaluation.md", "pictures.md", "profile.md"}
 NAMED = "llava-hf/llava-1.5-7b-hf"
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[^\n]*)\n"))
 
@@ -141,7 +143,14 @@ def test_the_first_page_runs(start_page):
     assert {"model", "processor", "routed", "prompt", "inputs", "torch", "reroute_fx"} <= names.keys()
 
 
-@pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    share(
+        [pytest.param(page, id=page.name) for page in OTHERS],
+        [page.name for page in OTHERS if page.name not in SLOW],
+        "10 s to 20 s each",
+    ),
+)
 @pytest.mark.usefixtures("a_desk", "stand_ins")
 def test_every_block_is_run_or_says_why_not(page, start_page):
     given = {} if page.name == "README.md" else start_page[0]

@@ -26,7 +26,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
-from suite_tiers import singles
+from suite_tiers import one
 from transformers import (
     StoppingCriteria,
 )
@@ -413,7 +413,7 @@ def small_model(family, dtype):
     return build(family, layers=2, spread=0.1).to(dtype)
 
 
-@singles("each captures a model in half and in double precision")
+@one("5 s each")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_keeping_everything_in_half_precision(family, dtype):
     """As close to the float32 model as the unrouted model in the same precision, in a padded batch too."""
@@ -429,6 +429,7 @@ def test_keeping_everything_in_half_precision(family, dtype):
         assert (ours - wanted).abs().max() <= 2 * (unrouted - wanted).abs().max()
 
 
+@one("3 s each")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_routing_in_half_precision(family, dtype):
     routed = reroute_fx.compile(

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from golden_models import GOLDEN
-from suite_tiers import share, singles
+from suite_tiers import one, singles
 
 import reroute_fx
 from reroute_fx import Savings
@@ -75,19 +75,15 @@ SELECTION = [
 ]
 
 
-@singles("2 s each")
+@one("2 s each")
 @pytest.mark.parametrize(("model", "case"), SELECTION)
 def test_eager_without_savings_matches_the_release(model, case, request):
     savings = Savings(restore_in_place=False)
     check(request.getfixturevalue(MODELS[model]), case, "eager", savings)
 
 
-COMPILED = [("qwen2_5_vl", "fastv-compact_route-64")]
-
-
-@pytest.mark.parametrize(
-    ("model", "case"), share(CASES, gate=COMPILED, reason="20 s each; all 36 run in eager")
-)
+@pytest.mark.full("20 s to 70 s each; all 36 run in eager, and test_routed_model.py compiles")
+@pytest.mark.parametrize(("model", "case"), CASES)
 def test_inductor_matches_the_release(model, case, request):
     check(request.getfixturevalue(MODELS[model]), case, "inductor")
 

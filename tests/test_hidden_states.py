@@ -14,7 +14,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
-from suite_tiers import singles
+from suite_tiers import one
 
 import reroute_fx
 from reroute_fx import InputError, RoutingConfig
@@ -45,7 +45,7 @@ def noise(states):
     return NOISE * max(1.0, float(states.abs().max()) / 8)
 
 
-@singles("each routes a model anew")
+@one("4 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("rows", BATCHES)
 def test_with_all_tokens_they_are_those_of_the_unrouted_model(family, rows, action):
@@ -56,6 +56,7 @@ def test_with_all_tokens_they_are_those_of_the_unrouted_model(family, rows, acti
     assert_equal_states(found, wanted, inputs["attention_mask"])
 
 
+@one("5 s each")
 def test_generation_returns_them_for_each_step(family):
     """Of the prompt and of each token that is fed after it."""
     inputs = batch(family, *MIXED)
@@ -76,6 +77,7 @@ def test_several_tokens_on_a_cache_have_them_too(family):
     assert_equal_states(found.hidden_states, wanted.hidden_states)
 
 
+@one("3 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 def test_active_rows_go_through_the_layer_and_others_stay(action):
     """Checked with the layers of the model, one at a time on the active rows."""
@@ -124,7 +126,7 @@ def test_some_of_them_by_number(family):
     assert torch.equal(found[4], every[4])
 
 
-@singles("each captures a model")
+@one("4 s each")
 @pytest.mark.parametrize("is_set", ["before", "after"])
 def test_the_config_of_the_decoder_asks_for_them(family, is_set):
     model, inputs = build(family), batch(family, *SINGLE)
@@ -136,6 +138,7 @@ def test_the_config_of_the_decoder_asks_for_them(family, is_set):
     assert_equal_states(found, model(**inputs).hidden_states)
 
 
+@pytest.mark.full("5 s; captures another model")
 def test_attention_maps_that_the_config_asks_for_are_refused():
     model = build("llava")
     model.set_attn_implementation("eager")

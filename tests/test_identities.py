@@ -1,20 +1,43 @@
 """What must hold whatever the weights are."""
 
+import functools
+
 import pytest
 import torch
-from suite_tiers import singles
+from golden_models import load_golden
+from suite_tiers import one, singles
 
 import reroute_fx
 from reroute_fx import RoutingConfig
 
-MODELS = ["llava", "qwen"]
+MODELS = ["llava", "qwen2_5_vl"]
 NOISE = 2e-5
 """Float32 noise of the last logits of the golden models, measured between equal computations in another order."""
 
 
+DEPTH = 8
+
+
+@functools.cache
+def shallow(family):
+    """The first layers of a golden model, which are enough for what holds for every model."""
+    golden = load_golden(family)
+    model = golden.model
+    text = model.config.text_config
+    text.num_hidden_layers = DEPTH
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:DEPTH]
+    del model.model.language_model.layers[DEPTH:]
+    return golden
+
+
 @pytest.fixture(params=MODELS)
 def golden(request):
-    return request.getfixturevalue(request.param)
+    return shallow(request.param)
+
+
+def tiered(tier, method, action):
+    return RoutingConfig.from_tier(tier, method, action, num_layers=DEPTH)
 
 
 def forward(golden, config, **extra):
@@ -27,10 +50,10 @@ def cache_tensors(output):
     return [t for layer in output.past_key_values.layers for t in (layer.keys, layer.values)]
 
 
-@singles("routes a golden model, which test_golden.py does 36 times")
+@singles("2 s each")
 @pytest.mark.parametrize("action", ["physical_delete", "compact_route", "compact_route_stagewise"])
 def test_keeping_everything_is_the_unrouted_model(golden, action):
-    output = forward(golden, RoutingConfig((2, 7, 15), (1.0, 1.0, 1.0), action))
+    output = forward(golden, RoutingConfig((1, 3, 6), (1.0, 1.0, 1.0), action))
     with torch.no_grad():
         unrouted = golden.model(**golden.inputs)
     torch.testing.assert_close(output.logits, unrouted.logits, atol=NOISE, rtol=0)
@@ -49,16 +72,17 @@ def test_compiling_without_routing_is_the_unrouted_model(golden):
     assert torch.equal(*generated)
 
 
-@singles("routes a golden model, which test_golden.py does 36 times")
-@pytest.mark.parametrize("case", ["pdrop-{}-192", "pdrop-{}-64", "fastv-{}-128"])
-def test_both_routing_actions_are_bit_identical(golden, case):
-    per_layer = forward(golden, golden.config(case.format("compact_route")))
-    stagewise = forward(golden, golden.config(case.format("compact_route_stagewise")))
+@singles("2 s each")
+@pytest.mark.parametrize(("method", "tier"), [("pdrop", 192), ("pdrop", 0.25), ("fastv", 0.5)])
+def test_both_routing_actions_are_bit_identical(golden, method, tier):
+    per_layer = forward(golden, tiered(tier, method, "compact_route"))
+    stagewise = forward(golden, tiered(tier, method, "compact_route_stagewise"))
     assert torch.equal(per_layer.logits[:, -1], stagewise.logits[:, -1])
     for a, b in zip(cache_tensors(per_layer), cache_tensors(stagewise), strict=True):
         assert torch.equal(a, b)
 
 
+@one("2 s each")
 def test_one_routed_decision_is_a_deletion(golden):
     outputs = {
         action: forward(golden, RoutingConfig((5,), (0.2,), action))
@@ -75,6 +99,7 @@ def test_one_routed_decision_is_a_deletion(golden):
         assert torch.equal(a, b)
 
 
+@one("2 s each")
 def test_scores_are_the_last_row_of_the_full_attention_map(golden):
     layer_index = 4
     config = RoutingConfig((layer_index,), (0.5,))
@@ -89,10 +114,10 @@ def test_scores_are_the_last_row_of_the_full_attention_map(golden):
     torch.testing.assert_close(scores, reference, atol=1e-6, rtol=1e-4)
 
 
-@singles("routes a golden model, which test_golden.py does 36 times")
+@singles("2 s each")
 @pytest.mark.parametrize("action", ["physical_delete", "compact_route", "compact_route_stagewise"])
 def test_cache_holds_text_and_kept_tokens(golden, action):
-    config = RoutingConfig((3, 10, 20), (0.4, 0.2, 0.05), action)
+    config = RoutingConfig((1, 3, 6), (0.4, 0.2, 0.05), action)
     output = forward(golden, config)
     text = golden.inputs["input_ids"].shape[1] - len(golden.visual_positions)
     layers = golden.model.config.text_config.num_hidden_layers
@@ -101,13 +126,14 @@ def test_cache_holds_text_and_kept_tokens(golden, action):
     assert [layer.keys.shape[2] for layer in output.past_key_values.layers] == wanted
 
 
+@one("5 s each")
 def test_a_deferred_token_can_come_back_and_a_deleted_one_can_not(golden):
-    routed = forward(golden, golden.config("pdrop-compact_route_stagewise-128")).routing.selected
+    routed = forward(golden, RoutingConfig((1, 3, 6), (0.4, 0.2, 0.1))).routing.selected
     layers = list(routed)
     early, late = set(routed[layers[0]][0].tolist()), set(routed[layers[-1]][0].tolist())
     assert late - early, "no token was recovered: the test needs scores that change with depth"
 
-    deleted = forward(golden, golden.config("pdrop-physical_delete-128")).routing.selected
+    deleted = forward(golden, RoutingConfig((1, 3, 6), (0.4, 0.2, 0.1), "physical_delete")).routing.selected
     pool = set(range(576))
     for (kept,) in deleted.values():
         assert set(kept.tolist()) < pool
@@ -115,7 +141,7 @@ def test_a_deferred_token_can_come_back_and_a_deleted_one_can_not(golden):
 
 
 def test_text_prompt_after_an_image_prompt_is_that_of_a_fresh_model(golden):
-    routed = reroute_fx.compile(golden.model, tier=64, backend="eager")
+    routed = reroute_fx.compile(golden.model, tier=0.25, backend="eager")
     text = {
         "input_ids": golden.inputs["input_ids"][:, -12:],
         "attention_mask": torch.ones(1, 12, dtype=torch.long),
@@ -132,7 +158,7 @@ def test_text_prompt_after_an_image_prompt_is_that_of_a_fresh_model(golden):
 
 def test_rows_of_a_batch_are_routed_on_their_own(golden):
     """Two rows with the same picture and other questions: each as if it ran alone."""
-    routed = reroute_fx.compile(golden.model, tier=128, backend="eager")
+    routed = reroute_fx.compile(golden.model, tier=0.25, backend="eager")
     other = dict(golden.inputs)
     other["input_ids"] = golden.inputs["input_ids"].clone()
     other["input_ids"][0, -6:-1] = torch.tensor([11, 23, 47, 5, 89])
@@ -151,7 +177,7 @@ def test_rows_of_a_batch_are_routed_on_their_own(golden):
 
 
 def test_generate_is_a_loop_of_forwards(golden):
-    routed = reroute_fx.compile(golden.model, tier=128, backend="eager")
+    routed = reroute_fx.compile(golden.model, tier=0.25, backend="eager")
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     generated = routed.generate(**golden.inputs, max_new_tokens=6, **greedy)[0, -6:]
     ids, cache, step = [], None, dict(golden.inputs)

@@ -5,6 +5,7 @@ import operator
 import pytest
 import torch
 from golden_models import Golden, decoder_inputs
+from suite_tiers import one
 from torch.export import Dim
 
 from reroute_fx import ConfigError, RoutingConfig
@@ -24,6 +25,7 @@ def flatten(result):
     return [result["output"].last_hidden_state, *result["routing"].values()]
 
 
+@one("2 s each")
 @pytest.mark.parametrize(
     ("action", "most"),
     [("compact_route_stagewise", 3), ("compact_route", 4), ("physical_delete", 6)],

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from suite_tiers import share, singles
+from suite_tiers import one, share
 from tiny_models import IMAGE, TEXT, VISION, llava_config, sharp
 from transformers import (
     GemmaConfig,
@@ -41,7 +41,7 @@ def test_what_the_captured_attention_does_not_know_is_refused():
         reroute_fx.compile(paligemma(), config=EVERYTHING, backend="eager")
 
 
-@singles("each captures a model")
+@one("each captures a model")
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     "dtype",

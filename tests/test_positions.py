@@ -5,6 +5,7 @@ import torch
 from conversations import IMAGE, VIDEO, unrouted_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from suite_tiers import one
 
 from reroute_fx.capture.positions import GridPositions, find_positions
 from reroute_fx.errors import UnsupportedModelError
@@ -48,6 +49,7 @@ def collect(batch, pad, apart=False):
     return torch.stack(padded), torch.stack(masked), images, videos, seconds
 
 
+@one("2 s each")
 @given(batch=st.lists(rows(), min_size=1, max_size=3), pad=st.sampled_from(["left", "right"]))
 @settings(max_examples=200, deadline=None)
 @pytest.mark.parametrize("family", ["qwen", "qwen3"])

@@ -170,6 +170,7 @@ def test_compiled_for_other_sizes_and_batches(model, inputs):
     assert compilations[0] == compilations[1]
 
 
+@pytest.mark.full("12 s; the gate has half precision in test_generation.py")
 def test_bfloat16(inputs):
     model = tiny_llava().to(torch.bfloat16)
     routed = reroute_fx.compile(model, tier=0.4, backend="eager")

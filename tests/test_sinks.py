@@ -148,6 +148,7 @@ def test_windows_are_refused():
         reroute_fx.compile(model, config=ROUTING, backend="eager")
 
 
+@pytest.mark.full("6 s; captures another model")
 def test_sinks_that_capture_does_not_find_are_refused(monkeypatch, no_traces):
     monkeypatch.setattr(captured_decoder, "has_sinks", lambda decoder: False)
     with pytest.raises(UnsupportedModelError, match="attends in another way"):

@@ -115,7 +115,7 @@ CHANGES = [
 
 @pytest.mark.parametrize(
     "change",
-    share(CHANGES, [change_attribute, share_weights], "each captures two models"),
+    share(CHANGES, [change_attribute], "each captures two models"),
     ids=lambda change: change.__name__,
 )
 def test_models_that_differ_are_traced_by_themselves(change):
@@ -127,11 +127,8 @@ def test_models_that_differ_are_traced_by_themselves(change):
     assert_routed_as(plain, prompt())
 
 
-@pytest.mark.parametrize(
-    "change",
-    share([change_config, change_attribute], [change_attribute], "each captures two models"),
-    ids=lambda change: change.__name__,
-)
+@pytest.mark.full("9 s each; models that differ are traced by themselves in the gate")
+@pytest.mark.parametrize("change", [change_config, change_attribute], ids=lambda change: change.__name__)
 def test_a_model_that_changed_since_is_traced_again(change):
     model = llava()
     assert_routed_as(model, prompt())
@@ -139,6 +136,7 @@ def test_a_model_that_changed_since_is_traced_again(change):
     assert_routed_as(model, prompt())
 
 
+@pytest.mark.full("8 s; captures two models")
 def test_a_function_that_was_replaced_since_is_noticed(monkeypatch):
     """Modules find it by its name in their module, so that nothing of the model tells."""
     (first,) = traces(llava())
@@ -152,6 +150,7 @@ def test_a_function_that_was_replaced_since_is_noticed(monkeypatch):
     assert_routed_as(changed, prompt())
 
 
+@pytest.mark.full("8 s; captures two models")
 def test_what_nobody_can_compare_is_not_shared():
     one, other = llava(), llava()
     for model in (one, other):
@@ -207,6 +206,7 @@ def test_programs_are_made_once():
     assert len({graph, *(program.graph for program in different)}) == 4
 
 
+@pytest.mark.full("3 s; dumps are tested in passes/test_run_passes.py")
 def test_each_pass_is_dumped_for_each_program(tmp_path, monkeypatch):
     captured = capture_decoder(llava())
     DecoderPrograms(captured).prompt(HALF)

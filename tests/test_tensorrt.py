@@ -29,7 +29,6 @@ from conversations import (
     unrouted_model,
 )
 from kernel_examples import NO_TOKEN, SELECTIONS, positions_of, scoring_inputs, selection_inputs
-from suite_tiers import share
 from torch.export import Dim, ExportedProgram
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -120,10 +119,10 @@ def library():
     return Library()
 
 
-EXPERIMENTAL = "25 s for a backend that is experimental; the gate has LLaVA"
+IN_FULL = pytest.mark.full("25 s for each family, for a backend that is experimental")
 
 
-@pytest.fixture(scope="module", params=share(["llava", "qwen"], gate=["llava"], reason=EXPERIMENTAL))
+@pytest.fixture(scope="module", params=["llava", "qwen"])
 def made(request, library):
     """A routed model, and the same one on what the library would be given."""
     model, config = unrouted_model(request.param), ROUTING[request.param]
@@ -166,6 +165,7 @@ def fingerprint(program):
     return nodes, str(program.graph_signature), str(program.range_constraints), sizes
 
 
+@IN_FULL
 @pytest.mark.parametrize("rows", BATCHES)
 @torch.no_grad()
 def test_it_computes_what_the_program_computes(made, rows):
@@ -180,6 +180,7 @@ def test_it_computes_what_the_program_computes(made, rows):
     assert (steps[0] - steps[1]).abs().max() < NOISE
 
 
+@IN_FULL
 def test_it_generates_the_same(made):
     """Sizes are those of no call before: three rows, another length, a cache that grows."""
     inputs = batch(made.family, prompt(5, 9), prompt(6, 9, 11, 13, 17, images=2), prompt(8, 31, 8))
@@ -189,10 +190,12 @@ def test_it_generates_the_same(made):
     assert torch.equal(*answers)
 
 
+@IN_FULL
 def test_the_program_stays_as_it_was(made):
     assert {name: fingerprint(program) for name, program in made.programs.items()} == made.before
 
 
+@IN_FULL
 def test_the_library_is_given_functional_programs_of_aten_operators(made):
     for call in made.calls.values():
         targets = {n.target for n in call.program.graph.nodes if n.op == "call_function"}
@@ -201,6 +204,7 @@ def test_the_library_is_given_functional_programs_of_aten_operators(made):
         assert not any(operator._schema.is_mutable for operator in operators)
 
 
+@IN_FULL
 def test_the_library_is_given_every_input_with_its_range(made):
     for name, call in made.calls.items():
         assert call.arg_inputs == ()
@@ -223,6 +227,7 @@ def test_the_library_is_given_every_input_with_its_range(made):
                 assert sizes[2] == (LIMITS.batch if is_row else LIMITS.length)
 
 
+@IN_FULL
 def test_sizes_that_the_library_reads_from_the_program_are_bounded(made):
     """Torch-TensorRT takes the bounds of an engine's inputs from the symbols, and a least size of 2 for 1."""
     for call in made.calls.values():
@@ -406,6 +411,7 @@ def test_every_operator_has_a_converter(covered):
             assert bool(entry.reason) == (entry.name in CHECKED)
 
 
+@IN_FULL
 def test_operators_are_found_in_their_regions(covered, made):
     found = covered[ROUTING[made.family].action]
     assert found.programs == ("prefill", "continuation")
@@ -418,6 +424,7 @@ def test_operators_are_found_in_their_regions(covered, made):
     assert {region.partition(".")[0] for region in by_name["aten._softmax.default"].regions} == {"decision"}
 
 
+@IN_FULL
 def test_a_report_is_for_people_and_for_machines(covered, made):
     found = covered[ROUTING[made.family].action]
     text = str(found)

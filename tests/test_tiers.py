@@ -36,7 +36,7 @@ def test_all_tests_were_run_lately():
 SUITE = """
 import pytest
 from hypothesis import given, strategies as st
-from suite_tiers import examples, fewer, pairs, share, singles
+from suite_tiers import examples, fewer, one, pairs, share, singles
 
 @pytest.mark.full("takes an hour")
 def test_long(): pass
@@ -50,6 +50,10 @@ def test_cases(case, other): pass
 @pytest.mark.parametrize("second", "uv")
 @pytest.mark.parametrize("first", "st")
 def test_grid(first, second, third): pass
+
+@pytest.mark.parametrize("case", share("abc", gate="bc", reason="all alike"))
+@one("one is enough")
+def test_one(case): pass
 
 @singles("each once")
 @pytest.mark.parametrize("second", "uv")
@@ -94,13 +98,13 @@ def suite(pytester):
 
 def test_the_gate_leaves_out_what_is_marked(suite):
     result = suite.runpytest_subprocess("-s")
-    result.assert_outcomes(passed=11, deselected=12)
+    result.assert_outcomes(passed=12, deselected=14)
     result.stdout.fnmatch_lines(["*3 drawn, 2 rounds*"])
 
 
 def test_the_full_tier_has_everything(suite):
     result = suite.runpytest_subprocess("--tier", "full", "-s")
-    result.assert_outcomes(passed=23)
+    result.assert_outcomes(passed=26)
     result.stdout.fnmatch_lines(["*9 drawn, 20 rounds*"])
 
 
@@ -111,11 +115,13 @@ def test_the_list_has_shares_and_reasons(suite):
         "| `test_some.py::test_drawn` | 3 of 9 rounds | drawn at random |\n"
         "| `test_some.py::test_grid` | 4 of 8 | a grid |\n"
         "| `test_some.py::test_long` | 0 of 1 | takes an hour |\n"
+        "| `test_some.py::test_one` | 1 of 3 | all alike; one is enough |\n"
         "| `test_some.py::test_rounds` | 2 of 20 rounds | slow |\n"
         "| `test_some.py::test_values` | 3 of 6 | each once |\n"
     )
 
 
+@suite_tiers.one("2 s each")
 @pytest.mark.parametrize("options", [["--record-full"], ["--record-full", "--tier=full", "-k", "long"]])
 def test_a_part_of_the_tests_is_not_recorded(suite, options):
     result = suite.runpytest_subprocess(*options)

@@ -5,6 +5,7 @@ import torch
 from conversations import batch, prompt, unrouted_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from suite_tiers import one
 from tiny_models import llava_config, qwen2_vl
 from transformers import LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
@@ -104,6 +105,7 @@ def test_layers_share_their_code(captured):
         assert regions.calls == len(regions.compiled) + 1  # two layers
 
 
+@one("2 s each")
 def test_the_model_stays_as_it_was(family):
     model = unrouted_model(family)
     before = model.config.vision_config._attn_implementation

@@ -47,12 +47,14 @@ class TestPeft:
         assert "Model: base model of PeftModel, adapters default." in str(routed.report)
         assert reroute_fx.inspect(adapted, config=EVERYTHING).source == routed.report.source
 
+    @pytest.mark.full("4 s; merged weights are plain weights")
     def test_merged_adapters_run(self, model, inputs):
         merged = with_lora(model).merge_and_unload()
         routed = reroute_fx.compile(merged, config=EVERYTHING, backend="eager")
         torch.testing.assert_close(routed(**inputs).logits, merged(**inputs).logits, atol=NOISE, rtol=0)
         assert routed.report.source == ""
 
+    @pytest.mark.full("7 s each; that adapters run is in the gate")
     @pytest.mark.parametrize(
         "change",
         share(

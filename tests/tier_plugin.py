@@ -18,8 +18,6 @@ FOUND = pytest.StashKey[str | None]()
 TOGETHER = {
     "golden": (
         "test_golden",
-        "test_no_host_sync",
-        "test_identities",
         "test_export_again",
         "test_lowering",
         "test_official",
@@ -141,6 +139,7 @@ def mark_covered(cases: list[pytest.Item]) -> None:
     mark = cases[0].get_closest_marker("covered")
     if mark is None:
         return
+    cases = [case for case in cases if not case.get_closest_marker("full")]
     size = mark.kwargs["size"]
     # Values need not be hashable; those of the cases of a test are the same objects.
     values = {case: [(name, id(value)) for name, value in case.callspec.params.items()] for case in cases}

@@ -3,7 +3,8 @@
     python benchmarks/grounding/evaluate.py
 
 writes the answers of every contender to `benchmarks/results/grounding.json`, two plots beside it, and prints the table
-of docs/grounding.md. `--from-json` draws and prints again without running anything.
+of docs/grounding.md. `--resume` asks only contenders that the file lacks, if it has answers of the same weights;
+`--from-json` draws and prints again without running anything.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from summary import markdown_table, plot_accuracy, plot_recovery
 
 from reroute_fx.benchmarking.machine import environment
 from reroute_fx.common.json_files import write_json
-from reroute_fx.errors import UnsupportedModelError
+from reroute_fx.errors import ConfigError, UnsupportedModelError
 from reroute_fx.grounding.questions import KINDS, Question, collect
 from reroute_fx.grounding.scenes import SIDE, Scene
 from reroute_fx.grounding.scoring import overlap, read_box
@@ -76,8 +77,16 @@ def _sums(stages: list[list[dict[str, int]]]) -> list[dict[str, int]]:
     ]
 
 
-def run(model: Any, processor: Any, seeds: Sequence[int], count: int, folder: Path) -> list[dict[str, Any]]:
-    """The records of all contenders on `count` prompts of each kind and seed."""
+def run(
+    model: Any,
+    processor: Any,
+    seeds: Sequence[int],
+    count: int,
+    folder: Path,
+    recorded: Sequence[dict[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    """The records of all contenders on `count` prompts of each kind and seed; those that are there are kept."""
+    known = {_key(each): each for each in recorded}
     records = []
     with Progress() as progress:
         for seed in seeds:
@@ -85,8 +94,31 @@ def run(model: Any, processor: Any, seeds: Sequence[int], count: int, folder: Pa
             everyone = contenders(model, seed, folder)
             for contender in progress.track(everyone, description=f"seed {seed}"):
                 for kind in KINDS:
-                    records.append(record(contender, processor, prompts[kind], seed, kind))
+                    held = known.get((contender.name, contender.tier, seed, kind))
+                    records.append(held or record(contender, processor, prompts[kind], seed, kind))
     return records
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("contender", "tier", "seed", "kind"))
+
+
+def _recorded(target: Path, weights: str, count: int) -> dict[str, Any]:
+    """What was written for the same weights and as many prompts.
+
+    Raises:
+        ConfigError: the file has answers of others.
+    """
+    if not target.exists():
+        return {"records": []}
+    found: dict[str, Any] = json.loads(target.read_text())
+    counts = {len(each["answers"]) for each in found["records"]}
+    if found["weights"] != weights or counts != {count}:
+        raise ConfigError(
+            f"{target} has answers of weights {found['weights'][:8]} to {sorted(counts)} prompts; expected those of "
+            f"{weights[:8]} to {count}. Leave out --resume to ask everyone."
+        )
+    return found
 
 
 def _check(model: Any) -> None:
@@ -103,6 +135,9 @@ def main(
     folder: Annotated[Path, typer.Option(help="where results are written")] = RESULTS,
     seeds: Annotated[int, typer.Option(min=1, help="sets of scenes")] = 3,
     count: Annotated[int, typer.Option(min=1, help="prompts of each kind and set")] = 300,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep answers of the same weights that were written")
+    ] = False,
     from_json: Annotated[
         bool, typer.Option("--from-json", help="run nothing, read what was written")
     ] = False,
@@ -113,10 +148,11 @@ def main(
         loaded = load_model(str(checkpoint), "cpu", "float32")
         _check(loaded.model)
         weights = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
-        records = run(loaded.model, loaded.processor, range(seeds), count, folder)
-        write_json(
-            target, {"environment": environment(torch.device("cpu")), "weights": weights, "records": records}
-        )
+        before = _recorded(target, weights, count) if resume else {"records": []}
+        records = run(loaded.model, loaded.processor, range(seeds), count, folder, before["records"])
+        earlier = [*before.get("earlier", []), before["environment"]] if before["records"] else []
+        here = environment(torch.device("cpu"))
+        write_json(target, {"environment": here, "earlier": earlier, "weights": weights, "records": records})
     records = json.loads(target.read_text())["records"]
     plot_accuracy(records, folder / "grounding_accuracy.png")
     plot_recovery(records, folder / "grounding_recovery.png")

@@ -250,6 +250,7 @@ def test_labels_of_patches():
     assert (labels["size"] >= 0).mean() == pytest.approx(covered, abs=0.1)
 
 
+@pytest.mark.full("4 s; it guards training, no product code")
 def test_a_run_that_was_stopped_goes_on(processor, tmp_path, monkeypatch):
     """To the same weights as one that was not: what is learnt, by which rate and from what, is taken up."""
     monkeypatch.setattr("train._SAVE_EVERY", 2)

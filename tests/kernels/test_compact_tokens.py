@@ -210,6 +210,7 @@ def test_fake_of_symbolic_sizes():
     assert mode.shape_env.guards == []
 
 
+@pytest.mark.full("6 s; compiled regions hold it in test_routed_model.py")
 def test_compiled_reference_matches_loops():
     backend = CompileCounterWithBackend("inductor")
     compiled = torch.compile(compact_tokens_reference, backend=backend, fullgraph=True, dynamic=True)

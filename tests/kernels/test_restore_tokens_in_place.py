@@ -139,6 +139,7 @@ def twice(stream, rows, positions):
     return made
 
 
+@pytest.mark.full("3 s; compiled regions hold it in test_routed_model.py")
 def test_compiled_for_any_size():
     backend = CompileCounterWithBackend("inductor")
     compiled = torch.compile(twice, backend=backend, fullgraph=True, dynamic=True)
@@ -151,6 +152,7 @@ def test_compiled_for_any_size():
     assert backend.frame_count == 1
 
 
+@pytest.mark.full("3 s; compiled regions hold it in test_routed_model.py")
 def test_compiled_reference_for_any_size():
     backend = CompileCounterWithBackend("inductor")
     compiled = torch.compile(restore_tokens_reference_, backend=backend, fullgraph=True, dynamic=True)

@@ -245,6 +245,7 @@ def test_fake_of_symbolic_sizes(name):
     assert mode.shape_env.guards == []
 
 
+@pytest.mark.full("7 s; compiled regions hold it in test_routed_model.py")
 def test_compiled_reference_matches_loops():
     backend = CompileCounterWithBackend("inductor")
     compiled = torch.compile(select_tokens_reference, backend=backend, fullgraph=True, dynamic=True)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, as_integers, positions_of, random_bits
-from suite_tiers import examples
+from suite_tiers import examples, one, singles
 from torch.library import opcheck
 
 from reroute_fx.kernels import compact_tokens_reference
@@ -27,6 +27,7 @@ def assert_matches_reference(tensors, positions, dims):
     assert all(map(torch.equal, map(as_integers, tensors), copies))
 
 
+@singles("interpreted kernels are slow")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 33, 100, 128])
 def test_matches_reference(width, dtype):
@@ -56,6 +57,7 @@ def stage(batch, length, dtype=torch.bfloat16):
     return tensors, [1, 1, 1, 1, 2, 2, 1, 1, 3]
 
 
+@one("interpreted kernels are slow")
 @pytest.mark.parametrize("count", range(10))
 def test_any_number_of_tensors(count):
     tensors, dims = stage(2, 21)

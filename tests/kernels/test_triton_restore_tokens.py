@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, as_integers, positions_of, random_bits
-from suite_tiers import examples
+from suite_tiers import examples, singles
 from torch.library import opcheck
 
 from reroute_fx.kernels import restore_tokens_reference
@@ -37,6 +37,7 @@ def assert_matches_reference(stream, rows, positions):
     assert torch.equal(as_integers(written), expected)
 
 
+@singles("interpreted kernels are slow")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 33, 100, 128])
 def test_matches_reference(width, dtype):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, SELECTIONS, selection_inputs
-from suite_tiers import examples, pairs
+from suite_tiers import examples, pairs, singles
 from torch.library import opcheck
 
 from reroute_fx.kernels import select_tokens_reference
@@ -76,6 +76,7 @@ def assert_matches_reference(inputs):
         assert x is copy or torch.equal(x.nan_to_num(0), copy.nan_to_num(0))
 
 
+@singles("interpreted kernels are slow")
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.usefixtures("launches")
 def test_matches_reference(rows):
@@ -96,6 +97,7 @@ def test_ties_and_special_scores(name, values):
     assert_matches_reference(example(BATCHES[name], values, padding=1, more_slots=2, seed=2))
 
 
+@singles("interpreted kernels are slow")
 @pytest.mark.parametrize("value", [0.0, -0.0, 1 / 63, math.inf, -math.inf, math.nan, NAN_OF_OTHER_SIGN])
 @pytest.mark.parametrize("count", [0, 1, 63, 129, 130])
 def test_all_equal_scores_keep_the_first_tokens(value, count):

@@ -24,6 +24,7 @@ def traced():
     return json.loads(done.stdout)
 
 
+@pytest.mark.full("22 s; it guards a measurement on a GPU, no product code")
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_every_launch_is_seen(traced, name):
     operators = traced[name]["kernels"]["operators"]

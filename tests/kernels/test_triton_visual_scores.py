@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, scoring_inputs
-from suite_tiers import examples
+from suite_tiers import examples, one, singles
 from torch.library import opcheck
 
 from reroute_fx.kernels import visual_scores_reference
@@ -85,12 +85,14 @@ def assert_matches_reference(inputs):
     assert all(map(torch.equal, inputs[:4], copies))
 
 
+@singles("interpreted kernels are slow")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype):
     assert_matches_reference(example(*shape, dtype=dtype))
 
 
+@one("interpreted kernels are slow")
 @pytest.mark.parametrize("keys_at_once", [1, 16, 128])
 def test_size_of_a_split(keys_at_once, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK_KEYS", keys_at_once)
@@ -101,6 +103,7 @@ def ragged(dtype=torch.float32, seed=0):
     return example(6, 2, 150, 24, (150, 40, 1, 66), (80, 17, 1, 0), dtype, seed)
 
 
+@one("interpreted kernels are slow")
 @pytest.mark.parametrize("seed", range(3))
 def test_splits_behind_the_last_token_don_t_count(seed):
     query, keys, visual_index, lengths, scale = ragged(seed=seed)
@@ -125,6 +128,7 @@ def layouts():
     yield "one of all heads", lambda keys: keys[:, :1].expand(batch, kv_heads, places, head_dim)
 
 
+@one("interpreted kernels are slow")
 @pytest.mark.parametrize("layout", [pytest.param(change, id=name) for name, change in layouts()])
 def test_layouts_of_keys(layout):
     query, keys, *rest = ragged(torch.bfloat16)

@@ -196,6 +196,7 @@ def test_fake_of_symbolic_sizes():
     assert mode.shape_env.guards == []
 
 
+@pytest.mark.full("5 s; compiled regions hold it in test_routed_model.py")
 def test_compiled_reference_matches_float64_loops():
     backend = CompileCounterWithBackend("inductor")
     compiled = torch.compile(visual_scores_reference, backend=backend, fullgraph=True, dynamic=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_models import GOLDEN
 from safetensors.torch import load_file
-from suite_tiers import share
+from suite_tiers import one, share
 from transformers import LlavaForConditionalGeneration
 
 import reroute_fx
@@ -90,6 +90,7 @@ def towers():
     return [capture_vision_tower(each) for each in models]
 
 
+@pytest.mark.full("16 s; test_as_the_official_code compares what comes of them")
 @pytest.mark.parametrize("tier", share(TOLERANCE, ["64"], "5 s each; tiers differ in counts only"))
 @torch.no_grad()
 def test_features_of_the_first_stage(tier, towers, inputs):
@@ -143,6 +144,7 @@ def batch(inputs):
     ]
 
 
+@pytest.mark.full("10 s; the gate has rows of batches with other methods")
 @pytest.mark.parametrize("case", share(["128/delete", "128/route"], ["128/route"], "8 s each"))
 @torch.no_grad()
 def test_rows_of_a_batch_are_the_rows_alone(case, routed, batch):
@@ -251,6 +253,7 @@ def test_a_method_without_a_reduction_lets_all_tokens_in():
         RoutingConfig((2,), (0.5,), entry_ratio=0.5)
 
 
+@one("4 s each")
 @pytest.mark.parametrize(
     ("layers", "reduce", "message"),
     [

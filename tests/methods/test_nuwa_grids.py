@@ -189,6 +189,7 @@ def test_the_tower_compiles_and_exports_again(small, pictures):
         torch.testing.assert_close(found[stays], expected[stays], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full("6 s; captures another tower")
 @torch.no_grad()
 def test_a_tower_without_windows(pictures):
     """Its layers run in the order of the features, with no input that says so."""
@@ -260,6 +261,7 @@ def test_what_is_left_enters_with_its_own_positions(model, routed, pictures):
     torch.testing.assert_close(output.logits[0, stays], model.lm_head(wanted)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full("5 s")
 @pytest.mark.parametrize(
     "action",
     share_cases(["physical_delete", "compact_route_stagewise"], ["compact_route_stagewise"], "5 s each"),
@@ -318,6 +320,7 @@ def test_shallow_towers_are_refused():
         reroute_fx.inspect(shallow, 128, method="nuwa")
 
 
+@pytest.mark.full("4 s; captures another tower")
 def test_a_last_layer_of_windows_is_refused(small):
     with pytest.raises(MatchError, match="The last layer of the tower attends in segments"):
         reduce_small(small, names=replace(NAMES, frames="windows"))

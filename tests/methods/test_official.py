@@ -83,6 +83,7 @@ def test_deleting_twice_asks_the_layer_before_among_the_survivors(llava):
     expect_same(llava, routed, plain)
 
 
+@pytest.mark.full("4 s; it guards the test beside it")
 def test_positions_matter(llava):
     """The check above can fail: with positions kept the answers are others."""
     config = reroute_fx.RoutingConfig.from_tier(0.4, "pdrop-official", "physical_delete")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from artifacts import LIMITS, TIERS, artifact, remember, routed_at
 from conversations import SINGLE, batch, unrouted_model
+from suite_tiers import one
 
 import reroute_fx
 from reroute_fx import ConfigError, InputError, MatchError, Method, RoutingConfig, Schedule, methods
@@ -46,6 +47,7 @@ def candidates_of(model, inputs, layer):
     return states[is_visual].norm(dim=-1)
 
 
+@one("4 s each")
 @pytest.mark.parametrize("action", ["physical_delete", "compact_route_stagewise"])
 @torch.no_grad()
 def test_a_method_of_ones_own_selects(largest, action):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conversations import GRIDS, MIXED, SINGLE, batch, new_tokens, prompt, unrouted_model
+from suite_tiers import one
 from tiny_models import IMAGE
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
@@ -93,6 +94,7 @@ def pixels(inputs):
     }
 
 
+@one("2 s each")
 @pytest.mark.parametrize(("family", "config"), [("llava", CONFIG), ("qwen", CONFIG), ("qwen", DELETING)])
 @torch.no_grad()
 def test_as_by_hand(family, config):
@@ -128,6 +130,7 @@ def test_generating_in_a_batch_is_as_alone(beams):
         assert torch.equal(new_tokens(routed, batch("qwen", ids), **asked)[0], together[row])
 
 
+@pytest.mark.full("39 s; it runs in eager in the gate")
 @torch.no_grad()
 def test_inductor_selects_the_same():
     inputs = batch("llava", *SINGLE)
@@ -146,8 +149,8 @@ def test_artifact(tmp_path):
     assert loaded.routing_config == CONFIG
     expected, found = (model(**inputs) for model in (routed, loaded))
     for layer in CONFIG.decision_layers:
-        for one, other in zip(expected.routing.selected[layer], found.routing.selected[layer], strict=True):
-            assert torch.equal(one, other)
+        for kept, other in zip(expected.routing.selected[layer], found.routing.selected[layer], strict=True):
+            assert torch.equal(kept, other)
     torch.testing.assert_close(expected.logits[:, -1], found.logits[:, -1], rtol=0, atol=TOLERANCE)
 
 

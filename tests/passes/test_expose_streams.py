@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from suite_tiers import one
 
 from reroute_fx import RoutingConfig
 from reroute_fx.passes import (
@@ -47,6 +48,7 @@ def test_streams_of_an_unrouted_decoder(toy, exported):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
+@one("1 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 def test_with_all_tokens_streams_are_those_of_the_decoder(toy, exported, action):
     model, program = exported(layers=LAYERS, kv_heads=2)
@@ -59,6 +61,7 @@ def test_with_all_tokens_streams_are_those_of_the_decoder(toy, exported, action)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
+@one("2 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 def test_kept_streams_are_not_written_into(toy, exported, action):
     _, program = exported(layers=LAYERS, kv_heads=2)

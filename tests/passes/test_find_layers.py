@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from suite_tiers import one
 from torch import nn
 from torch.export import Dim
 
@@ -184,6 +185,7 @@ def cross_attending(toy, keys_from_memory, values_from_memory):
     return toy.export(CrossAttention(layers=3, run=run), inputs)
 
 
+@one("2 s each")
 @pytest.mark.parametrize(
     ("keys_from_memory", "values_from_memory"), [(True, True), (True, False), (False, True)]
 )
@@ -351,6 +353,7 @@ def test_what_is_added_for_each_token_belongs_to_the_layer_before(toy, adding):
     ]
 
 
+@one("4 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 def test_it_is_compacted_with_its_stage(toy, adding, action):
     """Keeping everything is the decoder, and the routed program exports again."""

@@ -4,6 +4,7 @@ from itertools import chain
 
 import pytest
 import torch
+from suite_tiers import one
 
 from reroute_fx import RoutingConfig
 from reroute_fx.passes import ExposeOutputs, InsertSelection, MatchError, RouteStages, run_passes, to_program
@@ -54,6 +55,7 @@ def eager_inputs(inputs):
     return {name: inputs[name] for name in ("inputs_embeds", "position_ids")}
 
 
+@one("3 s each")
 @pytest.mark.parametrize(
     "options", [{}, {"kv_heads": 2}, {"parallel": True}], ids=["plain", "grouped", "parallel"]
 )
@@ -200,6 +202,7 @@ def test_rules_get_what_they_ask_for_and_nothing_else(toy, exported):
     assert not toy.operators(plain.fx_graph, aten.zeros_like)
 
 
+@one("5 s each")
 @pytest.mark.parametrize("action", ["compact_route", "physical_delete"])
 def test_what_rules_ask_for_is_right_in_each_stage(toy, exported, action):
     model, program = exported(layers=3, kv_heads=2)

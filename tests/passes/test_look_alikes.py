@@ -9,7 +9,7 @@ import operator
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401  # It registers grouped_mm_fallback.
-from suite_tiers import singles
+from suite_tiers import one
 
 from reroute_fx import RoutingConfig, route
 from reroute_fx.passes import FindLayers, MatchError, run_passes, to_program
@@ -307,7 +307,7 @@ LOCAL = {
 }
 
 
-@singles("each exports a decoder")
+@one("1 s each; all that is to be refused is in the gate")
 @pytest.mark.parametrize("place", ["before the feed-forward", "what keys are projected from"])
 @pytest.mark.parametrize("name", LOCAL)
 def test_what_treats_each_token_alone_is_routed_exactly(toy, clean, name, place):

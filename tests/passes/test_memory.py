@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from suite_tiers import one
 from torch.export import Dim
 
 from reroute_fx import RoutingConfig, route
@@ -109,6 +110,7 @@ def saved(tmp_path_factory):
     return reload
 
 
+@one("2 s each")
 @pytest.mark.parametrize("change", HARMLESS)
 def test_harmless_writes_are_decomposed_before_and_after_saving(toy, saved, change):
     _, program = decoder(toy, change)
@@ -123,6 +125,7 @@ def test_harmless_writes_are_decomposed_before_and_after_saving(toy, saved, chan
         torch.testing.assert_close(toy.call(edited, inputs), toy.call(program, inputs), rtol=1e-5, atol=1e-5)
 
 
+@one("2 s each")
 @pytest.mark.parametrize("change", HARMFUL)
 def test_writes_that_other_values_see_are_refused_before_and_after_saving(toy, saved, change):
     _, program = decoder(toy, change)

@@ -5,6 +5,7 @@ from itertools import chain
 import pytest
 import torch
 import torch.nn.functional as F
+from suite_tiers import one
 
 from reroute_fx import RoutingConfig
 from reroute_fx.passes import (
@@ -111,6 +112,7 @@ def test_larger_sizes_make_no_difference(toy, exported):
     torch.testing.assert_close(padded[:, :40], narrow, rtol=1e-6, atol=1e-6)
 
 
+@one("3 s each")
 @pytest.mark.parametrize("forced", [1, 2])
 @pytest.mark.parametrize("action", ["compact_route_stagewise", "physical_delete"])
 def test_the_first_decisions_keep_middles_whatever_their_scores(toy, exported, action, forced):
@@ -138,6 +140,7 @@ def test_the_first_decisions_keep_middles_whatever_their_scores(toy, exported, a
     assert changed, "attention keeps them anyway"
 
 
+@one("3 s each")
 @pytest.mark.parametrize(
     "more", [(), (InsertSelection((1, 2), always=1), RouteStages("compact_route_stagewise"))]
 )

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from suite_tiers import one
 from torch import nn
 from torch.export import Dim
 
@@ -39,6 +40,7 @@ def assert_causal(nodes):
         assert node.args[3:] == (None, 0.0, True)
 
 
+@one("2 s each")
 @pytest.mark.parametrize(("eager", "padding"), [(False, False), (False, True), (True, True)])
 def test_decoder_masks_are_dropped(toy, exported, eager, padding):
     spelling = {"attend": toy.eager, "mask": toy.additive_mask} if eager else {}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from suite_tiers import one
 
 from reroute_fx import RoutingConfig
 from reroute_fx.passes import (
@@ -36,6 +37,7 @@ def restores(graph):
     ]
 
 
+@one("2 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 def test_every_restore_of_a_routed_decoder_is_in_place(toy, exported, action):
     _, program = exported(layers=4, kv_heads=2)
@@ -48,6 +50,7 @@ def test_every_restore_of_a_routed_decoder_is_in_place(toy, exported, action):
     assert (result.matched, result.rewritten, result.rejected) == (len(before), len(before), ())
 
 
+@one("2 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 def test_the_program_computes_the_same_and_leaves_its_inputs_alone(toy, exported, action):
     _, program = exported(layers=4, kv_heads=2)

@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 import torch
-from suite_tiers import pairs, singles
+from suite_tiers import one, pairs, singles
 
 from reroute_fx import RoutingConfig, route
 from reroute_fx.passes import ACTIONS, InsertSelection, MatchError, RouteStages, run_passes
@@ -234,7 +234,7 @@ def check(toy, routed, by_hand, config, action, prompt, **options):
     return result
 
 
-@pairs("each runs a program and loops over its tokens")
+@one("2 s each; uneven rows are in the gate")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("config", [ONE_DECISION, TWO_DECISIONS], ids=["one", "two"])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -244,7 +244,7 @@ def test_against_the_loop(toy, routed, by_hand, action, config, batch, kv_heads)
     assert result["routing"]["scores.1"].dtype == torch.float32
 
 
-@pairs("each runs a program and loops over its tokens")
+@singles("half a second each")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("case", UNEVEN)
@@ -253,7 +253,7 @@ def test_uneven_rows_against_the_loop(toy, routed, by_hand, action, pool, case):
     check(toy, routed, by_hand, config, action, UNEVEN[case], kv_heads=2)
 
 
-@pairs("each runs a program and loops over its tokens")
+@one("2 s each; the gate has the plain decoder in each way")
 @pytest.mark.parametrize("action", ["physical_delete", "compact_route_stagewise"])
 @pytest.mark.parametrize("decoder", ["parallel", "eager", "padded"])
 def test_other_decoders_against_the_loop(toy, routed, by_hand, action, decoder):
@@ -443,6 +443,7 @@ def test_operators_of_each_action(toy, exported, action, stages):
     assert (results[-1].matched, results[-1].rewritten, results[-1].detail) == (1, 2, action)
 
 
+@one("4 s each")
 @pytest.mark.parametrize(
     ("action", "config"),
     [
@@ -465,6 +466,7 @@ def two_rotaries(decoder, hidden, cos, sin, mask):
     return hidden
 
 
+@one("2 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 def test_rotary_positions_of_later_layers(toy, routed, by_hand, action):
     check(toy, routed, by_hand, TWO_DECISIONS, action, UNEVEN["lengths"], layers=4, run=two_rotaries)
@@ -499,6 +501,7 @@ def counted_with_a_batch_of_one(toy):
     return turn
 
 
+@one("2 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 def test_positions_with_a_batch_of_one(toy, by_hand, action):
     """Cos and sin are ``[1, S, D]``, but the rows of the batch keep different tokens."""
@@ -559,6 +562,7 @@ def layer_by_layer(run_layer):
 BIAS_AFTER = layer_by_layer(bias_after)
 
 
+@one("2 s each")
 @pytest.mark.parametrize(
     "run",
     [BIAS_AFTER, *map(layer_by_layer, (bias_before, bias_counted_from_one, rotary_of_its_own))],

@@ -6,7 +6,6 @@ import functools
 import pytest
 import torch
 from conversations import MIXED, SINGLE, TEXT, batch, build, unrouted_model
-from suite_tiers import share
 from tiny_models import llava_config
 from transformers import LlavaForConditionalGeneration
 
@@ -51,14 +50,8 @@ def lowered(way, folder):
     return reroute_fx.load(folder / "artifact")
 
 
-@pytest.mark.parametrize(
-    "way",
-    share(
-        ["inductor", "onnx", "aot"],
-        ["onnx"],
-        "each compiles; test_lowering.py and test_artifact.py guard how programs are lowered",
-    ),
-)
+@pytest.mark.full("30 s to 60 s each; test_lowering.py and test_artifact.py guard how programs are lowered")
+@pytest.mark.parametrize("way", ["inductor", "onnx", "aot"])
 @torch.no_grad()
 def test_the_same_tokens_are_kept(tmp_path, way):
     routed = lowered(way, tmp_path)

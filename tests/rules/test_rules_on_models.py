@@ -4,6 +4,7 @@ import pytest
 import torch
 from conversations import MIXED, batch, unrouted_model
 from plain_rules import best_of, plain_layers, plain_tokens, scores_of
+from suite_tiers import one
 
 import reroute_fx
 from reroute_fx import AttentionRule, LatticeRule, RoutingConfig, UnionRule, ValueRule
@@ -31,6 +32,7 @@ def layers(family):
     return [plain_layers(family, prompt) for prompt in MIXED]
 
 
+@one("5 s each")
 @pytest.mark.parametrize("pool", ["row", "image"])
 @torch.no_grad()
 def test_they_rank_as_defined(family, layers, pool):

@@ -127,6 +127,7 @@ def test_the_same_seed_finds_the_same_with_more_workers(found):
     assert what(search(workers=2)) == what(tuned)
 
 
+@pytest.mark.full("31 s; proposals and the search are tested apart")
 def test_left_to_itself_it_tries_what_a_profile_proposes(monkeypatch, tmp_path):
     profiles = []
 

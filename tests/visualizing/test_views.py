@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from suite_tiers import one
 from tiny_models import collate, llava_image, make_row, qwen_picture, tiny_llava, tiny_qwen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -27,6 +28,7 @@ def rows_of(*images):
     ]
 
 
+@one("3 s each")
 def test_stages_are_what_was_selected(llava):
     inputs = collate(llava, rows_of(1, 2))
     with torch.no_grad():

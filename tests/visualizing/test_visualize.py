@@ -57,6 +57,7 @@ def test_a_picture_for_each_prompt(page):
         assert min((colours == colour).all(1).sum() for colour in (green, pink)) > 50
 
 
+@pytest.mark.full("5 s")
 def test_unknown_answers_are_left_out(routed, inputs, tmp_path):
     text = routed.visualize(inputs, tmp_path).read_text()
     assert "Answer:" not in text
@@ -75,6 +76,7 @@ def open_page(page, step, *options):
     return subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
 
 
+@pytest.mark.full("20 s in a browser; what the page is made of is tested in the gate")
 @needs_browser
 def test_the_page_steps_through_the_stages(page, routed, tmp_path):
     shots = []
