@@ -1,8 +1,8 @@
 """Graph passes: each takes a `ModelGraph` and returns it with a `PassResult`.
 
 They know graphs and operators, not models. In the order in which a decoder is routed:
-`RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `PoolBlocks`, `InsertSelection`,
-`RouteStages`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages` and
+`RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `SeeGroups`, `PoolBlocks`,
+`InsertSelection`, `RouteStages`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages` and
 `AttendToCache`; `ExposeStreams` last, where hidden states are asked for. On the vision tower `FindStates`,
 `CanonicalizeAttention`, and `ReduceFeatures` for pictures of one size, `ReduceGrids` for those of any.
 """
@@ -17,7 +17,7 @@ from .expose_streams import ExposeStreams
 from .find_layers import FindLayers
 from .find_states import FindStates
 from .insert_selection import SCORING, InsertSelection
-from .model_graph import Decision, Layer, LayerSizes, ModelGraph
+from .model_graph import Decision, Layer, LayerSizes, ModelGraph, Reach
 from .number_stages import NumberStages
 from .pool_blocks import PoolBlocks
 from .prove_causal import ProveCausal
@@ -28,6 +28,7 @@ from .remove_no_ops import RemoveNoOps
 from .restore_in_place import RestoreInPlace
 from .route_stages import ACTIONS, POSITIONS, RouteStages
 from .run_passes import DUMP_VARIABLE, edit_graph, run_passes, to_program
+from .see_groups import SeeGroups
 
 __all__ = [
     "ACTIONS",
@@ -56,6 +57,7 @@ __all__ = [
     "PoolBlocks",
     "ProveCausal",
     "Rank",
+    "Reach",
     "Reduce",
     "ReduceFeatures",
     "ReduceGrid",
@@ -65,6 +67,7 @@ __all__ = [
     "RerouteError",
     "RestoreInPlace",
     "RouteStages",
+    "SeeGroups",
     "TowerStates",
     "attention_scores",
     "by_attention",

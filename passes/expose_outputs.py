@@ -1,9 +1,9 @@
-"""Make what the runtime needs an output: keys and values of each layer, scores and selections.
+"""Make what the runtime needs an output: keys and values of each layer, scores, selections and token indices.
 
 Before: ``return (%hidden,)``
 After:  ``return (%hidden, key.0, value.0, ..., scores.7, kept.7, ...)``; the names are in
         `ModelGraph.outputs`. Keys are rotated, [B, Hkv, S', D], with the rows that ran through
-        the layer.
+        the layer. ``index.7 [B, S']`` of a stage with windows says which tokens of the prompt these are.
 """
 
 from .base_errors import MatchError
@@ -25,10 +25,12 @@ class ExposeOutputs(Pass):
                 f"The graph has {len(blocks)} attentions for {len(graph.layers)} layers; expected one for each. What a "
                 f"pass replaced is still read. This is a bug of reroute_fx; please report it."
             )
-        for index, node in enumerate(blocks):
+        for layer, node in enumerate(blocks):
             given = attention_arguments(node)
-            graph.outputs[output_name("key", index)] = given.key
-            graph.outputs[output_name("value", index)] = given.value
+            graph.outputs[output_name("key", layer)] = given.key
+            graph.outputs[output_name("value", layer)] = given.value
+        for stage, index in graph.stage_indices.items():
+            graph.outputs[output_name("index", stage)] = index
         for decision in graph.decisions:
             graph.outputs[output_name("scores", decision.layer)] = decision.scores
             graph.outputs[output_name("kept", decision.layer)] = decision.kept

@@ -137,6 +137,8 @@ def _split(
     """Assign to each attention the stretch of the stream that it updates."""
     updates = _updates(cuts)
     order = {node: i for i, node in enumerate(blocks[0].graph.nodes)}
+    # One that a single layer reads is none of its helpers: each stage makes its own.
+    masks = ancestors(mask for node in blocks if (mask := attention_arguments(node).mask) is not None)
     layers: list[Layer] = []
     rejected: list[Rejection] = []
     for i, block in enumerate(blocks):
@@ -147,7 +149,7 @@ def _split(
         if not inside:
             rejected.append(_why_no_update(block, cuts[0], limit, order))
             continue
-        nodes = _between(start, inside[-1])
+        nodes = _between(start, inside[-1]) - masks
         ordered = tuple(sorted(nodes, key=order.__getitem__))
         sizes = _measure(graph, start, block, ordered)
         layers.append(

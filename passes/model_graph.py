@@ -17,6 +17,34 @@ from .memory import shared_memory
 
 
 @dataclass(frozen=True)
+class Reach:
+    """Which of the tokens up to itself a token sees. Tokens are counted as in the prompt, those that wait included.
+
+    Attributes:
+        window: the last so many, itself among them; None for all.
+        chunk: those of its chunk, which are so many from the first token of the row on; None for all.
+        groups: whether it sees those of its group too that come after it.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+    groups: bool = False
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a token sees only some of the earlier ones, by how far back they are."""
+        return self.window is not None or self.chunk is not None
+
+    def __str__(self) -> str:
+        sizes = {"a window": self.window, "chunks": self.chunk}
+        found = [f"{name} of {size} tokens" for name, size in sizes.items() if size is not None]
+        return " and ".join(found) or "all earlier tokens"
+
+
+CAUSAL = Reach()
+
+
+@dataclass(frozen=True)
 class LayerSizes:
     """Sizes of one layer; multiply-adds are for one token.
 
@@ -99,6 +127,10 @@ class ModelGraph:
         fake_mode: owner of the fake tensors in ``node.meta["val"]``.
         layers: set by `FindLayers`.
         decisions: set by `InsertSelection`, updated by `RouteStages`.
+        reaches: what the tokens of each attention see, in graph order; set by `ProveCausal`.
+        token_index: place of each token in its row, ``[1, S]``, which masks are computed from; None if there are none.
+        stage_indices: for each stage with such masks, by its first layer, that of its rows, ``[B, S']``; set by
+            `RouteStages`.
         states: set by `FindStates`, of a vision tower.
         streams: residual stream before each layer, with all S rows; set by `RouteStages` if asked to keep them.
         added_inputs: placeholders added by the passes, in order.
@@ -114,6 +146,9 @@ class ModelGraph:
     fake_mode: FakeTensorMode
     layers: tuple[Layer, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    reaches: tuple[Reach, ...] = ()
+    token_index: fx.Node | None = None
+    stage_indices: dict[int, fx.Node] = field(default_factory=dict)
     states: tuple[fx.Node, ...] = ()
     streams: tuple[fx.Node, ...] = ()
     added_inputs: tuple[fx.Node, ...] = ()

@@ -32,10 +32,12 @@ class TokenSet(Protocol):
     Attributes:
         length: number of rows, a node or an int.
         fakes: values of nodes that were copied onto these rows, by what they were on all rows.
+        masks: those of attentions on all rows, and what stands for them on these.
     """
 
     length: Any
     fakes: dict[Any, torch.Tensor]
+    masks: dict[fx.Node, fx.Node]
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
         """Rows of a sequence tensor that runs over the stream in dimension `dim`."""
@@ -52,6 +54,7 @@ class ChosenTokens:
 
     def __init__(self, positions: fx.Node, length: Any, instead: Mapping[fx.Node, fx.Node]) -> None:
         self.fakes: dict[Any, torch.Tensor] = {}
+        self.masks: dict[fx.Node, fx.Node] = {}
         self.positions, self.length, self.instead = positions, length, instead
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
@@ -75,6 +78,7 @@ class AllRows:
 
     def __init__(self, instead: Mapping[fx.Node, fx.Node]) -> None:
         self.fakes: dict[Any, torch.Tensor] = {}
+        self.masks: dict[fx.Node, fx.Node] = {}
         self.instead = instead
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
@@ -188,6 +192,8 @@ class Replay:
             return self.tokens.instead.get(node, node)
         if not is_tensor(node):
             return self._size(node)
+        if node in self.tokens.masks:
+            return self.tokens.masks[node]
         dims = sequence_dims(node, self.symbol)
         if not dims:
             return node

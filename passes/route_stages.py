@@ -12,8 +12,9 @@ After, by action:
 
 Deferred rows keep the residual value that they had when they were deferred. What the layers of their stage add to
 every token whatever it holds (`Layer.addends`) they get when they come back. At the end the output has
-all S rows again, each at its own place. Rotary positions are gathered, gaps and all; contiguous ones are those of
-the first S' tokens instead.
+all S rows again, each at its own place. Rotary positions are gathered, gaps and all; contiguous ones are those of the
+first S' tokens instead. Masks are computed anew for each stage, from the places that its rows had among all tokens:
+a token that is 9 tokens back stays out of a window of 8 when those between wait.
 
 Where the scoring layer of the next decision lies inside a stage, the input of that layer is restored as well, and on
 demand that of every layer, for `ExposeStreams`.
@@ -28,6 +29,7 @@ import torch
 from torch import fx
 
 from .base_pass import Pass, PassResult
+from .canonicalize_attention import attention_arguments
 from .graph_edit import (
     NO_TOKEN,
     Editor,
@@ -53,11 +55,13 @@ class ActiveRows:
 
     Args:
         renumbered: sequence tensors of which the first S' rows are taken, whichever rows are active.
+        source: what `stream` runs on; None for all rows.
 
     Attributes:
         stream: compact residual stream, ``[B, S', d]``.
         length: S'.
         fakes: see `TokenSet`.
+        masks: see `TokenSet`.
     """
 
     def __init__(
@@ -81,6 +85,25 @@ class ActiveRows:
         self.gathered = dict(zip(tensors, rows, strict=True))
         for tensor in (tensor for tensor in sequence_inputs(layers) if tensor in renumbered):
             self.rows(edit, tensor, sequence_dims(tensor, length)[0])
+        self.masks: dict[fx.Node, fx.Node] = {}
+        if edit.graph.token_index in self.gathered:
+            self._make_masks(edit, decision, layers, edit.size(stream, 1))
+
+    def _make_masks(self, edit: Editor, decision: Decision, layers: Sequence[Layer], length: fx.Node) -> None:
+        """Masks of the layers, and the token index that they and later stages come from.
+
+        Behind the tokens of a row that has fewer it is beyond all: no token sees what is there.
+        """
+        index = edit.graph.token_index
+        assert index is not None
+        is_none = edit.call(aten.ge.Scalar, self.positions, length)
+        self.gathered[index] = edit.call(aten.masked_fill.Scalar, self.gathered[index], is_none, NO_TOKEN)
+        if any(edit.graph.reaches[layer.index].counts_tokens for layer in layers):
+            edit.graph.stage_indices[decision.layer] = self.gathered[index]
+        replay = _replay(edit, layers[0], (), {}, self)
+        for mask in dict.fromkeys(attention_arguments(layer.attention).mask for layer in layers):
+            if mask is not None:
+                self.masks[mask] = replay(mask)
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
         if tensor not in self.gathered:

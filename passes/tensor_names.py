@@ -18,6 +18,8 @@ ALWAYS = "always"
 """Which visual tokens the first decisions keep whatever their scores; only where there are such."""
 BLOCKS, MIDDLES = "blocks", "middles"
 """Inputs of `PoolBlocks`; the second is the name of a size, too."""
+GROUPS = "groups"
+"""Input of `SeeGroups`."""
 INPUTS_EMBEDS, POSITION_IDS = "inputs_embeds", "position_ids"
 """Inputs of the decoder that was exported."""
 
@@ -25,7 +27,7 @@ _ADDEND = "addend"
 
 Cached = Literal["key", "value"]
 CACHED: tuple[Cached, ...] = ("key", "value")
-Output = Literal["key", "value", "scores", "kept", "stream"]
+Output = Literal["key", "value", "index", "scores", "kept", "stream"]
 
 
 def keep_input(layer: int) -> str:
@@ -66,6 +68,11 @@ def capacity_size(layer: int) -> str:
 def cache_input(kind: Cached, layer: int) -> str:
     """The cache of a layer's keys or values."""
     return f"{kind}_cache_{layer}"
+
+
+def index_cache_input(layer: int) -> str:
+    """Which tokens of the conversation the caches of a stage hold."""
+    return f"index_cache_{layer}"
 
 
 def is_cache_input(name: str) -> bool:

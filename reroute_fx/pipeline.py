@@ -38,6 +38,7 @@ from .passes import (
     RemoveNoOps,
     RestoreInPlace,
     RouteStages,
+    SeeGroups,
     edit_graph,
     run_passes,
     to_program,
@@ -84,8 +85,11 @@ def route(
     return to_program(graph, exported_program), make_report(graph, (*found, *results), config)
 
 
-def _prompt_passes(config: RoutingConfig, savings: Savings, streams: bool) -> list[Pass]:
-    return [*_stage_passes(config, savings, streams), ExposeOutputs(), *_stream_passes(streams)]
+def _prompt_passes(
+    config: RoutingConfig, savings: Savings, streams: bool, groups: bool = False
+) -> list[Pass]:
+    stages = _stage_passes(config, savings, streams)
+    return [*([SeeGroups()] if groups else []), *stages, ExposeOutputs(), *_stream_passes(streams)]
 
 
 def _stream_passes(streams: bool) -> list[Pass]:
@@ -144,7 +148,7 @@ def find_passes(num_layers: int | None) -> list[Pass]:
 def make_report(graph: ModelGraph, results: tuple[PassResult, ...], config: RoutingConfig) -> RoutingReport:
     layers = tuple(LayerCost.of(layer.sizes) for layer in graph.layers)
     stream = graph.layers[0].start.meta["val"]
-    return RoutingReport(config, results, layers, stream.element_size())
+    return RoutingReport(config, results, layers, stream.element_size(), reaches=graph.reaches)
 
 
 def continuation(
@@ -207,7 +211,8 @@ class DecoderPrograms:
         # Configurations are equal by the names of their methods, which don't say what the methods are. As long as one
         # is kept its method is, so that no other has its number.
         method = id(config.definition) if config.decision_layers and not config.rules else 0
-        program, report = self._made.prompt(config, method, savings or Savings(), streams)
+        groups = self._captured.makes_masks
+        program, report = self._made.prompt(config, method, savings or Savings(), streams, groups)
         return with_weights_of(program, self._captured.program), report
 
     def following(self, config: RoutingConfig, *, streams: bool = False) -> ExportedProgram:
@@ -226,10 +231,10 @@ class _Programs:
         self.following = lru_cache(_KEPT)(self._following)
 
     def _prompt(
-        self, config: RoutingConfig, method: int, savings: Savings, streams: bool
+        self, config: RoutingConfig, method: int, savings: Savings, streams: bool, groups: bool
     ) -> tuple[ExportedProgram, RoutingReport]:
         graph = self._graph.copy()
-        results = edit_graph(graph, _prompt_passes(config, savings, streams))
+        results = edit_graph(graph, _prompt_passes(config, savings, streams, groups))
         return to_program(graph, self._trace), make_report(graph, (*self._found, *results), config)
 
     def _following(self, stage_starts: tuple[int, ...], positions: str, streams: bool) -> ExportedProgram:

@@ -24,9 +24,11 @@ class PlainDecoder:
     previous: whether the layer before a decision layer scores, on its input; otherwise the decision layer.
     deletes: whether what is not kept is gone; otherwise it waits and may come back.
     contiguous: whether positions are counted anew in each stage.
+    windows: for each layer how many tokens of the prompt a token sees, itself among them; none for all. Decisions look
+        at all.
     """
 
-    def __init__(self, model, decisions, *, previous, deletes, contiguous):
+    def __init__(self, model, decisions, *, previous, deletes, contiguous, windows=()):
         text = model.model.language_model.config
         self.weights = {name: value.double() for name, value in model.state_dict().items()}
         self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
@@ -35,6 +37,7 @@ class PlainDecoder:
         self.theta = text.rope_parameters["rope_theta"]
         self.decisions, self.previous = decisions, previous
         self.deletes, self.contiguous = deletes, contiguous
+        self.windows = dict(enumerate(windows))
 
     def weight(self, layer, name):
         return self.weights[f"model.language_model.layers.{layer}.{name}.weight"]
@@ -55,8 +58,11 @@ class PlainDecoder:
     def heads_of(self, layer, name, x, heads):
         return (x @ self.weight(layer, f"self_attn.{name}").T).view(len(x), heads, self.width).transpose(0, 1)
 
-    def attention(self, layer, stream, positions, cache=None):
-        """Attention maps `[H, Q, K]` and values of a layer on its input; earlier keys and values come first."""
+    def attention(self, layer, stream, positions, places=None, cache=None):
+        """Attention maps `[H, Q, K]`, keys and values of a layer on its input; earlier ones come first.
+
+        With the places of the tokens in the prompt, what lies outside the layer's window is not seen.
+        """
         x = self.norm(stream, self.weight(layer, "input_layernorm"))
         query = self.rotate(self.heads_of(layer, "q_proj", x, self.heads), positions)
         keys = self.rotate(self.heads_of(layer, "k_proj", x, self.kv_heads), positions)
@@ -66,10 +72,14 @@ class PlainDecoder:
         repeated = keys.repeat_interleave(self.heads // self.kv_heads, 0)
         logits = query @ repeated.transpose(1, 2) / self.width**0.5
         hidden = torch.ones(logits.shape[1:]).tril(logits.shape[2] - logits.shape[1]) == 0
+        window = self.windows.get(layer)
+        if places is not None and window is not None:
+            for query, own in enumerate(places[-len(stream) :]):
+                hidden[query] |= torch.tensor([own - place >= window for place in places])
         return logits.masked_fill(hidden, -torch.inf).softmax(-1), keys, values
 
-    def layer(self, layer, stream, positions, cache=None):
-        maps, keys, values = self.attention(layer, stream, positions, cache)
+    def layer(self, layer, stream, positions, places, cache=None):
+        maps, keys, values = self.attention(layer, stream, positions, places, cache)
         mixed = maps @ values.repeat_interleave(self.heads // self.kv_heads, 0)
         mixed = mixed.transpose(0, 1).reshape(len(stream), -1)
         stream = stream + mixed @ self.weight(layer, "self_attn.o_proj").T
@@ -89,7 +99,7 @@ class PlainDecoder:
         steps: tokens to generate.
         """
         stream, before = embeds.double(), None
-        active, places = list(range(len(stream))), {}
+        active, counted, held = list(range(len(stream))), {}, {}
         caches, answer = [], Answer(torch.empty(0))
         for layer in range(self.layers):
             if layer in self.decisions:
@@ -104,19 +114,21 @@ class PlainDecoder:
                 answer.kept[layer] = sorted(visual.index(place) for place in kept)
                 active = [place for place in range(len(stream)) if place in kept or place not in visual]
             before = stream.clone()
-            run, cache = self.layer(layer, stream[active], self.positions(active))
+            run, cache = self.layer(layer, stream[active], self.positions(active), active)
             stream = stream.clone()
             stream[active] = run
             caches.append(cache)
-            places[layer] = len(active) if self.contiguous else len(stream)
+            counted[layer] = len(active) if self.contiguous else len(stream)
+            held[layer] = list(active)
         answer.logits = self.logits(stream)
         token = answer.logits.argmax().item()
         for step in range(steps):
             answer.tokens.append(token)
             new = self.weights["model.language_model.embed_tokens.weight"][token][None]
             for layer in range(self.layers):
-                position = torch.tensor([places[layer] + step])
-                new, caches[layer] = self.layer(layer, new, position, caches[layer])
+                position = torch.tensor([counted[layer] + step])
+                held[layer].append(len(stream) + step)
+                new, caches[layer] = self.layer(layer, new, position, held[layer], caches[layer])
             token = self.logits(new).argmax().item()
         return answer
 

@@ -6,18 +6,15 @@ import pytest
 import torch
 from suite_tiers import one, share
 from tiny_models import IMAGE, TEXT, VISION, llava_config, sharp
-from transformers import (
-    GemmaConfig,
-    LlavaForConditionalGeneration,
-    PaliGemmaConfig,
-    PaliGemmaForConditionalGeneration,
-    SiglipVisionConfig,
-)
+from transformers import CLIPVisionConfig, GemmaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaModel
 
 import reroute_fx
 from reroute_fx import RoutingConfig, UnsupportedModelError
-from reroute_fx.runtime.masks import refuse_other_masks
+from reroute_fx.passes import Reach
+from reroute_fx.runtime import RoutedCache
+from reroute_fx.runtime.masks import read_masks
+from reroute_fx.runtime.prompt import TokensOnCache
 
 EVERYTHING = RoutingConfig((1,), (1.0,))
 ROUTING = RoutingConfig((1,), (0.5,))
@@ -26,19 +23,16 @@ SIZES = {**TEXT, "num_hidden_layers": 2, "head_dim": 8}
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-def paligemma():
-    config = PaliGemmaConfig(
-        text_config=GemmaConfig(**SIZES, use_bidirectional_attention=True),
-        vision_config=SiglipVisionConfig(**VISION, vocab_size=64),
-        image_token_index=IMAGE,
-        projection_dim=32,
-    )
-    return sharp(PaliGemmaForConditionalGeneration, config)
+def over_gemma():
+    """A model that makes no masks, around a decoder whose tokens all see each other."""
+    text = GemmaConfig(**SIZES, use_bidirectional_attention=True)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_index=IMAGE)
+    return sharp(LlavaForConditionalGeneration, config)
 
 
 def test_what_the_captured_attention_does_not_know_is_refused():
     with pytest.raises(UnsupportedModelError, match=r"attends in another way.*whose tokens see later ones"):
-        reroute_fx.compile(paligemma(), config=EVERYTHING, backend="eager")
+        reroute_fx.compile(over_gemma(), config=EVERYTHING, backend="eager")
 
 
 @one("each captures a model")
@@ -85,6 +79,11 @@ def with_blocks(rows, columns, padding):
     return seen
 
 
+def far(columns):
+    """What lies three tokens back and more."""
+    return torch.ones(columns, columns, dtype=torch.bool).tril(-3)
+
+
 def with_a_window(rows, columns, padding):
     return causal(rows, columns, padding) & ~causal(rows, columns, None).roll(7, dims=2).tril(-7)
 
@@ -122,7 +121,7 @@ def test_the_causal_mask_in_other_words_is_taken(masked, monkeypatch, mask, padd
 def test_another_mask_is_refused_with_the_first_difference(masked, monkeypatch, mask, what):
     monkeypatch.setattr(MaskedModel, "mask", mask)
     with pytest.raises(
-        UnsupportedModelError, match=rf"attention mask in which {what}; expected the plain causal one"
+        UnsupportedModelError, match=rf"attention mask in which {what}; expected the causal one"
     ):
         masked[1](**prompts(padded=False))
 
@@ -135,8 +134,16 @@ def test_masks_of_other_forms_are_refused(masked, monkeypatch):
 
 @pytest.mark.parametrize("kinds", [("full", "sliding"), ("sliding", "full")])
 def test_of_several_masks_each_is_looked_at(kinds):
+    """Of four new tokens behind two."""
     masks = dict.fromkeys(kinds)
-    refuse_other_masks(masks, None, columns=4)
+    reaches, call = {"full": [Reach()], "sliding": [Reach(3)]}, TokensOnCache(RoutedCache(), None)
+    assert read_masks(masks, call, 4, reaches) is None
+    right = {"full": causal(1, 6, None)[:, :, 2:], "sliding": (causal(1, 6, None) & ~far(6))[:, :, 2:]}
+    assert read_masks(right, call, 4, reaches) is None
     for kind in kinds:
-        with pytest.raises(UnsupportedModelError, match=r"of shape \[1, 1, 4, 4\]"):
-            refuse_other_masks({**masks, kind: torch.ones(1, 1, 4, 4)}, None, columns=4)
+        wrong = right[kind].clone()
+        wrong[..., 3, 4] = False
+        with pytest.raises(UnsupportedModelError, match="in which token 3 does not see token 4"):
+            read_masks({**masks, kind: wrong}, call, 4, reaches)
+    with pytest.raises(UnsupportedModelError, match="in which token 1 sees token 0"):
+        read_masks({"sliding": right["full"]}, call, 4, reaches)

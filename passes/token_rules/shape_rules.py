@@ -83,6 +83,21 @@ def _expanded(call: Call) -> Place:
     return moved
 
 
+def _repeated(call: Call) -> Place:
+    """``repeat(x, n, 1)``: the tokens as a whole n times, one behind the other, once for each expert say."""
+    source = call.tensors[0]
+    rows, sizes = call.rows(source), shape(call.node)
+    if rows is None or rows.order is not None or len(sizes) != len(shape(source)):
+        return _expanded(call)
+    times = [expression(new) / expression(old) for new, old in zip(sizes, shape(source), strict=True)]
+    if any(not times[dim].is_Integer for dim in rows.dims):
+        return _expanded(call)
+    tokens, batch = (
+        axis and replace(axis, outer=axis.outer * times[axis.dim]) for axis in (rows.tokens, rows.batch)
+    )
+    return Rows(tokens, batch)  # type: ignore[arg-type]
+
+
 def _repeated_inside(call: Call) -> Place:
     """``repeat_interleave(x, n, dim)``: each entry n times, next to each other."""
     rows, dim, times = call.first(), call.given.get("dim"), call.given["repeats"]
@@ -139,7 +154,8 @@ SHAPES: dict[Rule, tuple[Any, ...]] = {
     _permuted(_transposed): (aten.mT, aten.adjoint),
     _permuted(lambda _, rank: list(reversed(range(rank)))): (aten.t, aten.numpy_T),
     _permuted(lambda call, rank: [call.dim(d, rank) for d in call.given["dims"]]): (aten.permute,),
-    _expanded: (aten.expand, aten.expand_as, aten.repeat, aten.tile),
+    _expanded: (aten.expand, aten.expand_as),
+    _repeated: (aten.repeat, aten.tile),
     _repeated_inside: (aten.repeat_interleave,),
     _select: (aten.select, aten.unbind),
     _joined: (aten.cat, aten.concat),

@@ -12,7 +12,7 @@ from ..common.tables import as_text
 from ..config.routing_config import RoutingConfig
 from ..methods import BY_RULES, UNROUTED
 from ..methods.tiers import REFERENCE_TOKENS
-from ..passes import PassResult
+from ..passes import PassResult, Reach
 from .theory import REFERENCE_TEXT, LayerCost, PrefillCost, is_counted, prefill_cost
 
 
@@ -33,6 +33,7 @@ class RoutingReport:
         operators: which implementation of the `reroute::` operators runs, and why.
         seconds: wall-clock seconds by phase; what another model has, too, took them when it was made.
         compilations: how often calls of each program compiled a region so far. Programs have regions in common.
+        reaches: what the tokens of each layer see; empty if not known.
     """
 
     config: RoutingConfig
@@ -47,6 +48,7 @@ class RoutingReport:
     text_tokens: int = REFERENCE_TEXT
     seconds: dict[str, float] = field(default_factory=dict)
     compilations: dict[str, int] = field(default_factory=dict)
+    reaches: tuple[Reach, ...] = ()
 
     @property
     def num_layers(self) -> int:

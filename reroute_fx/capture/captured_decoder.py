@@ -38,6 +38,7 @@ class CapturedDecoder:
         num_layers: layers that the config promises.
         position_rank: dimensions of ``position_ids``: 2 for ``[B, S]``, 3 for ``[3, B, S]``.
         layer_features: visual features that are added inside the decoder; None if there are none.
+        makes_masks: whether the model makes masks for its decoder, in which tokens may see later ones.
         seconds: wall-clock seconds of the export, or of taking that of a decoder that is alike.
         trace: the same program without weights, one for all decoders that are alike.
     """
@@ -46,6 +47,7 @@ class CapturedDecoder:
     num_layers: int
     position_rank: int
     layer_features: LayerFeatures | None
+    makes_masks: bool
     seconds: float
     trace: ExportedProgram
 
@@ -144,7 +146,7 @@ def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
     features = find_layer_features(model, decoder)  # type: ignore[arg-type]
     structure: Hashable | None = structure_of(decoder)
     if structure is not None:
-        structure = structure, features
+        structure = structure, features, makes_masks(model)
     if decoder not in _captured or not _captured[decoder].is_of(config, structure):
         _captured[decoder] = _Capture(parts, config, structure, _capture(model, decoder, features, structure))
     return _captured[decoder].decoder
@@ -155,7 +157,7 @@ def _capture(
 ) -> CapturedDecoder:
     """Take the trace of a decoder that is alike, or trace it."""
     if decoder.device.type == "meta":
-        return _export(decoder, features)
+        return _export(decoder, features, makes_masks(model))
     if structure in _alike:
         start, alike = time.perf_counter(), _alike[structure]
         _alike.move_to_end(structure)
@@ -169,7 +171,7 @@ def _capture(
             del _alike[structure]
         else:
             return captured
-    captured = _export(decoder, features)
+    captured = _export(decoder, features, makes_masks(model))
     _compare_attention(decoder, captured, model)
     if structure is not None and captured.trace is not captured.program:
         _alike[structure] = replace(captured, program=captured.trace)
@@ -178,7 +180,12 @@ def _capture(
     return captured
 
 
-def _export(decoder: PreTrainedModel, features: LayerFeatures | None) -> CapturedDecoder:
+def makes_masks(model: torch.nn.Module) -> bool:
+    """Whether a model makes masks for its decoder, by the function that `generate` looks for."""
+    return hasattr(model, "create_masks_for_generate")
+
+
+def _export(decoder: PreTrainedModel, features: LayerFeatures | None, has_masks: bool) -> CapturedDecoder:
     start = time.perf_counter()
     inputs, shapes = _sample_inputs(decoder, features)
     traced = copy_sharing_weights(decoder)
@@ -200,7 +207,13 @@ def _export(decoder: PreTrainedModel, features: LayerFeatures | None) -> Capture
     seconds = time.perf_counter() - start
     trace = without_weights(program, decoder) or program
     return CapturedDecoder(
-        program, decoder.config.num_hidden_layers, inputs["position_ids"].ndim, features, seconds, trace
+        program,
+        decoder.config.num_hidden_layers,
+        inputs["position_ids"].ndim,
+        features,
+        has_masks,
+        seconds,
+        trace,
     )
 
 
@@ -218,6 +231,12 @@ def _compare_attention(decoder: PreTrainedModel, captured: CapturedDecoder, mode
     embeds = model.get_input_embeddings()(ids[None])
     inputs = {"inputs_embeds": embeds, "position_ids": positions}
     given, addends = _visual_features(captured.layer_features, embeds)
+    if captured.makes_masks:
+        # Of text alone. Without them the decoder may let its tokens see later ones.
+        ones = torch.ones(1, _COMPARED_TOKENS, dtype=torch.long, device=decoder.device)
+        given["attention_mask"] = model.create_masks_for_generate(
+            config=model.config, **inputs, attention_mask=ones, past_key_values=None
+        )
     expected = decoder(**inputs, **given, use_cache=False).last_hidden_state[0].double()
     mask = torch.ones(1, _COMPARED_TOKENS, dtype=torch.long, device=decoder.device)
     found = outputs(captured.program, inputs | addends | {"attention_mask": mask})[0][0].double()

@@ -2,7 +2,7 @@
 
 import inspect
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..capture.vision_tower import CapturedTower
 from ..config.limits import Limits
 from ..errors import InputError
 from ..lowering import Executable, TensorRTProgram
+from ..passes import Reach
 from ..selection.asked_inputs import asked_inputs
 from .prompt import PromptReader
 from .prompt_reduction import ReducedFeatures
@@ -52,6 +53,8 @@ def make_routed_model(
     inner.routing_config = report.config
     inner.position_rank = position_rank
     inner.layer_features = layer_features
+    inner.kinds = _kinds(inner.config, report.reaches)
+    inner.lets_all_see_all = any(getattr(part, "is_causal", True) is False for part in inner.modules())
     inner.owner = owner
     inner.uses_buckets = prefill.cuda_graphs is not None
     specialize(routed, RoutedModel)
@@ -82,6 +85,16 @@ def make_routed_model(
     routed._fingerprints = Fingerprint(model, "model"), *routed._programmed, *reduced
     done: RoutedModel = routed
     return done
+
+
+def _kinds(config: Any, reaches: Sequence[Reach]) -> dict[str, list[Reach]]:
+    """What tokens see, by the names that a decoder gives its kinds of layers and their masks."""
+    names = getattr(config, "layer_types", None) or [""] * len(reaches)
+    kinds: dict[str, list[Reach]] = {name: [] for name in names}
+    for name, reach in zip(names, reaches, strict=True):
+        if reach not in kinds[name]:
+            kinds[name].append(reach)
+    return kinds
 
 
 def _kept_with(

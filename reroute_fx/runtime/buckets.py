@@ -55,8 +55,8 @@ def cut_outputs(values: Mapping[str, torch.Tensor], plan: RowPlan, places: int) 
     """What a program exposes, in the sizes of the prompt that was padded.
 
     Args:
-        values: ``key.<layer>`` and ``value.<layer>`` ``[B, Hkv, S', D]``, ``scores.<layer>`` and ``kept.<layer>``
-            ``[B, N]``, ``stream.<layer>`` ``[B, S, d]``.
+        values: ``key.<layer>`` and ``value.<layer>`` ``[B, Hkv, S', D]``, ``index.<layer>`` ``[B, S']``,
+            ``scores.<layer>`` and ``kept.<layer>`` ``[B, N]``, ``stream.<layer>`` ``[B, S, d]``.
         plan: of the prompt.
         places: S of the prompt.
     """
@@ -65,6 +65,8 @@ def cut_outputs(values: Mapping[str, torch.Tensor], plan: RowPlan, places: int) 
         kind, layer = read_output_name(name)
         if kind in CACHED:
             cut[name] = tensor[:, :, : plan.slots(layer, places)]
+        elif kind == "index":
+            cut[name] = tensor[:, : plan.slots(layer, places)]
         elif kind == "stream":
             cut[name] = tensor[:, :places]
         else:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
-from ..passes.tensor_names import cache_input, cached_input
+from ..passes.tensor_names import cache_input, cached_input, index_cache_input
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,26 @@ class RoutedCache(DynamicCache):
     Attributes:
         expected_length: length for which buffers are allocated; set by `generate`.
         rows: None as long as nothing was routed.
+        indices: for each stage with windows, by its first layer, which token of its row each place holds, ``[B, C]``
+            int64.
     """
 
     max_length: int | None = None
     expected_length: int | None = None
     rows: CachedRows | None = None
+    indices: dict[int, torch.Tensor]
 
     def __init__(self, max_length: int | None = None) -> None:
         super().__init__()
         self.max_length = max_length
+        self.indices = {}
 
     @classmethod
     def adopt(cls, cache: DynamicCache) -> "RoutedCache":
         """Turn an empty `DynamicCache` into a `RoutedCache`, so that whoever holds it holds the conversation."""
         if not isinstance(cache, cls):
             cache.__class__ = cls
+            cache.indices = {}
         assert isinstance(cache, cls)
         return cache
 
@@ -79,15 +85,21 @@ class RoutedCache(DynamicCache):
         held = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
         return sum(t.nbytes for t in held)
 
-    def fill(self, rows: CachedRows, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-        """Take the keys and values of a prompt, ``[B, Hkv, S', D]`` for each layer."""
+    def fill(
+        self,
+        rows: CachedRows,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        indices: Mapping[int, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Take the keys and values of a prompt, ``[B, Hkv, S', D]`` for each layer, and indices ``[B, S']``."""
         layers = []
         for key, value in zip(keys, values, strict=True):
             layer = DynamicLayer()
             layer.lazy_initialization(key, value)
             layer.keys, layer.values = key, value
             layers.append(layer)
-        self.layers, self.rows = layers, rows
+        self.layers, self.rows, self.indices = layers, rows, dict(indices)
 
     def check_room(self, columns: int) -> None:
         """Raise unless a row may grow to `columns` places."""
@@ -112,10 +124,13 @@ class RoutedCache(DynamicCache):
                 continue  # the layers of a stage are allocated together
             for layer in self.layers[start:end]:
                 layer.keys, layer.values = _fit(layer.keys, capacity), _fit(layer.values, capacity)
+            if start in self.indices:
+                self.indices[start] = _fit(self.indices[start][:, None, :, None], capacity)[:, 0, :, 0]
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Inputs that `AttendToCache` adds to a program."""
         given = {cached_input(start): tokens for start, tokens in self._routed().tokens.items()}
+        given |= {index_cache_input(start): index for start, index in self.indices.items()}
         for i, layer in enumerate(self.layers):
             given |= {cache_input("key", i): layer.keys, cache_input("value", i): layer.values}
         return given
@@ -172,6 +187,7 @@ class RoutedCache(DynamicCache):
         super().reset()
         if self.rows:
             self.layers, self.layer_class_to_replicate, self.rows = [], DynamicLayer, None
+            self.indices = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -179,7 +195,7 @@ class RoutedCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats))
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
@@ -188,6 +204,7 @@ class RoutedCache(DynamicCache):
     def _map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.rows:
             self.rows = self.rows.map_rows(change)
+            self.indices = {start: change(index) for start, index in self.indices.items()}
 
 
 def _fit(states: torch.Tensor, capacity: int) -> torch.Tensor:

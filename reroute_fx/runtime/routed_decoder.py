@@ -1,7 +1,8 @@
 """The text decoder of a routed model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from ..capture.layer_features import LayerFeatures
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError, UnsupportedModelError
+from ..passes import Reach
 from ..passes.tensor_names import (
     CACHED,
+    GROUPS,
     INPUTS_EMBEDS,
     LENGTHS,
     POSITION_IDS,
@@ -25,7 +28,7 @@ from ..selection.row_plan import RowPlan
 from ..selection.selection_result import Routing
 from .buckets import cut_outputs, pad_inputs
 from .cache import CachedRows, RoutedCache
-from .masks import refuse_other_masks
+from .masks import is_left_to_the_decoder, read_masks
 from .prompt import Prompt, TokensOnCache
 from .rows import Places
 
@@ -66,6 +69,8 @@ class RoutedDecoder(torch.nn.Module):
         routing_config: what they route.
         position_rank: 2 for positions ``[B, S]``, 3 for ``[3, B, S]``.
         layer_features: visual features that are added inside the decoder; None if there are none.
+        kinds: what the tokens of the layers with each name of a mask see.
+        lets_all_see_all: whether the decoder's tokens see later ones where it gets no mask.
         owner: identity of the model, kept with the caches that it makes.
         uses_buckets: whether prompts run in rounded sizes, for CUDA graphs.
         with_streams: makes the program of that name that returns the stream before each layer as well; None if there
@@ -77,6 +82,8 @@ class RoutedDecoder(torch.nn.Module):
     routing_config: RoutingConfig
     position_rank: int
     layer_features: LayerFeatures | None
+    kinds: Mapping[str, Sequence[Reach]] = MappingProxyType({})
+    lets_all_see_all: bool = False
     owner: str
     uses_buckets: bool
     with_streams: Callable[[str], Callable[..., Any]] | None = None
@@ -99,9 +106,11 @@ class RoutedDecoder(torch.nn.Module):
             )
         addends = self._take_addends(kwargs)
         _refuse_what_the_programs_lack(**kwargs)
-        refuse_other_masks(kwargs.get("attention_mask"), call, kwargs["inputs_embeds"].shape[1])
+        mask = kwargs.get("attention_mask")
+        groups = read_masks(mask, call, kwargs["inputs_embeds"].shape[1], self.kinds)
         if isinstance(call, Prompt):
-            return self._start(call, addends, **kwargs)
+            self._refuse_no_mask(mask)
+            return self._start(call, {**addends, **self._groups(groups, kwargs["inputs_embeds"])}, **kwargs)
         return self._continue(call, addends, **kwargs)
 
     def _take_addends(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -117,10 +126,24 @@ class RoutedDecoder(torch.nn.Module):
             given.pop(name, None)
         return addends
 
+    def _groups(self, found: torch.Tensor | None, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The input of that name, in the columns of the batch, if the program takes it."""
+        if not any(reach.groups for reaches in self.kinds.values() for reach in reaches):
+            return {}
+        none = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        return {GROUPS: none if found is None else none + found}
+
+    def _refuse_no_mask(self, mask: Any) -> None:
+        if self.lets_all_see_all and is_left_to_the_decoder(mask):
+            raise InputError(
+                f"The model gives its decoder no mask of which tokens of the prompt see later ones, so that all would "
+                f"({type(self).__name__}); expected one. Pass token_type_ids as the processor returns them."
+            )
+
     def _start(
         self,
         prompt: Prompt,
-        addends: Mapping[str, torch.Tensor],
+        added: Mapping[str, torch.Tensor],
         inputs_embeds: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
@@ -145,9 +168,9 @@ class RoutedDecoder(torch.nn.Module):
             positions = self._positions(position_ids, inputs_embeds, places)
             embeds = places.to_front(inputs_embeds) if places else inputs_embeds
         if places:
-            addends = {name: places.to_front(addend) for name, addend in addends.items()}
+            added = {name: places.to_front(columns) for name, columns in added.items()}
         program = self._program("prefill", wanted)
-        others = {**prompt.plan.inputs, **cells, **addends}
+        others = {**prompt.plan.inputs, **cells, **added}
         hidden, values = self._prefill(embeds, positions, others, prompt.plan, program)
         layers = range(self.config.num_hidden_layers)
         prompt.routing = Routing(
@@ -160,8 +183,9 @@ class RoutedDecoder(torch.nn.Module):
         )
         if cache is not None:
             held = self._cached_rows(prompt, positions, inputs_embeds.shape[1], entered)
-            cached = [[values[output_name(kind, i)] for i in layers] for kind in CACHED]
-            prompt.commit = lambda: cache.fill(held, *cached)
+            keys, states = ([values[output_name(kind, i)] for i in layers] for kind in CACHED)
+            indices = {i: index for i in layers if (index := values.get(output_name("index", i))) is not None}
+            prompt.commit = lambda: cache.fill(held, keys, states, indices)
         return _output(hidden, cache, places, values, wanted)
 
     def _wanted_states(self, given: Mapping[str, Any]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from ..capture import capture_decoder, find_visual_token_ids, text_decoder
 from ..common.turns import one_at_a_time
 from ..config.routing_config import RoutingConfig
 from ..lowering import Executable, lower
-from ..passes.tensor_names import cached_input
+from ..passes.tensor_names import cache_input, cached_input, index_cache_input
 from ..pipeline import DecoderPrograms
 from ..runtime import RoutedModel, make_routed_model
 from ..runtime.call_checks import VISUAL_INPUTS
@@ -163,10 +163,17 @@ class _AnyStages(Executable):
 
     def __init__(self, program: ExportedProgram, num_layers: int) -> None:
         super().__init__(program, "eager", "continuation")
-        self._layers = num_layers
+        self._layers, self._asked = num_layers, frozenset(program.graph_signature.user_inputs)
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
         cached = inputs[cached_input(0)]
+        keys = inputs[cache_input("key", 0)]
+        # Before the first stage the number of a slot says which token it holds.
+        index = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[0], -1).contiguous()
         for layer in range(1, self._layers):
             cached = inputs.setdefault(cached_input(layer), cached)
+            name = index_cache_input(layer)
+            index = inputs.pop(name, index)
+            if name in self._asked:
+                inputs[name] = index
         return super().__call__(**inputs)

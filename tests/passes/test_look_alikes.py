@@ -200,7 +200,18 @@ def merged(call, x, change):
     return call(aten.view.default, rows, [batch, length, width])
 
 
+def copies(sizes, dim):
+    """The mean of `sizes` of the rows of three copies, one behind the other."""
+
+    def change(call, rows, _):
+        wide = call(aten.view.default, call(aten.repeat.default, rows, [3, 1]), sizes)
+        return call(aten.mean.dim, wide, [dim])
+
+    return lambda call, x: merged(call, x, change)
+
+
 CASES = [
+    ("before the feed-forward", "aten.view.default", copies([-1, 3, 32], 1)),
     *(("before the feed-forward", name, change) for name, change in OF_A_STREAM.items()),
     *(
         (place, name, OF_A_STREAM[name])
@@ -300,6 +311,7 @@ LOCAL = {
     "sum over rows' width": on_rows(aten.cumsum.default, -1),
     "transposed and back": lambda call, x: transposed(call, transposed(call, x)),
     "repeated and averaged": widened,
+    "repeated as a whole and averaged": copies([3, -1, 32], 0),
     "in double precision": lambda call, x: call(
         aten.to.dtype, call(aten.to.dtype, x, torch.float64), torch.float32
     ),

@@ -1,15 +1,15 @@
-"""ProveCausal: masks that say key <= query are dropped, any other mask is refused with its reason."""
+"""ProveCausal: masks that say key <= query are dropped, windows spelt once, others refused with their reason."""
 
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from suite_tiers import one
+from suite_tiers import one, share
 from torch import nn
 from torch.export import Dim
 
-from reroute_fx.passes import MatchError, ProveCausal, run_passes, to_program
+from reroute_fx.passes import MatchError, ProveCausal, Reach, run_passes, to_program
 
 aten = torch.ops.aten
 
@@ -210,11 +210,6 @@ def bidirectional_block(padding, hidden):
     return (key <= query) | ((key < 8) & (query < 8))
 
 
-def sliding_window(padding, hidden):
-    key, query = places(hidden)
-    return (key <= query) & (key > query - 8)
-
-
 def wrong_direction(padding, hidden):
     key, query = places(hidden)
     return key >= query
@@ -289,8 +284,7 @@ def additive_as_condition(padding, hidden):
     ("mask", "reason"),
     [
         (bidirectional_block, "%or"),
-        (sliding_window, "not key with query"),
-        (wrong_direction, "not key with query"),
+        (wrong_direction, "does not imply key <= query"),
         (one_ahead, "does not imply key <= query"),
         (without_itself, "%or"),
         (all_true, "not key with query"),
@@ -312,7 +306,7 @@ def test_other_masks_are_refused(toy, attentions, mask, reason):
     with pytest.raises(MatchError) as caught:
         prove(toy, program)
     message = str(caught.value)
-    assert "0 attention masks are plain causal, 1 are not" in message
+    assert "0 attention masks are causal, 1 are not" in message
     assert re.search(rf"Nearest miss: %scaled_dot_product_attention\w*: .*{reason}", message)
 
 
@@ -379,21 +373,147 @@ def test_mask_input_for_each_query_is_refused(toy, mask, reason):
         prove(toy, program)
 
 
-def test_one_sliding_window_among_four_is_refused(toy):
-    masks = [toy.causal_mask, toy.causal_mask, sliding_window, toy.causal_mask]
-    program = toy.export(toy.Blocks([toy.sdpa] * 4, mask=masks), embeddings(toy))
-    with pytest.raises(
-        MatchError, match=r"^3 attention masks are plain causal, 1 are not; .*Nearest miss: %sca"
-    ):
-        prove(toy, program)
+def window(padding, hidden):
+    key, query = places(hidden)
+    return (key <= query) & (key > query - 8)
 
 
-def test_refusal_names_a_node_of_the_exported_program(toy, attentions):
-    _, program = attentions(sliding_window)
+def window_from_below(padding, hidden):
+    key, query = places(hidden)
+    return (query <= key + 7) & at_least(padding, hidden)
+
+
+def chunk(padding, hidden):
+    """As transformers spells it: counted from the first token of a row."""
+    key, query = places(hidden)
+    is_token = padding.to(torch.bool)
+    in_front = (is_token.cumsum(-1) == torch.zeros_like(is_token)).sum(-1)
+    first = in_front[torch.arange(hidden.shape[0])[:, None, None, None]]
+    return (key <= query) & ((key - first) // 8 == (query - first) // 8)
+
+
+def window_over_padding(padding, hidden):
+    return window(padding, hidden) & gathered_padding(padding, hidden)
+
+
+def test_windows_are_spelt_once(toy):
+    """Three spellings of one window between plain layers: one mask, from one index; chunks have another."""
+    masks = [window, toy.causal_mask, window_from_below, window_over_padding, chunk]
+    module = toy.Blocks([toy.sdpa] * 5, mask=masks)
+    program = toy.export(module, embeddings(toy, padding=True))
+    graph, result, nodes = prove(toy, program)
+    assert graph.reaches == (Reach(8), Reach(), Reach(8), Reach(8), Reach(chunk=8))
+    assert result.detail == (
+        "3 with a window of 8 tokens; 1 with chunks of 8 tokens; "
+        "valid without padding: attention_mask dropped"
+    )
+    spelt = nodes[0].args[3]
+    assert [node.args[3] for node in nodes[:4]] == [spelt, None, spelt, spelt]
+    assert nodes[4].args[3] not in (spelt, None)
+    assert_causal(nodes[1:2])
+    assert len(toy.operators(graph.fx_graph, aten.arange)) == 1
+    assert graph.unused_inputs == ("attention_mask",)
+    proved = to_program(graph, program)
+    toy.assert_agrees(proved, module, embeddings(toy, 3, 40, padding=True))
+    toy.assert_exports_again(proved, embeddings(toy), embeddings(toy, 3, 40))
+
+
+def one_row_off(padding, hidden):
+    key, query = places(hidden)
+    return (key <= query) & torch.where(query == 20, key > query - 9, key > query - 8)
+
+
+def two_windows(padding, hidden):
+    key, query = places(hidden)
+    return window(padding, hidden) & (key > query - 16)
+
+
+def window_of_none(padding, hidden):
+    key, query = places(hidden)
+    return (key <= query) & (key > query)
+
+
+def window_ahead(padding, hidden):
+    key, query = places(hidden)
+    return key > query - 8
+
+
+def window_by_row(padding, hidden):
+    key, query = places(hidden)
+    return (key <= query) & (key > query - padding.sum(1)[:, None, None, None])
+
+
+def twice_as_far(padding, hidden):
+    key, query = places(hidden)
+    return (key <= query) & (key > 2 * query - 8)
+
+
+def chunks_of_two_sizes(padding, hidden):
+    key, query = places(hidden)
+    return (key <= query) & (key // 8 == query // 16)
+
+
+def chunks_of_both_sizes(padding, hidden):
+    key, query = places(hidden)
+    return (key <= query) & (key // 8 == query // 8) & (key // 16 == query // 16)
+
+
+def chunks_from_the_middle(padding, hidden):
+    key, query = places(hidden)
+    return (key <= query) & ((key - 3) // 8 == (query - 3) // 8)
+
+
+def window_in_few_numbers(padding, hidden):
+    """Beyond 2048 tokens neighbours are equal."""
+    key, query = (place.to(torch.float16) for place in places(hidden))
+    return (key <= query) & (key > query - 8)
+
+
+def chunk_of_one_place(padding, hidden):
+    """All keys count as the first."""
+    key, query = places(hidden)
+    first = (torch.arange(1)[None, None, None, :] // 8).expand(1, 1, 1, hidden.shape[1])
+    return (key <= query) & (first == query // 8)
+
+
+def chunks_by_row(padding, hidden):
+    """Counted from the end of a row."""
+    key, query = places(hidden)
+    first = padding.sum(1)[:, None, None, None]
+    return (key <= query) & ((key - first) // 8 == (query - first) // 8)
+
+
+NEARLY = {
+    one_row_off: "%where",
+    two_windows: r"windows of \[8, 16\] tokens at once",
+    window_of_none: "a window of 0 tokens, in which none sees itself",
+    window_ahead: "does not imply key <= query",
+    window_by_row: r"%sum\w* adds up something other than the places in front of the first token",
+    twice_as_far: "%mul",
+    chunks_of_two_sizes: r"compares Chunk.*size=8.* with Chunk.*size=16",
+    chunks_from_the_middle: r"not the chunks of key and query",
+    window_in_few_numbers: "counts in torch.float16",
+    chunk_of_one_place: "spreads one place over a dimension",
+    chunks_of_both_sizes: r"chunks of \[8, 16\] tokens at once",
+    chunks_by_row: r"%sum\w* adds up something other than the places in front of the first token",
+}
+
+
+@pytest.mark.parametrize("first", share([0, 3, 6, 9], [0], "1 s each"))
+def test_what_is_nearly_a_window_is_refused(toy, first):
+    """Three at a time, behind a window and a plain layer."""
+    near = [*NEARLY][first : first + 3]
+    program = toy.export(
+        toy.Blocks([toy.sdpa] * 5, mask=[window, toy.causal_mask, *near]), embeddings(toy, padding=True)
+    )
     with pytest.raises(MatchError) as caught:
         prove(toy, program)
-    name = str(caught.value).split("Nearest miss: %")[1].split(":")[0]
-    assert name in {node.name for node in program.graph.nodes}
+    counted, *misses = str(caught.value).split(" Nearest miss: %")
+    assert counted.startswith("2 attention masks are causal, 3 are not; ")
+    names = [node.name for node in toy.operators(program.graph, aten.scaled_dot_product_attention)]
+    for name, mask, miss in zip(names[2:], near, misses, strict=True):
+        assert miss.startswith(f"{name}: ")
+        assert re.search(NEARLY[mask], miss)
 
 
 class ReadsPaddingTwice(nn.Module):

@@ -1,0 +1,38 @@
+"""Let the tokens of a group, those of a picture say, see each other.
+
+Before: ``attention(q, k, v, None, is_causal=True)`` or ``attention(q, k, v, %window)``
+After:  ``attention(q, k, v, %mask)``, with a mask for each kind of layer:
+        ``(key <= query or both in one of %groups) [and key > query - window]``
+
+Input of the graph that is added: ``groups [B, S]`` int64, the number of each token's group; 0 for a token that is in
+none. A token of a group that waits is seen by none until it comes back, as any other.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from .base_pass import Pass, PassResult
+from .canonicalize_attention import change_attention
+from .graph_edit import add_input, aten, edit_after, shape
+from .model_graph import ModelGraph
+from .reach_masks import emit_masks
+from .tensor_names import GROUPS
+
+
+class SeeGroups(Pass):
+    requires = ("layers",)
+    provides = ("groups",)
+    excludes = ("groups", "decisions", "caches", "outputs")
+
+    def apply(self, graph: ModelGraph) -> PassResult:
+        groups = add_input(graph, GROUPS, shape(graph.layers[0].start)[:2], torch.int64)
+        graph.reaches = tuple(replace(reach, groups=True) for reach in graph.reaches)
+        with edit_after(graph, graph.token_index or groups, region="masks") as edit:
+            if graph.token_index is None:
+                count = edit.call(aten.arange.default, edit.size(groups, 1), device=groups.meta["val"].device)
+                graph.token_index = edit.call(aten.unsqueeze.default, count, 0)
+            masks = emit_masks(edit, graph.reaches, graph.token_index, groups)
+        for layer, reach in zip(graph.layers, graph.reaches, strict=True):
+            change_attention(layer.attention, mask=masks[reach], is_causal=False)
+        return PassResult(self.name, matched=len(graph.layers), rewritten=len(graph.layers))
