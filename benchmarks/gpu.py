@@ -1,6 +1,14 @@
-"""All that needs a GPU, in one command of at most ten minutes.
+r"""Carry wheels of what an image with torch 2.11 and Triton 3.6 may lack: transformers (5.19), pydantic, typer, rich.
 
-    python benchmarks/gpu.py [--sections checks,rates,kernels,models,artifacts] [--models llava-1.5-7b] [--batch-size 8]
+    pip download --only-binary :all: --dest wheels "transformers>=5.19,<5.24" pydantic typer rich jinja2 pillow
+    pip install --no-index --find-links wheels transformers pydantic typer rich jinja2 pillow   # there
+    pip install --no-deps -e .
+
+The first command needs the Python of the image. Then all that needs a GPU, in two calls of nine minutes:
+
+    python benchmarks/gpu.py --sections checks,models --models llava-1.5-7b --batch-size 8,1 --output-json llava.json
+    python benchmarks/gpu.py --sections kernels,models,artifacts --models qwen2.5-vl-7b --batch-size 8 \
+        --output-json qwen.json
 
 ``checks``   every kernel on fresh random inputs against exact or float64 references, in poisoned memory; golden
              vectors on the device
@@ -11,14 +19,18 @@
              peak memory, the floor, the share of routing's kernels, and whether anything makes the host wait
 ``artifacts``  golden models as artifacts that are exported and loaded here, and on TensorRT where it is installed
 
-What was measured is written after every step, so that a run that is cut short keeps it. ``--dry-run`` goes through
-everything on CPU with tiny sizes; it writes only into a file that is named.
+Steps run in the order in which they matter: checks, the first model, kernels, the other models, artifacts. One that
+the time or the memory that is left would not suffice for is left out, with the reason. What was measured is written
+after every step, so that a run that is cut short keeps it. ``--dry-run`` goes through everything on CPU with tiny
+sizes; it writes only into a file that is named.
 """
 
 import gc
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +40,12 @@ from gpu_artifacts import check_artifact, check_engines, subject
 from gpu_checks import run_checks
 from gpu_golden import MODELS, check_golden
 from gpu_kernels import Rates, kernel_shapes, measure_kernels, measure_rates
-from gpu_models import SETTINGS, contenders, hooks, routing_share, sync_errors, watched_program
+from gpu_models import SETTINGS, TIERS, contenders, hooks, routing_share, sync_errors, watched_program
 from record import RESULTS, call_seconds, number_table, save, summary
 from rich.console import Console
 from rich.table import Table
 
+import reroute_fx
 from reroute_fx._compat import settle_cpu_math
 from reroute_fx.benchmarking.contender import (
     Contender,
@@ -44,13 +57,32 @@ from reroute_fx.benchmarking.contender import (
 )
 from reroute_fx.benchmarking.expected import theory_of, weight_bytes
 from reroute_fx.benchmarking.machine import peak_bytes
-from reroute_fx.benchmarking.workload import Workload
+from reroute_fx.benchmarking.workload import Workload, free_bytes, needed_bytes
 
 SECTIONS = ("checks", "rates", "kernels", "models", "artifacts")
 STEPS, NEW_TOKENS = 16, 64
 COMPILE_SECONDS = {"torch.compile": 180}
 """It unrolls the layers, and compiles them again for generate; what was measured before must not be lost to it."""
+SECONDS = {"checks": 40, "kernels": 30, "models": 90, "artifacts": 150}
+"""A step of a section is begun only if so many are left."""
 console = Console(width=150)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to check or to measure.
+
+    Attributes:
+        name: its section first.
+        run: does it.
+    """
+
+    name: str
+    run: Callable[[], None]
+
+    @property
+    def seconds(self) -> int:
+        return SECONDS[self.name.split()[0]]
 
 
 class Run:
@@ -59,14 +91,21 @@ class Run:
     Args:
         path: of the JSON; None to keep what was measured in memory.
         seconds: after which no new step is begun.
+        clock: seconds that have passed since some time.
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, tiny: bool, path: Path | None, seconds: float
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        tiny: bool,
+        path: Path | None,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.device, self.dtype, self.tiny, self.path = device, dtype, tiny, path
-        self.end = time.monotonic() + seconds
-        self.record: dict[str, Any] = {"dtype": str(dtype), "errors": [], "left_out": []}
+        self.clock, self.end = clock, clock() + seconds
+        self.record: dict[str, Any] = {"dtype": str(dtype), "errors": [], "steps": [], "left_out": []}
 
     def keep(self, section: str, name: str, result: Any) -> None:
         self.record.setdefault(section, {})[name] = result
@@ -79,18 +118,30 @@ class Run:
             {"where": where, "error": f"{type(error).__name__}: {str(error)[:2000]}"}
         )
 
-    def attempt(self, where: str, step: Callable[[], None]) -> None:
-        """Run a step; its failure must not cost the others."""
-        try:
-            step()
-        except Exception as error:
-            self.fail(where, error)
+    def take(self, steps: list[Step]) -> None:
+        """Run those that there is time for, in order; a failure must not cost the others."""
+        for step in steps:
+            if self.has_time(step.name, 0 if self.tiny else step.seconds):
+                self.record["steps"].append(step.name)
+                try:
+                    step.run()
+                except Exception as error:
+                    self.fail(step.name, error)
 
     def has_time(self, name: str, needs: float = 0) -> bool:
         """Whether a step that takes `needs` seconds can begin; if not, it is noted as left out."""
-        if time.monotonic() + needs < self.end:
+        left = self.end - self.clock()
+        if needs < left:
             return True
-        self.record["left_out"].append(name)
+        self.record["left_out"].append({"step": name, "why": f"{left:.0f} s left, {needs:.0f} needed"})
+        return False
+
+    def has_room(self, name: str, needs: int) -> bool:
+        """Whether as many bytes are free on the device; if not, it is noted as left out."""
+        free = free_bytes(self.device)
+        if free is None or needs < free:
+            return True
+        self.record["left_out"].append({"step": name, "why": f"{free} bytes free, {needs} needed"})
         return False
 
 
@@ -111,28 +162,40 @@ def section_kernels(run: Run, rates: Rates) -> None:
             console.print(_kernel_table(name, rows))
 
 
-def section_models(run: Run, rates: Rates, names: list[str], batches: list[int], backend: str) -> None:
-    for name in names:
-        if not run.has_time(f"models {name}"):
-            continue
-        model = SETTINGS[name].build(run.device, run.dtype, run.tiny)
-        made: dict[str, Any] = {}
-        for batch in batches:
-            for visual, inputs in SETTINGS[name].prompts(model, batch, run.tiny):
-                title = f"{name}, batch {batch}, {visual} visual tokens"
-                if run.has_time(f"models {title}"):
-                    rows = measure_prompt(run, model, made, inputs, visual, rates, backend)
-                    run.keep("models", title, rows)
-                    console.print(_model_table(title, rows))
-        del model, made
+class Models:
+    """Section ``models``: one model at a time, its contenders kept for its prompts of one batch size."""
+
+    def __init__(self, run: Run, rates: Rates, backend: str) -> None:
+        self.run, self.rates, self.backend = run, rates, backend
+        self.name, self.model, self.made = "", None, dict[str, Any]()
+
+    def measure(self, name: str, batch: int) -> None:
+        """Compare on all prompts of a batch size."""
+        run, setting = self.run, SETTINGS[name]
+        self._release(name)
+        if self.model is None:
+            self.name, self.model = name, setting.build(run.device, run.dtype, run.tiny)
+        for visual, inputs in setting.prompts(self.model, batch, run.tiny):
+            title = f"{name}, batch {batch}, {visual} visual tokens"
+            if run.has_time(f"models {title}"):
+                rows = measure_prompt(run, self.model, self.made, inputs, visual, self.rates, self.backend)
+                run.keep("models", title, rows)
+                console.print(_model_table(title, rows))
+
+    def _release(self, name: str) -> None:
+        """Caches and graphs of another batch size, and another model with all that was made of it."""
+        # It has neither, and takes minutes to make.
+        self.made = {kept: self.made[kept] for kept in COMPILE_SECONDS if kept in self.made}
+        if name != self.name:
+            self.model, self.made = None, {}
         gc.collect()
-        if run.device.type == "cuda":
+        if self.run.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def section_artifacts(run: Run) -> None:
     for name in MODELS[:1] if run.tiny else MODELS:
-        if run.has_time(f"artifacts {name}", needs=0 if run.tiny else 150):
+        if run.has_time(f"artifacts {name}", needs=0 if run.tiny else SECONDS["artifacts"]):
             asked = subject(name, run.device, run.tiny)
             run.keep("artifacts", name, check_artifact(asked, run.device, run.tiny))
             run.keep("tensorrt", name, check_engines(asked, run.device))
@@ -157,9 +220,12 @@ def measure_prompt(
     with features.recorded(model):
         Contender("eager", model, work, token, features).prefill()
     ready, rows = [], {}
+    # That of one contender, what its graphs hold included.
+    room = needed_bytes(model, reroute_fx.inspect(model, tier=TIERS[0]), answers)
     for name, make in (hooks(model, inputs) | contenders(model, backend)).items():
         needs = 0 if name in made else COMPILE_SECONDS.get(name, 0)
-        if not run.has_time(f"{name}, batch {batch}, {visual} visual tokens", needs):
+        title = f"{name}, batch {batch}, {visual} visual tokens"
+        if not (run.has_time(title, needs) and run.has_room(title, room)):
             continue
         try:
             if name.startswith("hooks") or name not in made:
@@ -168,7 +234,7 @@ def measure_prompt(
             rows[name] = _warm_up(*pair, run.device) | _theory(made[name], model, work, rates)
             ready.append(pair)
         except Exception as error:  # one contender's failure must not cost the others
-            run.fail(f"{name}, batch {batch}, {visual} visual tokens", error)
+            run.fail(title, error)
     steps, wholes = ([pair[i] for pair in ready] for i in range(2))
     seconds = alternate(steps, (time_first_token, time_decoder), range(_rounds(steps, run.tiny)))
     generated = alternate(wholes, (time_generate,), range(1 if run.tiny else 3))
@@ -274,6 +340,25 @@ def _model_table(title: str, rows: dict[str, Any]) -> Table:
     return table
 
 
+def in_order(
+    run: Run, rates: Rates, sections: list[str], models: list[str], batches: list[int], backend: str
+) -> list[Step]:
+    """Steps of the sections that are wanted, what matters most first."""
+    compared = Models(run, rates, backend)
+    first, *others = [
+        [Step(f"models {name}, batch {batch}", partial(compared.measure, name, batch)) for batch in batches]
+        for name in models
+    ]
+    steps = [
+        Step("checks", lambda: section_checks(run)),
+        *first,
+        Step("kernels", lambda: section_kernels(run, rates)),
+        *(step for of_model in others for step in of_model),
+        Step("artifacts", lambda: section_artifacts(run)),
+    ]
+    return [step for step in steps if step.name.split()[0] in sections]
+
+
 def main(
     sections: Annotated[str, typer.Option(help=",".join(SECTIONS))] = ",".join(SECTIONS),
     models: Annotated[str, typer.Option(help=",".join(SETTINGS))] = ",".join(SETTINGS),
@@ -304,19 +389,12 @@ def main(
     if output_json is None and not dry_run:
         output_json = RESULTS / "gpu.json"
     run = Run(device, torch.float32 if dry_run else torch.bfloat16, dry_run, output_json, seconds)
-    if "checks" in wanted:
-        run.attempt("checks", lambda: section_checks(run))
     rates = measure_rates(device, run.dtype, dry_run)
     run.keep("rates", "copy_bytes_per_s", rates.copy_bytes)
     run.keep("rates", "matrix_flops_per_s", rates.matrix_flops)
     console.print(f"copy {rates.copy_bytes / 1e9:.0f} GB/s, matrix {rates.matrix_flops / 1e12:.1f} TFLOP/s")
-    if "kernels" in wanted:
-        run.attempt("kernels", lambda: section_kernels(run, rates))
-    if "models" in wanted:
-        sizes = [2] if dry_run else [int(size) for size in batch_size.split(",")]
-        section_models(run, rates, models.split(","), sizes, backend)
-    if "artifacts" in wanted:
-        run.attempt("artifacts", lambda: section_artifacts(run))
+    sizes = [2] if dry_run else [int(size) for size in batch_size.split(",")]
+    run.take(in_order(run, rates, wanted, models.split(","), sizes, backend))
     run.keep("run", "finished", True)
     console.print(json.dumps({"errors": len(run.record["errors"]), "left out": run.record["left_out"]}))
     if run.record["errors"]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .methods import Method, Schedule, register_method
     from .pipeline import route
     from .rules import AttentionRule, ChanceRule, LatticeRule, UnionRule, ValueRule
-    from .runtime import LoadedModel, RoutedCache, RoutedModel
+    from .runtime import LoadedModel, RoutedCache, RoutedModel, Slot, SlotPool
     from .selection.row_plan import RowPlan, plan_rows
     from .selection.selection_result import Routing
     from .tuning.profile import Profile, profile
@@ -71,7 +71,7 @@ _NAMES = {
     "analysis.routing_report": ("RoutingReport",),
     "pipeline": ("route",),
     "rules": ("AttentionRule", "ChanceRule", "LatticeRule", "UnionRule", "ValueRule"),
-    "runtime": ("LoadedModel", "RoutedCache", "RoutedModel"),
+    "runtime": ("LoadedModel", "RoutedCache", "RoutedModel", "Slot", "SlotPool"),
     "selection.selection_result": ("Routing",),
     "tuning.profile": ("Profile", "profile"),
     "tuning.proposals": ("Proposal",),
@@ -109,6 +109,8 @@ __all__ = [
     "RowPlan",
     "Savings",
     "Schedule",
+    "Slot",
+    "SlotPool",
     "Tuned",
     "UnionRule",
     "UnsupportedModelError",

@@ -31,7 +31,7 @@ class Recorder:
     def turn(self, device):
         return nullcontext()
 
-    def record(self, run):
+    def record(self, run, device):
         results = [torch.full_like(x, 0 if x.dtype == torch.bool else 77) for x in run()]
 
         def replay():
@@ -95,7 +95,7 @@ def test_a_graph_does_not_keep_caches_alive():
     import weakref
 
     run = graphs(lambda cache, x: [cache + x], ["cache", "input"])
-    run._recorder.record = lambda record: (lambda: None, record())
+    run._recorder.record = lambda record, device: (lambda: None, record())
     cache = torch.zeros(4)
     for _ in range(3):
         run(cache, torch.ones(4))
@@ -156,6 +156,7 @@ def test_a_call_waits_for_what_the_one_before_launched_on_its_stream(monkeypatch
             return f"the end of {self.name}"
 
     streams = iter((Stream("first"), Stream("second")))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(streams))
     recorder = cuda_graphs.CudaRecorder()
     for name in ("call 1", "call 2"):

@@ -34,6 +34,8 @@ from transformers import (
 import reroute_fx
 from reroute_fx import RoutingConfig
 from reroute_fx.runtime import RoutedCache
+from reroute_fx.runtime import prompt as prompt_module
+from reroute_fx.selection.row_plan import plan_rows
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -88,6 +90,23 @@ def test_generate_finds_padding_without_a_mask(family):
     wanted = new_tokens(routed, inputs, max_new_tokens=4)
     del inputs["attention_mask"]
     assert torch.equal(new_tokens(routed, inputs, max_new_tokens=4), wanted)
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "plans"),
+    [
+        ("single", {}, 1),
+        ("single", {"attention_mask": None}, 1),
+        ("single", {"num_beams": 2}, 2),  # repeated rows are another prompt
+        ("single", {"use_cache": False}, 3),  # and so is a longer one
+    ],
+)
+def test_a_prompt_is_planned_once(monkeypatch, rows, arguments, plans):
+    routed, inputs, planned = routed_model("llava"), batch("llava", *BATCHES[rows]), []
+    monkeypatch.setattr(prompt_module, "plan_rows", lambda *given: planned.append(given) or plan_rows(*given))
+    found = routed.generate(**{**inputs, **arguments}, max_new_tokens=3)
+    assert len(planned) == plans
+    assert torch.equal(found, routed.generate(**{**inputs, **arguments}, max_new_tokens=3))
 
 
 def test_neighbouring_images_have_pools_of_their_own_in_generate_too():

@@ -1,8 +1,14 @@
 """`benchmarks/gpu.py` runs on CPU with tiny sizes, so that it runs when there is a GPU."""
 
+import ast
+import functools
+import importlib
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,7 @@ import reroute_fx
 from reroute_fx import RoutingConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SECTIONS = ("checks", "models", "kernels", "artifacts")
 TIMES = ("first_token", "first_token_without_tower", "decode_step", "generate")
 
 
@@ -36,6 +43,84 @@ def record(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / "gpu.json").read_text())
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu")
+
+
+class Clock:
+    """Goes on when something is done."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+TITLES = [f"models {name}, batch {batch}" for name in ("llava-1.5-7b", "qwen2.5-vl-7b") for batch in (8, 1)]
+ORDER = ["checks", *TITLES[:2], "kernels", *TITLES[2:], "artifacts"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sections", "left_out"),
+    [
+        (700, SECTIONS, []),
+        (540, SECTIONS, ["artifacts"]),
+        (240, SECTIONS, ["models llava-1.5-7b, batch 1", *TITLES[2:], "artifacts"]),
+        (41, ["checks", "kernels"], ["kernels"]),
+        (31, ["kernels", "checks"], ["checks"]),
+    ],
+)
+def test_what_matters_most_comes_first_and_what_is_left_out_is_told(gpu, seconds, sections, left_out):
+    """With a stand-in clock, on which each step takes as long as it is expected to, and checks twice as long."""
+    clock = Clock()
+    run = gpu.Run(torch.device("cpu"), torch.float32, False, None, seconds, clock)
+    steps = gpu.in_order(run, None, list(sections), ["llava-1.5-7b", "qwen2.5-vl-7b"], [8, 1], "eager")
+
+    def pass_time(step):
+        clock.now += step.seconds * (2 if step.name == "checks" else 1)
+
+    run.take([replace(step, run=functools.partial(pass_time, step)) for step in steps])
+    wanted = [name for name in ORDER if name.split()[0] in sections]
+    assert [step.name for step in steps] == wanted
+    assert run.record["steps"] == [name for name in wanted if name not in left_out]
+    assert [entry["step"] for entry in run.record["left_out"]] == left_out
+    assert all(" s left, " in entry["why"] for entry in run.record["left_out"])
+
+
+def test_a_contender_that_needs_more_memory_than_is_free_is_left_out(gpu, monkeypatch):
+    run = gpu.Run(torch.device("cpu"), torch.float32, True, None, 60)
+    monkeypatch.setattr(gpu, "free_bytes", lambda device: 1000)
+    assert run.has_room("routed 128", 999)
+    assert not run.has_room("eager", 1000)
+    assert run.record["left_out"] == [{"step": "eager", "why": "1000 bytes free, 1000 needed"}]
+
+
+def test_a_step_that_fails_does_not_cost_the_others(gpu):
+    run = gpu.Run(torch.device("cpu"), torch.float32, True, None, 60)
+    done = []
+    run.take([gpu.Step("checks", lambda: 1 / 0), gpu.Step("kernels", lambda: done.append("kernels"))])
+    assert (done, run.record["errors"][0]["where"]) == (["kernels"], "checks")
+
+
+def test_it_imports_what_the_package_depends_on_and_nothing_else():
+    """What an image lacks has to be carried to it."""
+    own = {path.stem: path for folder in (BENCHMARKS, Path(__file__).parent) for path in folder.glob("*.py")}
+    seen, left = {"gpu"}, ["gpu"]
+    while left:
+        for node in ast.walk(ast.parse(own[left.pop()].read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            found = {name.partition(".")[0] for name in names} - seen
+            seen |= found
+            left += found & own.keys()
+    dependencies = metadata.requires("reroute-fx")
+    needed = {re.match(r"[\w-]+", line)[0] for line in dependencies if "extra ==" not in line}
+    # Tokenizers come with transformers.
+    assert seen - own.keys() - set(sys.stdlib_module_names) <= needed | {"reroute_fx", "tokenizers"}
 
 
 @DRY_RUN

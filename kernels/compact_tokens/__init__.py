@@ -39,5 +39,6 @@ def _(tensors: list[torch.Tensor], positions: torch.Tensor, sequence_dims: list[
 def _(tensors: list[torch.Tensor], positions: torch.Tensor, sequence_dims: list[int]) -> list[torch.Tensor]:
     from .triton import compact_tokens_triton
 
-    result: list[torch.Tensor] = compact_tokens_triton(tensors, positions, sequence_dims)
+    with torch.cuda.device(positions.device):
+        result: list[torch.Tensor] = compact_tokens_triton(tensors, positions, sequence_dims)
     return result

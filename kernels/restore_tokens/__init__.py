@@ -32,7 +32,8 @@ def _(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torc
 def _(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     from .triton import restore_tokens_triton
 
-    result: torch.Tensor = restore_tokens_triton(stream, rows, positions)
+    with torch.cuda.device(stream.device):
+        result: torch.Tensor = restore_tokens_triton(stream, rows, positions)
     return result
 
 
@@ -57,4 +58,5 @@ def _(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None
 def _(stream: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
     from .triton import restore_tokens_triton_
 
-    restore_tokens_triton_(stream, rows, positions)
+    with torch.cuda.device(stream.device):
+        restore_tokens_triton_(stream, rows, positions)

@@ -74,7 +74,8 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from .triton import select_tokens_triton
 
-    result: tuple[torch.Tensor, torch.Tensor] = select_tokens_triton(
-        scores, visual_index, lengths, keep, pools, length, slots
-    )
+    with torch.cuda.device(scores.device):
+        result: tuple[torch.Tensor, torch.Tensor] = select_tokens_triton(
+            scores, visual_index, lengths, keep, pools, length, slots
+        )
     return result

@@ -42,5 +42,6 @@ def _(
 ) -> torch.Tensor:
     from .triton import visual_scores_triton
 
-    result: torch.Tensor = visual_scores_triton(query, keys, visual_index, lengths, scale)
+    with torch.cuda.device(query.device):
+        result: torch.Tensor = visual_scores_triton(query, keys, visual_index, lengths, scale)
     return result

@@ -76,7 +76,7 @@ def export(
     Raises:
         ConfigError: an argument is no routed model, an unknown format or an invalid limit; before anything runs.
         ArtifactError: `path` exists, can't be written, or the disk is full.
-        BackendUnavailableError: no C++ compiler, or no library for the format.
+        BackendUnavailableError: no C++ compiler, no CUDA toolkit for a model on a GPU, or no library for the format.
         UnsupportedModelError, CaptureError: the model has parts that can't be exported.
         InputError: its parameters or modules are no longer those that were compiled.
     """
@@ -95,14 +95,14 @@ def check_export(format: str, device: str | torch.device) -> None:
 
     Raises:
         ConfigError: there is no such format.
-        BackendUnavailableError: no C++ compiler, or no library for the format.
+        BackendUnavailableError: no C++ compiler, no CUDA toolkit for a model on a GPU, or no library for the format.
     """
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}; expected one of {list(FORMATS)}.")
     if format == "onnx":
         check_libraries()
     else:
-        check_compiler()
+        check_compiler(torch.device(device))
     if format == "tensorrt":
         check_tensorrt(torch.device(device))
 

@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import ArtifactError
+from .device import on_device
 from .operator_list import OperatorList, from_operator_list
 from .regions import Regions, is_size
 
@@ -190,13 +191,15 @@ class ScheduledProgram:
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run on contiguous inputs; returns the outputs by name."""
         values: list[Any] = [*(inputs[name] for name in self.schedule.inputs), *self.weights]
-        for call, released in zip(self.schedule.calls, self.released, strict=True):
-            given = [values[i] for i in call.inputs]
-            given += [values[i].new_empty(values[i].shape[dim], dtype=torch.bool) for i, dim in call.lengths]
-            results = self.regions[call.region](given)
-            values += results
-            for i in released:
-                values[i] = None
+        with on_device(values[0].device):
+            for call, released in zip(self.schedule.calls, self.released, strict=True):
+                given = [values[i] for i in call.inputs]
+                given += [
+                    values[i].new_empty(values[i].shape[dim], dtype=torch.bool) for i, dim in call.lengths
+                ]
+                values += self.regions[call.region](given)
+                for i in released:
+                    values[i] = None
         return {name: values[i] for name, i in self.schedule.outputs.items()}
 
 

@@ -27,37 +27,48 @@ Role = Literal["parameter", "cache", "input"]
 
 class Recorder(Protocol):
     def record(
-        self, run: Callable[[], Sequence[torch.Tensor]]
+        self, run: Callable[[], Sequence[torch.Tensor]], device: torch.device
     ) -> tuple[Callable[[], None], Sequence[torch.Tensor]]:
-        """Record `run`; returns what replays it, and the results, which each replay writes again."""
+        """Record `run` on a device; returns what replays it, and the results, which each replay writes again."""
 
     def turn(self, device: torch.device) -> AbstractContextManager[None]:
         """Around each call: what it launches on the device waits for what the call before it launched."""
 
 
 class CudaRecorder:
-    """Records on a GPU. All graphs share one memory pool: they never run at the same time."""
+    """Records on GPUs. All graphs of a device share one memory pool, for they never run at the same time."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
-        self._done: Any = None
+        self._pools: dict[torch.device, Any] = {}
+        self._streams: dict[torch.device, Any] = {}
+        self._done: dict[torch.device, Any] = {}
 
     @contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
-        """Threads may have streams of their own, which don't wait for each other."""
-        stream = torch.cuda.current_stream(device)
-        if self._done is not None:
-            stream.wait_event(self._done)
-        yield
-        self._done = stream.record_event()
+        """Threads may have streams of their own, which don't wait for each other, and another current device."""
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device)
+            if device in self._done:
+                stream.wait_event(self._done[device])
+            yield
+            self._done[device] = stream.record_event()
 
     def record(
-        self, run: Callable[[], Sequence[torch.Tensor]]
+        self, run: Callable[[], Sequence[torch.Tensor]], device: torch.device
     ) -> tuple[Callable[[], None], Sequence[torch.Tensor]]:
+        if device not in self._streams:
+            # Left to itself torch records for every device on a stream of the one that came first.
+            self._streams[device] = torch.cuda.Stream(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(
+            graph,
+            pool=self._pools.get(device),
+            stream=self._streams[device],
+            # Otherwise memory that another thread allocates meanwhile ends the recording with an error.
+            capture_error_mode="thread_local",
+        ):
             results = run()
-        self._pool = self._pool or graph.pool()
+        self._pools.setdefault(device, graph.pool())
         return graph.replay, results
 
 
@@ -126,7 +137,7 @@ class CudaGraphs:
     def _record(self, kind: tuple[Any, ...], inputs: Sequence[torch.Tensor]) -> _Recording:
         copies = [x.clone() if role == "input" else None for x, role in zip(inputs, self._roles, strict=True)]
         read = [x if copy is None else copy for x, copy in zip(inputs, copies, strict=True)]
-        replay, results = self._recorder.record(lambda: self._function(*read))
+        replay, results = self._recorder.record(lambda: self._function(*read), inputs[0].device)
         recording = self._recordings[kind] = _Recording(replay, copies, results)
         del self._calls[kind]
         if len(self._recordings) > GRAPHS:

@@ -1,13 +1,20 @@
 """What a device has to offer before anything is compiled for it."""
 
-from importlib import metadata
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
+from .._compat import package_version
 from ..errors import BackendUnavailableError, UnsupportedModelError
 
 OLDEST_TRITON = (3, 6)
+TRITON_PACKAGES = ("triton", "pytorch-triton")
+"""The second comes with nightly builds of torch."""
 OLDEST_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,17 +43,38 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
             f"{torch.cuda.get_device_name(device)} has compute capability {_dotted(capability)}; expected "
             f"{_dotted(OLDEST_CAPABILITY)} or later. Use a newer GPU, or run on CPU."
         )
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError as error:
+    version = next(filter(None, map(package_version, TRITON_PACKAGES)), None)
+    if version is None:
         raise BackendUnavailableError(
             f"Triton is not installed; expected {_dotted(OLDEST_TRITON)} or later for a model on {device}. Run "
             f"pip install 'reroute-fx[gpu]'."
-        ) from error
+        )
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
         raise BackendUnavailableError(
             f"Triton is {version}; expected {_dotted(OLDEST_TRITON)} or later for a model on {device}. Install the "
             f"Triton that belongs to torch 2.11 or later."
+        )
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """What is launched inside goes to `device`: Triton asks which one is current, not where its tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def check_cuda_toolkit() -> None:
+    """Raise BackendUnavailableError unless programs for a GPU can be compiled ahead of time.
+
+    What torch compiles around their kernels includes CUDA's headers, which don't come with it.
+    """
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc")
+    home = Path(named or (Path(found).parents[1] if found else "/usr/local/cuda"))
+    missing = [str(path) for path in (home / "bin/nvcc", home / "include/cuda.h") if not path.exists()]
+    if missing:
+        raise BackendUnavailableError(
+            f"{' and '.join(missing)} not found (CUDA_HOME is {named or 'not set'}); expected the CUDA toolkit, with "
+            f"which programs for a GPU are compiled ahead of time. Install the one of torch.version.cuda="
+            f"{torch.version.cuda}, with nvcc and headers, and set CUDA_HOME to its folder."
         )
 
 

@@ -18,7 +18,7 @@ from ..common.turns import one_at_a_time
 from ..config.limits import Limits
 from ..errors import ConfigError
 from .cuda_graphs import CudaGraphs, Recorder, Role
-from .device import program_device
+from .device import on_device, program_device
 from .inductor import compiled_regions
 from .tensorrt.engines import TensorRTProgram, lower_tensorrt
 
@@ -50,6 +50,7 @@ class Executable:
         self._compiled = compiled_regions.Compilations()
         self._has_run = False
         self._module = program.graph_module
+        self._device = program_device(program)
         self._state = {**program.state_dict, **program.constants}
         self._inputs = [(s.kind, s.arg.name, s.target) for s in program.graph_signature.input_specs]
         self._out_spec = program.call_spec.out_spec
@@ -73,7 +74,7 @@ class Executable:
             for kind, name, target in self._inputs
         ]
         before, start = self.compilations, time.perf_counter()
-        with self._compiled.counted(), self._progress():
+        with self._compiled.counted(), self._progress(), on_device(self._device):
             result = pytree.tree_unflatten((self.cuda_graphs or self._module)(*flat), self._out_spec)
         if self.compilations > before:
             self._tell(self.compilations - before, time.perf_counter() - start, inputs)
@@ -148,8 +149,7 @@ def lower(
         return lower_tensorrt(program, name, limits)
     executable = Executable(program, backend, name)
     if backend == "inductor":
-        device = program_device(program)
-        regions = compiled_regions.lower(program.graph_module, device, dynamic)
+        regions = compiled_regions.lower(program.graph_module, executable._device, dynamic)
         executable._module = regions.module
         executable.regions, executable.distinct_regions = regions.calls, len(regions.compiled)
         executable.show_progress = show_progress

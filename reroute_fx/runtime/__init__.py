@@ -5,7 +5,8 @@ from .assembling import make_routed_model
 from .cache import RoutedCache
 from .loaded_model import LoadedModel
 from .routed_model import RoutedModel
+from .slots import Slot, SlotPool
 
-__all__ = ["LoadedModel", "RoutedCache", "RoutedModel", "make_routed_model"]
+__all__ = ["LoadedModel", "RoutedCache", "RoutedModel", "Slot", "SlotPool", "make_routed_model"]
 
 check_transformers()

@@ -8,7 +8,7 @@ from transformers import Cache, StaticCache
 
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
-from .cache import RoutedCache
+from .cache import CachedRows, RoutedCache
 from .prompt_reduction import ReducedFeatures
 
 VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")
@@ -100,13 +100,33 @@ def check_visual_mask(mask: Any, embeds: torch.Tensor) -> None:
         )
 
 
-def check_plain_cache(cache: Any, model_config: Any, batch: int) -> None:
-    """A cache that nothing was routed into has to fit the decoder at least."""
+def check_owner(rows: CachedRows, config: RoutingConfig, owner: str) -> None:
+    """A routed cache has to be of the model that routes with `config` and has the identity `owner`."""
+    if rows.config != config:
+        raise InputError(
+            f"past_key_values was made with {rows.config}, but this model routes with {config}. Use the cache with the "
+            f"model that made it."
+        )
+    if rows.owner != owner:
+        raise InputError(
+            "past_key_values was made by another routed model; expected a cache of this one. Use the cache with the "
+            "model that made it."
+        )
+
+
+def cache_sizes(model_config: Any) -> tuple[int, int, int]:
+    """Layers of the decoder, heads of its keys and values, and their width."""
     text = model_config.get_text_config(decoder=True)
-    layers = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
     heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    expected = text.num_hidden_layers, batch, heads, width
+    return text.num_hidden_layers, heads, width
+
+
+def check_plain_cache(cache: Any, model_config: Any, batch: int) -> None:
+    """A cache that nothing was routed into has to fit the decoder at least."""
+    count, heads, width = cache_sizes(model_config)
+    layers = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
+    expected = count, batch, heads, width
     first = layers[0].keys.shape if layers else (0, 0, 0, 0)
     found = len(layers), first[0], first[1], first[3]
     if found != expected:

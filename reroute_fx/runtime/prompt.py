@@ -1,8 +1,9 @@
 """What a call of the model is: a prompt to route, tokens on a cache, or neither. Told before anything runs."""
 
+import functools
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ..capture import tokens_per_image
 from ..capture.cells import grids_of
+from ..common.packed_copies import copy_together
 from ..config.limits import Limits
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
@@ -22,6 +24,7 @@ from .cache import RoutedCache
 from .call_checks import (
     VISUAL_INPUTS,
     cache_of,
+    check_owner,
     check_plain_cache,
     check_tensors,
     check_visual_mask,
@@ -90,6 +93,39 @@ class TokensOnCache:
 
 
 @dataclass(frozen=True)
+class ReadAhead:
+    """A prompt that `generate` read before it encoded the pictures.
+
+    Attributes:
+        owner: identity of the model.
+        ids: ``[B, S]``.
+        mask: ``[B, S]``; None if all columns hold tokens.
+        call: what was read.
+    """
+
+    owner: str
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    call: Prompt | None
+
+    def is_of(self, owner: str, given: Mapping[str, Any]) -> bool:
+        """Whether a call has the same prompt. `generate` repeats rows for beams, and makes masks that are not given."""
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if owner != self.owner or ids is None or ids.shape != self.ids.shape:
+            return False
+        if self.mask is None or mask is None:
+            given_mask = self.mask if mask is None else mask
+            same_mask = given_mask is None or bool((given_mask == 1).all())
+        else:
+            same_mask = torch.equal(mask, self.mask)
+        return same_mask and torch.equal(ids, self.ids)
+
+
+read_ahead: ContextVar[ReadAhead | None] = ContextVar("read_ahead", default=None)
+"""The prompt that `generate` answers, so that it is planned once."""
+
+
+@dataclass(frozen=True)
 class PromptReader:
     """Tells what a call of the model is.
 
@@ -140,8 +176,8 @@ class PromptReader:
             self.limits.check(tokens.shape[0], held + tokens.shape[1])
         return self._continue(given, cache, tokens) if held else self._start(given)
 
-    def check_generate(self, given: Mapping[str, Any], device: torch.device) -> None:
-        """Refuse what `read` would refuse after `generate` has encoded the images."""
+    def check_generate(self, given: Mapping[str, Any], device: torch.device) -> ReadAhead | None:
+        """The prompt of a `generate`, if it has ids. Refuses what `read` would refuse once the images are encoded."""
         cache, held = cache_of(given)
         has_prompt = has_features(given) or any(
             given.get(name) is not None for name in ("input_ids", "inputs_embeds")
@@ -149,7 +185,10 @@ class PromptReader:
         if held:
             refuse_new_images(given, cache)
         elif has_prompt:
-            self.read(given, device)
+            call = self.read(given, device)
+            if given.get("input_ids") is not None and not isinstance(call, TokensOnCache):
+                return ReadAhead(self.owner, given["input_ids"], given.get("attention_mask"), call)
+        return None
 
     def _continue(
         self, given: Mapping[str, Any], cache: Any, tokens: torch.Tensor | None
@@ -173,16 +212,7 @@ class PromptReader:
         if rows is None:
             check_plain_cache(cache, self.model_config, tokens.shape[0])
             return None
-        if rows.config != self.routing_config:
-            raise InputError(
-                f"past_key_values was made with {rows.config}, but this model routes with {self.routing_config}. Use "
-                f"the cache with the model that made it."
-            )
-        if rows.owner != self.owner:
-            raise InputError(
-                "past_key_values was made by another routed model; expected a cache of this one. Use the cache with "
-                "the model that made it."
-            )
+        check_owner(rows, self.routing_config, self.owner)
         held = len(rows.next_position)
         if tokens.shape[0] != held:
             raise InputError(
@@ -202,9 +232,17 @@ class PromptReader:
         input_ids = self._placeholders(given) if given.get("input_ids") is None else self._checked_ids(given)
         if input_ids is None:
             return None
+        ahead = read_ahead.get()
+        if ahead is not None and ahead.is_of(self.owner, given):
+            if ahead.call is None:
+                return None
+            if self.routing_config.entry_ratio < 1:
+                refuse_unreduced(given, self.routing_config)
+            return replace(ahead.call)
         is_token = read_mask(given.get("attention_mask"), input_ids)
         # One copy to the host: all shapes follow from what is read here.
-        ids = input_ids.cpu().masked_fill(~is_token, -1)
+        host_ids = input_ids.cpu()
+        ids = host_ids.masked_fill(~is_token, -1)
         is_visual = self.is_visual(ids)
         if not is_visual.any():
             if has_pictures:
@@ -237,14 +275,15 @@ class PromptReader:
         asked = self._asked_cells(given, pictures, is_visual)
         if self.routing_config.entry_ratio < 1:
             left, counts, entering = plan_entry(self.routing_config, is_visual, lengths.tolist(), images)
-            plan = plan_rows(
-                self.routing_config, left.to(device), counts, entering, self._asked_text(left, counts)
-            )
-            columns = _visual_columns(self.is_visual(input_ids.cpu()) & is_token).to(device)
-            placed = {name: tensor.to(device) for name, tensor in asked.items()}
-            return Prompt(plan, None, PromptReduction(is_token.to(device), columns, left.shape[1], placed))
+            text = self._asked_text(left, counts)
+            plan = plan_rows(self.routing_config, left, counts, entering, text, device)
+            columns = _visual_columns(self.is_visual(host_ids) & is_token)
+            moved = copy_together({"is_token": is_token, "visual_columns": columns, **asked}, device)
+            placed = {name: moved[name] for name in asked}
+            reduction = PromptReduction(moved["is_token"], moved["visual_columns"], left.shape[1], placed)
+            return Prompt(plan, None, reduction)
         asked |= self._asked_text(is_visual, lengths.tolist())
-        plan = plan_rows(self.routing_config, is_visual.to(device), lengths.tolist(), images, asked)
+        plan = plan_rows(self.routing_config, is_visual, lengths.tolist(), images, asked, device)
         return Prompt(plan, places.to(device) if places else None)
 
     def _asked_cells(
@@ -322,7 +361,8 @@ class PromptReader:
 
     def is_visual(self, ids: torch.Tensor) -> torch.Tensor:
         """Which ids are placeholders of visual features."""
-        return torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+        # Without a tensor of the ids, which would be a copy to the device.
+        return functools.reduce(torch.logical_or, (ids == token for token in self.visual_ids))
 
 
 def without_grids(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +23,22 @@ from ..lowering import Executable, TensorRTProgram
 from ..selection.selection_result import Routing
 from .cache import RoutedCache
 from .call_checks import refuse_gradients
-from .prompt import GRIDS, Prompt, PromptReader, TokensOnCache, generated_grids, without_grids
+from .prompt import GRIDS, Prompt, PromptReader, TokensOnCache, generated_grids, read_ahead, without_grids
 from .routed_decoder import UNROUTED_CALL, current_call
 
-_generating: ContextVar[Any] = ContextVar("_generating", default=None)
-"""The model whose `generate` is running."""
+_checked: ContextVar[Any] = ContextVar("_checked", default=None)
+"""The model whose parts need not be looked at: its `generate` or `SlotPool.step` is running."""
 _DYNAMIC_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
 """Names of caches that grow; the decoder says which of them it takes."""
+
+
+@contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 class RoutedOutput(Protocol):
@@ -115,7 +125,7 @@ class RoutedModel(torch.nn.Module):
 
     @one_at_a_time
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if _generating.get() is not self:
+        if _checked.get() is not self:
             self.check_parts()
         bound = self._signature.bind(self, *args, **kwargs).arguments
         more = bound.pop("kwargs", {})
@@ -130,17 +140,15 @@ class RoutedModel(torch.nn.Module):
         self._forget_position_offset()
         arguments = self._arguments(given, call)
         start = time.perf_counter()
-        token = current_call.set(call or UNROUTED_CALL)
         try:
-            output = unrouted(**arguments)
+            with _set(current_call, call or UNROUTED_CALL):
+                output = unrouted(**arguments)
         except ValueError as error:
             if "do not match" in str(error):
                 raise InputError(
                     f"{error}. Pass input_ids and pixel_values as the processor returned them."
                 ) from error
             raise
-        finally:
-            current_call.reset(token)
         if call is None:
             return output
         if not call.is_done:
@@ -156,6 +164,17 @@ class RoutedModel(torch.nn.Module):
         if isinstance(call, Prompt) and not isinstance(output, tuple):
             output.routing = call.routing
         return output
+
+    @property
+    def cache_owner(self) -> str:
+        """Identity that caches of this model carry."""
+        return self._reader.owner
+
+    @contextmanager
+    def parts_checked(self) -> Iterator[None]:
+        """Calls inside don't look at the model's parts, for whoever runs them did: it takes a 7B half a millisecond."""
+        with _set(_checked, self):
+            yield
 
     def check_parts(self) -> None:
         """Raise InputError unless the model and the one that it was made from consist of what was compiled."""
@@ -212,23 +231,18 @@ class RoutedModel(torch.nn.Module):
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """See the model's own `generate`. Bad inputs are refused before the images are encoded."""
-        # Once for all steps: looking at every part of a 7B takes half a millisecond.
         self.check_parts()
         given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
-        self._reader.check_generate(given, self.device)
+        ahead = self._reader.check_generate(given, self.device)
         cache = given.get("past_key_values")
         if isinstance(cache, RoutedCache) and cache.rows:
             kwargs = without_grids(kwargs)
         elif given.get("input_ids") is not None and given.get("inputs_embeds") is not None:
             # The prompt's forward gets the embeddings alone.
             kwargs = {**kwargs, "visual_mask": self._reader.is_visual(given["input_ids"])}
-        token = _generating.set(self)
-        grids = generated_grids.set({name: given[name] for name in GRIDS if given.get(name) is not None})
-        try:
+        grids = {name: given[name] for name in GRIDS if given.get(name) is not None}
+        with self.parts_checked(), _set(read_ahead, ahead), _set(generated_grids, grids):
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            generated_grids.reset(grids)
-            _generating.reset(token)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         if not self._reader.routes_text:

@@ -37,7 +37,7 @@ class Places:
         return _take(rows, self.source, 1)
 
     def to(self, device: torch.device) -> "Places":
-        return Places(self.order.to(device), self.source.to(device))
+        return Places(*torch.stack([self.order, self.source]).to(device).unbind())
 
 
 def _take(tensor: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:

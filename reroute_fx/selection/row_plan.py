@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 import torch
 
+from ..common.packed_copies import copy_together
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
 from ..passes.tensor_names import ALWAYS, LENGTHS, POOLS, VISUAL_INDEX, keep_input, slots_input
@@ -50,8 +51,9 @@ def plan_rows(
     lengths: Sequence[int],
     images: Sequence[Sequence[int]],
     asked: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    device: torch.device | None = None,
 ) -> RowPlan:
-    """Plan a batch.
+    """Plan a batch, on the host. What programs take goes to their device in one copy, before they are launched.
 
     Args:
         config: what is routed.
@@ -61,12 +63,15 @@ def plan_rows(
         images: for each row the visual tokens of each of its images, in order.
         asked: inputs that the program takes because rules ask for them: `text_index`, ``rows``, ``columns``,
             ``images``; see `Candidates`. With blocks what `pooled_inputs` returns.
+        device: of the program, with `is_visual` on the host; None for that of `is_visual`.
     """
+    if device is None:
+        device, is_visual = is_visual.device, is_visual.cpu()
     batch, places = is_visual.shape
     pools = images if config.pool == "image" else [[sum(row)] for row in images]
     widest = max(1, *(sum(row) for row in images))
-    position = torch.arange(places, device=is_visual.device).expand(batch, places)
-    visual_index = position.masked_fill(~is_visual, places).sort(dim=1).values[:, :widest].contiguous()
+    position = torch.arange(places).expand(batch, places)
+    visual_index = position.masked_fill(~is_visual, places).sort(dim=1).values[:, :widest]
     inputs = {VISUAL_INDEX: visual_index, LENGTHS: torch.tensor(lengths), **asked}
     if config.pool == "image":
         inputs[POOLS] = torch.tensor([_pool_numbers(row, widest) for row in pools])
@@ -82,10 +87,11 @@ def plan_rows(
         rows = zip(lengths, images, kept, strict=True)
         stage_lengths[layer] = tuple(length - sum(image) + sum(k) for length, image, k in rows)
         inputs[slots_input(layer)] = torch.zeros(max(stage_lengths[layer]), dtype=torch.bool)
-    # All copies to the device come before the program is launched: one behind it would wait for its end.
-    inputs = {name: tensor.to(is_visual.device) for name, tensor in inputs.items()}
-    stage_tokens = {layer: torch.tensor(rows).to(is_visual.device) for layer, rows in stage_lengths.items()}
-    stage_tokens = {0: inputs[LENGTHS], **stage_tokens}
+    stage_tokens = {layer: torch.tensor(rows) for layer, rows in stage_lengths.items()}
+    # A copy behind the launch of the program would wait for its end.
+    moved = copy_together({**inputs, **stage_tokens}, device)
+    inputs = {name: moved[name] for name in inputs}
+    stage_tokens = {0: inputs[LENGTHS], **{layer: moved[layer] for layer in stage_tokens}}
     return RowPlan(tuple(lengths), tuple(map(tuple, images)), stage_lengths, stage_tokens, inputs)
 
 

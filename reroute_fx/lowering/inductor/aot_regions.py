@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from ...errors import BackendUnavailableError, CaptureError
 from ...passes.graph_edit import hint, memory_order
 from ..call_schedule import CallSchedule
+from ..device import check_cuda_toolkit
 from ..example_sizes import ExampleSizes
 from ..implementations import use_implementations
 from ..operator_list import OperatorList, to_operator_list
@@ -66,15 +67,18 @@ def package_region(region: fx.GraphModule, device: torch.device) -> bytes:
         BackendUnavailableError: there is no compiler.
         CaptureError: the region was fixed to a size.
     """
-    check_compiler()
+    check_compiler(device)
     key = device_key(region, device)
     if key not in _packages:
         _packages[key] = _compile(copy.deepcopy(region), device)
     return _packages[key]
 
 
-def check_compiler() -> None:
-    """Raise BackendUnavailableError unless there is a C++ compiler: all packages have code for the processor."""
+def check_compiler(device: torch.device) -> None:
+    """Raise BackendUnavailableError unless packages for `device` can be compiled.
+
+    All of them have code for the processor and need a C++ compiler; those for a GPU need the CUDA toolkit as well.
+    """
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
@@ -82,6 +86,8 @@ def check_compiler() -> None:
             "No C++ compiler was found; expected g++ or clang++ to compile programs ahead of time. Install one (on "
             "Debian or Ubuntu apt install g++, with conda gxx) or name it in the environment variable CXX."
         ) from error
+    if device.type == "cuda":
+        check_cuda_toolkit()
 
 
 def _compile(region: fx.GraphModule, device: torch.device) -> bytes:
