@@ -14,6 +14,12 @@ EXTRAS = {
     "reroute_fx.kernels.restore_tokens.triton": ("gpu", "triton"),
     "reroute_fx.kernels.select_tokens.triton": ("gpu", "triton"),
     "reroute_fx.kernels.visual_scores.triton": ("gpu", "triton"),
+    "reroute_fx.serving.engine": ("serve", "prometheus_client"),
+    "reroute_fx.serving.http_app": ("serve", "fastapi"),
+    "reroute_fx.serving.metrics": ("serve", "prometheus_client"),
+    "reroute_fx.serving.picture_urls": ("serve", "httpcore"),
+    "reroute_fx.serving.preparing": ("serve", "httpcore"),
+    "reroute_fx.serving.start": ("serve", "prometheus_client"),
     "reroute_fx.visualizing.drawing": ("bench", "matplotlib"),
     "reroute_fx.visualizing.page": ("bench", "matplotlib"),
 }

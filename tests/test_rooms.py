@@ -14,7 +14,7 @@ PLACES = {"reroute_fx": "reroute_fx", "reroute_fx.passes": "passes", "reroute_fx
 FLOORS = (
     ("command_line",),
     ("reroute_fx",),
-    ("benchmarking", "evals", "tuning"),
+    ("benchmarking", "evals", "serving", "tuning"),
     ("api", "artifact"),
     ("runtime",),
     ("pipeline", "lowering", "visualizing"),

@@ -3,6 +3,7 @@
 import functools
 import gc
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_cuda_graphs import graphed_model
 from test_no_host_sync import no_host_sync
 
 import reroute_fx
-from reroute_fx import ConfigError, InputError, SlotPool
+from reroute_fx import ConfigError, InputError, SlotPool, UnsupportedModelError
 from reroute_fx.runtime import slots
 
 pytestmark = pytest.mark.usefixtures("no_gradients", "one_thread")
@@ -370,6 +371,17 @@ def test_outputs_that_are_refused(pool):
 def test_numbers_that_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         SlotPool(routed_model("llava"), **{"rows": 2, "capacity": 30, **arguments})
+
+
+def test_layers_with_windows_are_refused(monkeypatch):
+    routed = routed_model("llava")
+    signature = SimpleNamespace(user_inputs=("inputs_embeds", "index_cache_1"))
+    program = SimpleNamespace(program=SimpleNamespace(graph_signature=signature))
+    monkeypatch.setitem(routed.programs, "continuation", program)
+    with pytest.raises(
+        UnsupportedModelError, match=r"see windows or chunks of tokens; expected layers that see all"
+    ):
+        SlotPool(routed, 2, 30)
 
 
 def test_models_that_are_refused():

@@ -13,6 +13,7 @@ from .methods_command import methods
 from .options import choices
 from .paper_commands import paper
 from .profile_command import profile
+from .serve_command import serve
 from .terminal import logged, refusals
 from .tune_command import tune
 from .visualize_command import visualize
@@ -55,7 +56,7 @@ def main(
     context.with_resource(logged(log_level))
 
 
-for command in (inspect, methods, profile, tune, demo, visualize, bench):
+for command in (inspect, methods, profile, tune, demo, visualize, bench, serve):
     app.command()(command)
 for name, group in (("artifact", artifact), ("paper", paper), ("lmms", lmms)):
     app.add_typer(group, name=name)

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..errors import InputError
 from .sample_picture import picture
 
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 """Modes of pictures that have 8 bits a channel, or fewer."""
 
 
@@ -22,7 +22,7 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if image.mode not in _MODES:
+            if image.mode not in EIGHT_BITS:
                 raise InputError(
                     f"image is {str(path)!r} of mode {image.mode!r}; expected 8 bits a channel. Convert it to "
                     f"RGB, with the range of its values in mind."

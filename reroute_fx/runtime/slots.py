@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer
 
 from ..common.turns import one_at_a_time
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, UnsupportedModelError
+from ..passes.tensor_names import index_cache_input
 from .cache import CachedRows, RoutedCache
 from .call_checks import cache_sizes, check_owner, check_plain_cache, check_tensors
 from .routed_model import RoutedModel
@@ -53,10 +54,12 @@ class SlotPool:
 
     Raises:
         ConfigError: a number that is no whole number above 0, or beyond the limits of an artifact.
+        UnsupportedModelError: layers with windows or chunks, whose caches hold which token each place has.
     """
 
     def __init__(self, model: RoutedModel, rows: int, capacity: int, visual_tokens: int = 0) -> None:
         _check_numbers(model, rows, capacity, visual_tokens)
+        _refuse_windows(model)
         self.rows, self.capacity, self._visual_tokens = rows, capacity, visual_tokens
         self._model, config = model, model.routing_config
         layers, heads, width = cache_sizes(model.config)
@@ -374,6 +377,16 @@ def _doubled(needed: int, most: int) -> int:
     while capacity < needed:
         capacity *= 2
     return min(capacity, most)
+
+
+def _refuse_windows(model: RoutedModel) -> None:
+    program = getattr(getattr(model, "programs", {}).get("continuation"), "program", None)
+    taken = program.graph_signature.user_inputs if program is not None else ()
+    if any(index_cache_input(start) in taken for start in (0, *model.routing_config.decision_layers)):
+        raise UnsupportedModelError(
+            f"Layers of {type(model).__name__} see windows or chunks of tokens; expected layers that see all earlier "
+            f"tokens, which is what a pool has caches for. Use a RoutedCache for each conversation."
+        )
 
 
 def _check_numbers(model: Any, rows: int, capacity: int, visual_tokens: int) -> None:

@@ -1,0 +1,126 @@
+"""`reroute-fx serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import BACKENDS, Action, Config, Device, Dtype, Method, Pool, Revision, Schedule, choices
+from .terminal import MESSAGES, refusals
+
+_BOUNDS, _ADDRESS = "The most", "Address"
+
+
+@refusals()
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|ARTIFACT",
+            help="model id, folder with weights or with an artifact, or 'demo' for a small model",
+            show_default=False,
+        ),
+    ],
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="192,128,64",
+            help="visual tokens of 576 that enter a layer on average; of several, requests choose one",
+            show_default="128, or the method's own",
+            rich_help_panel="Routing",
+        ),
+    ] = None,
+    method: Method = None,
+    action: Action = None,
+    schedule: Schedule = None,
+    pool: Pool = None,
+    config: Config = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Annotated[
+        str, typer.Option(metavar=choices(BACKENDS), help="what runs the routed programs of a model")
+    ] = "inductor",
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="where to listen", rich_help_panel=_ADDRESS)
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", rich_help_panel=_ADDRESS)] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="with the key that requests bring; or set REROUTE_FX_API_KEY",
+            rich_help_panel=_ADDRESS,
+        ),
+    ] = None,
+    allow_picture_urls: Annotated[
+        bool,
+        typer.Option(
+            "--allow-picture-urls",
+            help="fetch pictures from public addresses of the web",
+            rich_help_panel=_ADDRESS,
+        ),
+    ] = False,
+    max_batch_size: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="answers that grow at once in a tier", rich_help_panel=_BOUNDS),
+    ] = 8,
+    max_length: Annotated[
+        int,
+        typer.Option(min=2, metavar="N", help="tokens of a prompt and its answer", rich_help_panel=_BOUNDS),
+    ] = 1024,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="tokens of an answer", rich_help_panel=_BOUNDS)
+    ] = 512,
+    max_queue: Annotated[
+        int, typer.Option(min=1, metavar="N", help="requests that wait", rich_help_panel=_BOUNDS)
+    ] = 64,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, metavar="N", help="pixels of a picture", rich_help_panel=_BOUNDS)
+    ] = 2**24,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="for a request", rich_help_panel=_BOUNDS)
+    ] = 300.0,
+    workers: Annotated[
+        int, typer.Option(min=1, metavar="N", help="processes that prepare pictures and prompts")
+    ] = 1,
+) -> None:
+    """Serve a model to clients of OpenAI's API."""
+    from ..common.optional_libraries import optional_library
+
+    for library in ("fastapi", "uvicorn", "prometheus_client", "httpcore"):
+        optional_library(library, "serve", "to serve")
+    from ..errors import ConfigError
+    from ..serving import start
+    from ..serving.bounds import Bounds
+
+    bounds = Bounds(pixels=max_pixels, tokens=max_tokens, queue=max_queue, seconds=timeout)
+    key = start.read_key(api_key_file, host)
+    chosen = {"method": method, "action": action, "schedule": schedule, "pool": pool}
+    with MESSAGES.status("loading and compiling"):
+        if start.is_artifact(model):
+            for name, value in {"tier": tier, "config": config, "revision": revision, **chosen}.items():
+                if value is not None:
+                    raise ConfigError(
+                        f"{name} is {value}, but {model} is an artifact, which has its own. Leave it out."
+                    )
+            named = start.load_artifact(model, device)
+        else:
+            routings = start.read_routings(model, revision, tier, config, chosen)
+            named = start.compile_tiers(
+                model, routings, backend=backend, device=device, dtype=dtype, revision=revision
+            )
+        service = start.make_service(
+            named,
+            bounds,
+            rows=max_batch_size,
+            capacity=max_length,
+            workers=workers,
+            fetches=allow_picture_urls,
+            api_key=key,
+        )
+        start.warm_up(service, named.processor)
+    MESSAGES.print(
+        f"{service.name}, tiers {', '.join(service.engine.tiers)}: http://{host}:{port}/v1", markup=False
+    )
+    start.run(service, host, port)

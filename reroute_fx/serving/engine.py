@@ -1,0 +1,411 @@
+"""Requests in, tokens out: many conversations on one routed model, in one thread.
+
+Continuous batching: a request waits until its tier has rows for it, its prompt runs alone, and its keys and values go
+into rows of the tier's `SlotPool`. A step then feeds one token to every row that holds an answer. Rows leave when they
+end, and others take their place. Each answer is what its prompt gets alone, whatever the others do.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..capture.cells import grids_of, has_cells
+from ..errors import ConfigError, RerouteError
+from ..loading.prompts import place
+from ..runtime import RoutedModel, SlotPool
+from ..runtime.slots import Slot
+from ..selection.selection_result import Routing
+from .answers import Answer, Piece, Started
+from .bounds import Bounds
+from .metrics import Metrics
+from .refusals import DeadlineError, QueueFullError, RequestError, ServingError
+from .sampling import Sampling, TextStream, TokenChooser, token_decoder
+
+logger = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 0.05
+"""Between looks at deadlines while nothing runs."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A routed model with rows to decode in.
+
+    Attributes:
+        name: by which requests ask for it.
+        model: from `reroute_fx.compile` or `reroute_fx.load`.
+        pool: of its rows.
+    """
+
+    name: str
+    model: RoutedModel
+    pool: SlotPool
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request that waits or runs.
+
+    Attributes:
+        inputs: of the model, for one row.
+        sampling: how to answer.
+        answers: how many.
+        tier: that runs it.
+        answer: where parts go.
+        arrived: when it came.
+        deadline: when it fails.
+        rows: that hold its answers; those that ended are gone.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    sampling: Sampling
+    answers: int
+    tier: Tier
+    answer: Answer
+    arrived: float
+    deadline: float
+    rows: list["_Row"] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.inputs.values())
+
+
+@dataclass(eq=False)
+class _Row:
+    """A row of a pool with the answer that grows in it."""
+
+    request: _Request
+    number: int
+    slot: Slot
+    chooser: TokenChooser
+    text: TextStream
+    tokens: int = 0
+    last: int = 0
+    told: float = 0.0
+
+    @property
+    def place(self) -> int:
+        return self.slot.rows[0]
+
+
+class Engine:
+    """Answers requests in a thread of its own.
+
+    First come, first served, within a tier; a request that waits for rows of its tier doesn't stop those of another.
+    Prompts never starve answers: between two tokens of an answer lie at most one prompt, of any tier, and one step of
+    each tier. A request that is cancelled, late, or whose reader is slow leaves before the next step.
+
+    Args:
+        tiers: of one model, the first one for requests that ask for none.
+        tokenizer: that turns tokens into text.
+        bounds: on what waits, and how long.
+        metrics: that are kept.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], tokenizer: Any, bounds: Bounds, metrics: Metrics) -> None:
+        names = [tier.name for tier in tiers]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"tiers are {names}; expected one or more, each once.")
+        self.tiers = {tier.name: tier for tier in tiers}
+        self.bounds, self.metrics = bounds, metrics
+        self._decode = token_decoder(tokenizer)
+        self._waiting: deque[_Request] = deque()
+        self._waiting_bytes = 0
+        self._rows: dict[str, list[_Row]] = {name: [] for name in names}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        for tier in tiers:
+            metrics.rows.labels(tier.name).set(tier.pool.rows)
+            metrics.cache_bytes.labels(tier.name).set(tier.pool.bytes)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits or runs."""
+        return not self._waiting and not any(self._rows.values())
+
+    def start(self) -> None:
+        """Answer, until `close`."""
+        self._thread = threading.Thread(target=self._run, name="reroute_fx engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; what waits or runs fails."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._fail_all(ServingError("The server is shutting down. Send the request to another, or later."))
+
+    def submit(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        sampling: Sampling,
+        *,
+        answers: int = 1,
+        tier: str | None = None,
+        seconds: float | None = None,
+        notify: Callable[[], None] | None = None,
+    ) -> Answer:
+        """Let a request wait for its rows.
+
+        Args:
+            inputs: of the model, for one row, on any device.
+            sampling: how to answer.
+            answers: to the prompt; each has a row.
+            tier: that runs it; None for the first.
+            seconds: until its deadline; None, or more than `Bounds.seconds`, for those.
+            notify: called in the engine's thread when there is something to take.
+
+        Raises:
+            RequestError: no such tier, more answers than it has rows, or a prompt that leaves no room for the answer.
+            QueueFullError: too many requests wait, or too many bytes.
+        """
+        chosen = self.tier(tier)
+        self._check_room(inputs, sampling, answers, chosen)
+        now = time.monotonic()
+        deadline = now + min(seconds or self.bounds.seconds, self.bounds.seconds)
+        answer = Answer(self.bounds.unread_bytes, notify)
+        request = _Request(inputs, sampling, answers, chosen, answer, now, deadline)
+        with self._changed:
+            if self._closed:
+                raise ServingError("The server is shutting down. Send the request to another, or later.")
+            is_full = len(self._waiting) >= self.bounds.queue
+            if is_full or self._waiting_bytes + request.bytes > self.bounds.queue_bytes:
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests of {self._waiting_bytes} bytes wait, and no more may. Send "
+                    f"it later."
+                )
+            self._waiting.append(request)
+            self._count_waiting(request.bytes)
+            self._changed.notify_all()
+        return answer
+
+    def step(self) -> bool:
+        """One prompt at most, then a token for every row; whether there was anything to do."""
+        self._drop_ended()
+        worked = self._start_one()
+        for tier in self.tiers.values():
+            if self._rows[tier.name]:
+                self._step_rows(tier)
+                worked = True
+        return worked
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                worked = self.step()
+            except Exception as error:  # Whatever it is, nobody may wait forever.
+                _log("a step", error)
+                self._fail_all(
+                    ServingError(f"The model failed: {type(error).__name__}. Send the request again.")
+                )
+                continue
+            if not worked:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._waiting or self._closed, timeout=_IDLE_SECONDS)
+
+    def tier(self, name: str | None) -> Tier:
+        """The tier of a name, or the first for None.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if name is None:
+            return next(iter(self.tiers.values()))
+        if name not in self.tiers:
+            raise RequestError("reroute.tier", f"is {name}; expected one of {', '.join(self.tiers)}.")
+        return self.tiers[name]
+
+    def _check_room(
+        self, inputs: Mapping[str, torch.Tensor], sampling: Sampling, answers: int, tier: Tier
+    ) -> None:
+        if not 1 <= answers <= tier.pool.rows:
+            raise RequestError("n", f"is {answers}; expected 1 to {tier.pool.rows}, the rows of a tier.")
+        length, capacity = inputs["input_ids"].shape[1], tier.pool.capacity
+        if length + sampling.tokens > capacity:
+            raise RequestError(
+                "max_tokens",
+                f"is {sampling.tokens} behind a prompt of {length} tokens; expected at most {capacity} together. Ask "
+                f"for fewer, or send a shorter prompt.",
+            )
+
+    def _count_waiting(self, change: int) -> None:
+        self._waiting_bytes += change
+        self.metrics.waiting.set(len(self._waiting))
+        self.metrics.waiting_bytes.set(self._waiting_bytes)
+
+    def _drop_ended(self) -> None:
+        """Let requests go that nobody waits for any more, or not so long."""
+        now = time.monotonic()
+        running = {id(row.request): row.request for rows in self._rows.values() for row in rows}
+        for request in (*self._waiting, *running.values()):
+            if request.answer.is_cancelled:
+                self._end(request, "cancelled")
+            elif request.answer.ended:
+                self._end(request, "slow reader")
+            elif now > request.deadline:
+                seconds = request.deadline - request.arrived
+                error = DeadlineError(
+                    f"The answer was not done in {seconds:g} s. Ask for fewer tokens, or later."
+                )
+                self._end(request, "deadline", error)
+
+    def _end(self, request: _Request, reason: str, error: Exception | None = None) -> None:
+        """All of a request ends: its rows are free, and its reader knows."""
+        self.metrics.answered.labels(reason).inc()
+        with self._changed:
+            if request in self._waiting:
+                self._waiting.remove(request)
+                self._count_waiting(-request.bytes)
+        for row in list(request.rows):
+            self._free(row)
+        request.answer.end(error)
+
+    def _free(self, row: _Row) -> None:
+        tier = row.request.tier
+        row.request.rows.remove(row)
+        self._rows[tier.name].remove(row)
+        tier.pool.release(row.slot)
+        self.metrics.rows_in_use.labels(tier.name).set(len(self._rows[tier.name]))
+
+    def _start_one(self) -> bool:
+        """Run the prompt of the first request whose tier has rows for it."""
+        with self._changed:
+            blocked: set[str] = set()
+            for request in self._waiting:
+                tier = request.tier
+                if tier.name not in blocked and tier.pool.free >= request.answers:
+                    self._waiting.remove(request)
+                    self._count_waiting(-request.bytes)
+                    break
+                blocked.add(tier.name)
+            else:
+                return False
+        try:
+            self._start(request)
+        except Exception as error:  # Out of memory, or a prompt that the model refuses: others go on.
+            known = isinstance(error, RerouteError)
+            if not known:
+                _log("a prompt", error)
+            self._end(request, "failed", error if known else _failure(error))
+        return True
+
+    @torch.no_grad()
+    def _start(self, request: _Request) -> None:
+        tier, inputs = request.tier, request.inputs
+        placed = {name: place(tensor, tier.model) for name, tensor in inputs.items()}
+        output = tier.model(**placed, logits_to_keep=1)
+        prompt, mask = placed["input_ids"], placed.get("attention_mask")
+        for number in range(request.answers):
+            slot = tier.pool.claim()
+            chooser = TokenChooser(tier.model, request.sampling, number, prompt)
+            row = _Row(request, number, slot, chooser, TextStream(self._decode, request.sampling.stop))
+            request.rows.append(row)
+            self._rows[tier.name].append(row)
+            tier.pool.write(slot, output, attention_mask=mask)
+        self.metrics.rows_in_use.labels(tier.name).set(len(self._rows[tier.name]))
+        routing = getattr(output, "routing", None)
+        self._count_prompt(tier, prompt.shape[1], routing)
+        grids = _grids(tier.model.config, inputs, routing)
+        request.answer.put(Started(prompt.shape[1], routing, grids))
+        logits = output.logits[0, -1]
+        for row in list(request.rows):
+            self._take(row, logits, None)
+
+    def _count_prompt(self, tier: Tier, tokens: int, routing: Routing | None) -> None:
+        self.metrics.prompt_tokens.inc(tokens)
+        if routing is not None:
+            self.metrics.visual_tokens.labels(tier.name).inc(sum(routing.plan.images[0]))
+            for layer, kept in routing.selected.items():
+                self.metrics.kept_visual_tokens.labels(tier.name, str(layer)).inc(len(kept[0]))
+
+    @torch.no_grad()
+    def _step_rows(self, tier: Tier) -> None:
+        """A token for every row of a tier."""
+        rows = self._rows[tier.name]
+        tokens, active = [0] * tier.pool.rows, [False] * tier.pool.rows
+        for row in rows:
+            tokens[row.place], active[row.place] = row.last, True
+        try:
+            logits = tier.pool.step(torch.tensor(tokens, device=tier.model.device), active)
+            likeliest = logits.argmax(-1).tolist()
+        except Exception as error:
+            _log(f"a step of tier {tier.name}", error)
+            for request in {id(row.request): row.request for row in rows}.values():
+                self._end(request, "failed", _failure(error))
+            return
+        for row in list(rows):
+            self._take(row, logits[row.place], likeliest[row.place])
+
+    def _take(self, row: _Row, logits: torch.Tensor, likeliest: int | None) -> None:
+        """The next token of a row."""
+        chooser, request = row.chooser, row.request
+        choice = chooser.choose(logits, likeliest)
+        row.last, row.tokens = choice.token, row.tokens + 1
+        now = time.monotonic()
+        if row.tokens == 1:
+            self.metrics.first_token.observe(now - request.arrived)
+        else:
+            self.metrics.between_tokens.observe(now - row.told)
+        row.told = now
+        self.metrics.answer_tokens.inc()
+        finish, text = None, ""
+        if choice.token in chooser.ends:
+            finish = "stop"
+        else:
+            text = row.text.add(choice.token)
+            if row.text.stopped:
+                finish = "stop"
+            elif row.tokens >= request.sampling.tokens:
+                finish = "length"
+        if finish:
+            text += row.text.end()
+            finish = "stop" if row.text.stopped else finish
+            self._free(row)
+        request.answer.put(Piece(row.number, choice, text, finish))
+        if finish and not request.rows:
+            request.answer.end()
+            self.metrics.answered.labels("done").inc()
+
+    def _fail_all(self, error: Exception) -> None:
+        running = {id(row.request): row.request for rows in self._rows.values() for row in rows}
+        for request in (*list(self._waiting), *running.values()):
+            self._end(request, "failed", error)
+
+
+def _grids(
+    config: Any, inputs: Mapping[str, torch.Tensor], routing: Routing | None
+) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of the visual tokens of each picture of a prompt; empty if they lie in no grid."""
+    if routing is None or not has_cells(config):
+        return ()
+    pictures = [[(config.image_token_id, tokens) for tokens in routing.plan.images[0]]]
+    (grids,) = grids_of(config, inputs, pictures)
+    return tuple((rows, columns) for _, rows, columns in grids)
+
+
+def _failure(error: Exception) -> ServingError:
+    """What a reader is told: nothing of the message, which may speak of other requests."""
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        return ServingError("There was not enough memory. Send a shorter prompt, smaller pictures, or later.")
+    return ServingError(f"The model failed ({type(error).__name__}). Send the request again.")
+
+
+def _log(what: str, error: Exception) -> None:
+    """Without the message, which may hold words of a prompt, unless that is asked for."""
+    logger.error("%s failed: %s", what, type(error).__name__)
+    logger.debug("%s failed", what, exc_info=error)

@@ -1,0 +1,381 @@
+"""The engine: every answer is the one that its prompt gets alone, and rows come back whatever happens."""
+
+import functools
+import time
+from types import SimpleNamespace
+
+import conversations
+import numpy as np
+import pytest
+import serving_models as served
+import torch
+from artifacts import loaded_model
+from suite_tiers import fewer
+
+from reroute_fx import SlotPool
+from reroute_fx.errors import ConfigError, InputError
+from reroute_fx.serving.answers import Piece, Started
+from reroute_fx.serving.bounds import Bounds
+from reroute_fx.serving.engine import Engine, Tier
+from reroute_fx.serving.metrics import Metrics
+from reroute_fx.serving.refusals import (
+    DeadlineError,
+    QueueFullError,
+    RequestError,
+    ServingError,
+    SlowReaderError,
+)
+from reroute_fx.serving.sampling import Sampling, TextStream
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LONGEST = 12
+SAMPLINGS = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.9}, "hot": {"temperature": 1.7}}
+
+
+@functools.cache
+def prompts():
+    one, two, three = map(served.picture, range(3))
+    return (
+        served.prompt("What is that?", one),
+        served.prompt("Which of them is red, and where?", two, three),
+        served.prompt("Hello"),
+    )
+
+
+@functools.cache
+def expected(number, tier, kind, seed):
+    return served.alone(
+        prompts()[number], tier, LONGEST, None if kind == "greedy" else seed, **SAMPLINGS[kind]
+    )
+
+
+def sampling(kind, tokens, seed=0, **options):
+    options = {"temperature": 0.0} if kind == "greedy" else {**SAMPLINGS[kind], "seed": seed} | options
+    return Sampling(tokens, **options)
+
+
+def finish(engine):
+    while engine.step():
+        pass
+
+
+def tokens_of(answer, number=0):
+    return [part.choice.token for part in answer if isinstance(part, Piece) and part.number == number]
+
+
+def is_empty(engine):
+    return engine.is_idle and all(tier.pool.free == tier.pool.rows for tier in engine.tiers.values())
+
+
+@fewer(gate=2, full=200, reason="each schedule takes a quarter of a second")
+def test_every_answer_of_a_random_schedule_is_its_prompts_alone(rounds):
+    decode, end = served.processor().tokenizer.decode, served.processor().tokenizer.eos_token_id
+    engine, compared = served.engine(), 0
+    for seed in range(rounds):
+        random = np.random.default_rng(seed)
+        sent = []
+        for _ in range(int(random.integers(4, 10))):
+            number, tier = int(random.integers(3)), str(random.choice(list(served.ROUTINGS)))
+            kind, seed, length = (
+                random.choice(list(SAMPLINGS)),
+                int(random.integers(2)),
+                int(random.integers(1, LONGEST)),
+            )
+            count = int(random.integers(1, 4))
+            answer = engine.submit(prompts()[number], sampling(kind, length, seed), answers=count, tier=tier)
+            sent.append((answer, number, tier, kind, seed, length, count))
+            for _ in range(int(random.integers(0, 4))):
+                engine.step()
+            if random.random() < 0.2:
+                sent[int(random.integers(len(sent)))][0].cancel()
+        finish(engine)
+        assert is_empty(engine)
+        for answer, number, tier, kind, seed, length, count in sent:
+            parts = list(answer)
+            for i in range(count):
+                pieces = [part for part in parts if isinstance(part, Piece) and part.number == i]
+                found = [piece.choice.token for piece in pieces]
+                alone = expected(number, tier, kind, seed + i)[:length]
+                if answer.is_cancelled:
+                    assert found == alone[: len(found)]
+                    continue
+                assert found == alone
+                assert "".join(piece.text for piece in pieces) == decode(alone, skip_special_tokens=True)
+                assert pieces[-1].finish_reason == ("stop" if alone[-1] == end else "length")
+                compared += 1
+    assert compared >= 5 * rounds
+
+
+def test_the_prompt_comes_first_with_what_was_selected():
+    engine = served.engine()
+    with_picture, without = (engine.submit(prompts()[i], Sampling(1)) for i in (0, 2))
+    finish(engine)
+    started = next(iter(with_picture))
+    assert isinstance(started, Started)
+    assert started.prompt_tokens == prompts()[0]["input_ids"].shape[1]
+    assert {layer: len(rows[0]) for layer, rows in started.routing.selected.items()} == {1: 8}
+    assert next(iter(without)).routing is None
+
+
+def test_logprobs_are_those_of_the_model_before_temperature():
+    engine, (inputs, *_) = served.engine(), prompts()
+    answer = engine.submit(inputs, Sampling(1, temperature=1.7, seed=3, logprobs=5))
+    finish(engine)
+    choice = list(answer)[1].choice
+    with torch.no_grad():
+        logprobs = served.models()["128"](**inputs).logits[0, -1].log_softmax(-1)
+    assert choice.logprob == pytest.approx(float(logprobs[choice.token]), abs=1e-5)
+    best = logprobs.topk(5)
+    assert [token for token, _ in choice.alternatives] == best.indices.tolist()
+    assert [value for _, value in choice.alternatives] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_an_answer_ends_before_a_stop_text():
+    engine, decode = served.engine(), served.processor().tokenizer.decode
+    whole = decode(expected(0, "128", "greedy", 0), skip_special_tokens=True)
+    stop = whole[4:6]
+    first = whole.index(stop)
+    answer = engine.submit(prompts()[0], Sampling(LONGEST, temperature=0, stop=("never", stop)))
+    finish(engine)
+    pieces = [part for part in answer if isinstance(part, Piece)]
+    assert "".join(piece.text for piece in pieces) == whole[:first]
+    assert pieces[-1].finish_reason == "stop"
+    assert len(pieces) < LONGEST
+    assert is_empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("stops", "told", "stopped"),
+    [
+        ([], "a cab, über", False),
+        (["cab"], "a ", True),
+        (["ab, x", "b, u"], "a cab, über", False),
+        (["über!"], "a cab, über", False),
+        (["ü"], "a cab, ", True),
+        (["r", "ca"], "a ", True),
+    ],
+)
+def test_nothing_is_told_that_may_begin_a_stop_text(stops, told, stopped):
+    # A token for each byte: the ü takes two.
+    stream, texts = TextStream(lambda ids: bytes(ids).decode(errors="replace"), stops), []
+    for byte in "a cab, über".encode():
+        texts.append(stream.add(byte))
+        assert not any(stop in "".join(texts) for stop in stops)
+        if stream.stopped:
+            break
+    assert "".join([*texts, stream.end()]) == told
+    assert stream.stopped is stopped
+
+
+def test_who_leaves_frees_rows_within_a_step():
+    engine = served.engine()
+    gone, stays = (engine.submit(prompts()[0], Sampling(LONGEST), answers=2, tier="64") for _ in range(2))
+    engine.step()
+    assert engine.tiers["64"].pool.free == 1
+    gone.cancel()
+    engine.step()
+    # Two tokens each came before, and the rows have the next ones in them.
+    assert len(list(gone)) == 1 + 4
+    assert engine.tiers["64"].pool.free == 1
+    assert len(stays.take()[0]) == 1 + 4
+    finish(engine)
+    assert is_empty(engine)
+    assert is_empty(engine)
+
+
+def test_first_come_first_served_and_a_full_tier_stops_no_other():
+    engine = served.engine()
+    long, wide, small = (
+        engine.submit(prompts()[2], sampling("hot", LONGEST, 1), answers=count, tier="64")
+        for count in (2, 3, 1)
+    )
+    other = engine.submit(prompts()[2], Sampling(1), tier="128")
+    engine.step()
+    engine.step()
+    # The small one would fit beside the first, but came after one that waits for rows.
+    assert [len(answer.take()[0]) > 0 for answer in (long, wide, small, other)] == [True, False, False, True]
+    finish(engine)
+    assert wide.ended
+    assert small.ended
+
+
+def test_one_prompt_at_most_between_two_tokens():
+    engine, (first, *_) = served.engine(rows=3), prompts()
+    runs = []
+    for tier in engine.tiers.values():
+        model = tier.model
+        engine.tiers[tier.name] = type(tier)(tier.name, _Counted(model, runs), tier.pool)
+    slow = engine.submit(first, sampling("hot", LONGEST, 1), tier="64")
+    for i in range(4):
+        engine.submit(prompts()[2], Sampling(2), tier=("64", "128")[i % 2])
+    between = []
+    while not slow.ended:
+        before = len(runs)
+        engine.step()
+        between.append(len(runs) - before)
+        assert len([p for p in slow.take()[0] if isinstance(p, Piece)]) >= 1
+    assert max(between) == 1
+    assert sum(between) == 5
+
+
+class _Counted:
+    """A model that notes its prompts."""
+
+    def __init__(self, model, runs):
+        self.model, self.runs = model, runs
+
+    def __call__(self, **inputs):
+        self.runs.append(inputs["input_ids"].shape[1])
+        return self.model(**inputs)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+def test_a_queue_of_requests_and_bytes():
+    size = sum(tensor.nbytes for tensor in prompts()[0].values())
+    engine = served.engine(Bounds(queue=2))
+    waiting = [engine.submit(prompts()[0], Sampling(1)) for _ in range(2)]
+    with pytest.raises(QueueFullError, match=r"2 requests of .* bytes wait"):
+        engine.submit(prompts()[0], Sampling(1))
+    finish(engine)
+    assert all(answer.ended for answer in waiting)
+    engine = served.engine(Bounds(queue_bytes=size + 10))
+    engine.submit(prompts()[0], Sampling(1))
+    with pytest.raises(QueueFullError):
+        engine.submit(prompts()[0], Sampling(1))
+    finish(engine)
+    engine.submit(prompts()[0], Sampling(1))
+
+
+def test_a_deadline_ends_what_runs_and_what_waits():
+    engine = served.engine(rows=1)
+    runs, waits = (engine.submit(prompts()[0], sampling("hot", LONGEST, 1), seconds=0.2) for _ in range(2))
+    engine.step()
+    time.sleep(0.25)
+    engine.step()
+    assert is_empty(engine)
+    assert isinstance(runs.take()[0][0], Started)
+    for answer in (runs, waits):
+        with pytest.raises(DeadlineError, match=r"not done in 0\.2 s"):
+            answer.take()
+
+
+def test_who_does_not_read_is_dropped():
+    engine = served.engine(Bounds(unread_bytes=300))
+    slow, quick = (engine.submit(prompts()[2], sampling("hot", LONGEST, 1)) for _ in range(2))
+    found = []
+    while engine.step():
+        found += [part for part in quick.take()[0] if isinstance(part, Piece)]
+    assert [piece.choice.token for piece in found] == expected(2, "128", "hot", 1)
+    with pytest.raises(SlowReaderError, match="More than 300 bytes"):
+        slow.take()
+    assert slow.is_dropped
+    assert is_empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory; the prompt said secret"),
+            ServingError,
+            "not enough memory",
+        ),
+        (RuntimeError("the prompt said secret"), ServingError, "RuntimeError"),
+        (InputError("the pictures don't fit"), InputError, "pictures don't fit"),
+    ],
+)
+def test_a_prompt_that_fails_fails_alone(monkeypatch, caplog, error, kind, message):
+    engine = served.engine()
+    tier = engine.tiers["128"]
+    good = engine.submit(prompts()[2], sampling("greedy", LONGEST))
+    engine.step()
+    write = tier.pool.write
+
+    def fail(*_, **__):
+        monkeypatch.setattr(tier.pool, "write", write)
+        raise error
+
+    monkeypatch.setattr(tier.pool, "write", fail)
+    bad = engine.submit(prompts()[0], Sampling(2))
+    later = engine.submit(prompts()[2], sampling("greedy", 3))
+    finish(engine)
+    with pytest.raises(kind, match=message) as caught:
+        list(bad)
+    assert "secret" not in str(caught.value) + caplog.text
+    assert tokens_of(good) == expected(2, "128", "greedy", 0)
+    assert tokens_of(later) == expected(2, "128", "greedy", 0)[:3]
+    assert is_empty(engine)
+
+
+def test_a_step_that_fails_fails_its_tier_alone(monkeypatch):
+    engine = served.engine()
+    bad, good = (
+        engine.submit(prompts()[2], sampling("greedy", LONGEST), tier=name) for name in ("128", "64")
+    )
+    engine.step()
+    engine.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.tiers["128"].pool, "step", lambda *_: 1 / 0)
+        engine.step()
+    again = engine.submit(prompts()[2], sampling("greedy", LONGEST))
+    finish(engine)
+    with pytest.raises(ServingError, match="ZeroDivisionError"):
+        list(bad)
+    assert tokens_of(good) == expected(2, "64", "greedy", 0)
+    assert tokens_of(again) == expected(2, "128", "greedy", 0)
+    assert is_empty(engine)
+
+
+def test_what_can_never_run_is_refused_at_once():
+    engine = served.engine()
+    for options, field, message in (
+        ({"tier": "7"}, "reroute.tier", "is 7; expected one of 128, 64"),
+        ({"answers": 4}, "n", "is 4; expected 1 to 3"),
+        ({"sampling": Sampling(served.CAPACITY)}, "max_tokens", f"at most {served.CAPACITY} together"),
+    ):
+        asked = {"sampling": Sampling(1), **options}
+        with pytest.raises(RequestError, match=message) as caught:
+            engine.submit(prompts()[2], **asked)
+        assert caught.value.field == field
+    assert engine.is_idle
+    with pytest.raises(ConfigError, match="one or more, each once"):
+        Engine([], None, Bounds(), None)
+
+
+def test_a_thread_of_its_own_answers_until_it_is_closed():
+    engine = served.engine()
+    engine.start()
+    assert engine.is_alive
+    assert tokens_of(engine.submit(prompts()[2], sampling("greedy", LONGEST))) == expected(
+        2, "128", "greedy", 0
+    )
+    engine.close()
+    assert not engine.is_alive
+    with pytest.raises(ServingError, match="shutting down"):
+        engine.submit(prompts()[2], Sampling(1))
+
+
+@pytest.mark.full("each family is captured and compiled; the gate has a LLaVA")
+@pytest.mark.parametrize(("family", "loaded"), [("llava", True), ("qwen", False), ("qwen", True)])
+def test_other_families_and_artifacts_answer_as_alone(family, loaded):
+    model = loaded_model(family) if loaded else conversations.routed_model(family)
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(f"{token} " for token in ids))
+    pool = SlotPool(model, 4, 100)
+    engine = Engine([Tier("any", model, pool)], tokenizer, Bounds(), Metrics())
+    rows = [*conversations.MIXED, *conversations.SINGLE]
+    inputs = [conversations.batch(family, row) for row in rows]
+    answers = []
+    for given in inputs:
+        answers.append(engine.submit(given, Sampling(8, temperature=0)))
+        engine.step()
+    finish(engine)
+    assert is_empty(engine)
+    for given, answer in zip(inputs, answers, strict=True):
+        started, *pieces = answer
+        alone = conversations.new_tokens(model, given, max_new_tokens=8, do_sample=False)[0].tolist()
+        assert [piece.choice.token for piece in pieces] == alone
+        pictures = (given["input_ids"] == conversations.IMAGE).sum() // 16
+        assert [rows * columns for rows, columns in started.grids] == [16] * pictures
