@@ -1,170 +1,150 @@
-"""Which families of models are captured, proved and routed: tiny ones with random weights, on CPU.
+"""What tiny models of many families can do: with random weights, through their own classes, on CPU.
 
-    python benchmarks/families.py [--known-as FILE]
+    python benchmarks/families.py [NAME...] [--artifacts] [--table]
 
-Records for each "routed" or the refusal, in results/families.json. `--known-as` takes an earlier record, whose
-outcomes are kept beside the new ones: what was routed then has to be routed now.
+Asks each family, or those that are named, and keeps the record of the others; what was asked already with these
+versions is not asked again unless it is named. `--artifacts` also writes an artifact of each format and compares it,
+which takes minutes for each. `--table` writes the table of docs/models.md from the record and asks nothing.
 """
 
 import json
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
+from families_table import write_table
 from record import RESULTS, write
 from rich.console import Console
 from rich.progress import track
+from tiny_families import FAMILIES, IMAGE, VIDEO, Family, prompts, row
 
 import reroute_fx
 from reroute_fx import RerouteError, RoutingConfig
+from reroute_fx.capture import capture_decoder
+from reroute_fx.capture.positions import find_positions
+from reroute_fx.capture.vision_tower import capture_vision_tower
 from reroute_fx.errors import first_line
 
-LAYERS = 4
-ROUTING = RoutingConfig((2,), (0.5,))
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 2}
-HEADS = {**GROUPED, "head_dim": 8}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
-GRIDS = {"depth": 2, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 32}
-CLIP, SIGLIP = ({**VISION, "model_type": f"{kind}_vision_model"} for kind in ("clip", "siglip"))
-PIXTRAL = {**VISION, "model_type": "pixtral", "head_dim": 8}
-SQUARE = {**VISION, "image_size": [16, 16], "patch_size": [4, 4]}
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-PARTIAL = {**ROPE, "partial_rotary_factor": 1.0}
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA, QWEN_2 = ({**GROUPED, "model_type": kind} for kind in ("llama", "qwen2"))
-QWEN_3 = {**HEADS, "model_type": "qwen3"}
-QWEN_3_MOE = {**HEADS, **EXPERTS, "model_type": "qwen3_moe"}
-MISTRAL, MINISTRAL = (
-    {**HEADS, "model_type": kind, "sliding_window": None} for kind in ("mistral", "ministral3")
-)
-GLM_MOE = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-}
-OVIS = {**VISION, "hidden_stride": 2, "vocab_size": 20, "num_visual_indicator_tokens": 5}
-
-DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("Llama", GROUPED),
-    "Llama 3.1": ("Llama", {**GROUPED, "rope_parameters": LLAMA_3}),
-    "yarn": ("Llama", {**GROUPED, "max_position_embeddings": 256, "rope_parameters": YARN}),
-    "Mistral without window": ("Mistral", {**GROUPED, "sliding_window": None}),
-    "Qwen2": ("Qwen2", GROUPED),
-    "Qwen3": ("Qwen3", HEADS),
-    "Qwen3-MoE": ("Qwen3Moe", {**HEADS, **EXPERTS}),
-    "Mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4, "sliding_window": None}),
-    "OLMo 2": ("Olmo2", GROUPED),
-    "Gemma": ("Gemma", HEADS),
-    "Granite": ("Granite", GROUPED),
-    "Cohere": ("Cohere", GROUPED),
-    "GPT-NeoX": ("GPTNeoX", SIZES),
-    "Phi 3": ("Phi3", {**GROUPED, "pad_token_id": 0}),
-    "SmolLM 3": ("SmolLM3", {**GROUPED, "pad_token_id": 0}),
-}
-"""Under LLaVA: name of the config, its options."""
-
-MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "InternVL over Qwen2": ("InternVL", QWEN_2, {"vision_config": SQUARE}),
-    "InternVL over Qwen3": ("InternVL", QWEN_3, {"vision_config": SQUARE}),
-    "InternVL over Qwen3-MoE": ("InternVL", QWEN_3_MOE, {"vision_config": SQUARE}),
-    "LLaVA-NeXT": ("LlavaNext", LLAMA, {"vision_config": CLIP}),
-    "LLaVA-OneVision": ("LlavaOnevision", QWEN_2, {"vision_config": SIGLIP}),
-    "VipLLaVA": ("VipLlava", LLAMA, {"vision_config": CLIP, "vision_feature_layers": [-1, -2]}),
-    "SmolVLM": ("SmolVLM", LLAMA, {"vision_config": VISION}),
-    "Idefics3": ("Idefics3", LLAMA, {"vision_config": VISION}),
-    "Mistral 3": ("Mistral3", MISTRAL, {"vision_config": PIXTRAL}),
-    "Ministral 3": ("Mistral3", MINISTRAL, {"vision_config": PIXTRAL}),
-    "GLM-4.1V": ("Glm4v", {**HEADS, "rope_parameters": PARTIAL}, {"vision_config": GRIDS}),
-    "GLM-4.5V": ("Glm4vMoe", {**HEADS, **GLM_MOE, "rope_parameters": PARTIAL}, {"vision_config": GRIDS}),
-    "GLM-4.6V": (
-        "Glm46V",
-        {**HEADS, "rope_parameters": PARTIAL, "model_type": "glm4v_text"},
-        {"vision_config": GRIDS},
-    ),
-    "Qwen2.5-VL": ("Qwen2_5_VL", {**GROUPED, "rope_parameters": ROPE}, {"vision_config": GRIDS}),
-    "Ovis2": ("Ovis2", QWEN_2, {"vision_config": OVIS, "hidden_size": 32, "vocab_size": 64}),
-    "DeepSeek-VL": ("DeepseekVL", LLAMA, {"vision_config": VISION}),
-    "Janus": ("Janus", LLAMA, {}),
-    "PaddleOCR-VL": (
-        "PaddleOCRVL",
-        {**HEADS, "rope_parameters": ROPE},
-        {"vision_config": {**VISION, "image_size": 56, "patch_size": 14}},
-    ),
-    "Qwen3-VL": ("Qwen3VL", {**HEADS, "rope_parameters": ROPE}, {}),
-    "Qwen3-VL-MoE": ("Qwen3VLMoe", {**HEADS, **EXPERTS, "rope_parameters": ROPE}, {}),
-}
-"""Name of the config, options of the decoder's config, and of its own."""
+RECORD = RESULTS / "families.json"
+EVERYTHING, ROUTING = RoutingConfig((1, 2), (1.0, 1.0)), RoutingConfig((1, 2), (0.5, 0.25))
+FORMATS = {"artifact": "aot", "onnx": "onnx"}
+Inputs = Mapping[str, torch.Tensor]
 
 
-def llava(kind: str, options: dict[str, Any]) -> Any:
-    text = getattr(transformers, f"{kind}Config")(**options)
-    config = transformers.LlavaConfig(vision_config=CLIP, text_config=text, image_token_index=50)
-    return transformers.LlavaForConditionalGeneration(config)
-
-
-def model(kind: str, text: dict[str, Any], options: dict[str, Any]) -> Any:
-    config = getattr(transformers, f"{kind}Config")(text_config=text, **options)
-    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
-
-
-def families() -> dict[str, Callable[[], Any]]:
-    found: dict[str, Callable[[], Any]] = {
-        f"LLaVA over {name}": lambda given=given: llava(*given) for name, given in DECODERS.items()
-    }
-    return found | {name: lambda given=given: model(*given) for name, given in MODELS.items()}
-
-
-def outcome(build: Callable[[], Any]) -> str:
-    """Both programs are made, for prompts and for what follows, and run for a check of the attention."""
-    torch.manual_seed(0)
+def ask(family: Family, artifacts: bool) -> dict[str, Any]:
+    """An answer for each column of the table; a text is the reason why there is no other."""
+    model = family.build()
+    found: dict[str, Any] = {"class": type(model).__name__, "versions": versions(), "compiles": True}
     try:
-        reroute_fx.compile(build().eval(), config=ROUTING, backend="eager")
+        full, half = (reroute_fx.compile(model, config=c, backend="eager") for c in (EVERYTHING, ROUTING))
     except RerouteError as error:
-        return f"{type(error).__name__}: {first_line(error)}"
-    return "routed"
+        return found | {"compiles": reason(error)}
+    given = prompts(model, family)
+    videos = prompts(model, family, videos=True) if family.videos else None
+    questions: dict[str, Callable[[], Any]] = {
+        "identity": lambda: identity(full, model, given),
+        "batch": lambda: batch(half, given),
+        "later turn": lambda: later_turn(full, model, row(given, 0)),
+        "video": lambda: identity(full, model, videos) if videos else None,
+        "parts": lambda: parts(model),
+    }
+    if artifacts:
+        questions |= {
+            column: lambda form=form: artifact(half, given, form) for column, form in FORMATS.items()
+        }
+    return found | {column: answer(question) for column, question in questions.items()}
 
 
-def main(known_as: Annotated[Path | None, typer.Option(help="An earlier record.")] = None) -> None:
-    known = json.loads(known_as.read_text())["families"] if known_as else {}
-    start, results = time.perf_counter(), {}
-    for name, build in track(families().items(), console=Console(stderr=True), transient=True):
-        before = {"before": known[name]["now"]} if name in known else {}
-        results[name] = {"now": outcome(build), **before}
-    path = write("families", {"families": results, "seconds": round(time.perf_counter() - start)}, RESULTS)
-    routed = sum(result["now"] == "routed" for result in results.values())
-    Console().print(f"{routed} of {len(results)} routed: {path}")
+def answer(question: Callable[[], Any]) -> Any:
+    try:
+        return question()
+    except Exception as error:
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def greedy(model: Any, given: Mapping[str, Any], **options: Any) -> Any:
+    """Tokens of an answer without placeholders, so that a later turn may hold it."""
+    fixed = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "suppress_tokens": [IMAGE, VIDEO]}
+    return model.generate(**given, **{"max_new_tokens": 12, **fixed, **options})
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest, as a share of the largest value."""
+    return float(((found - expected).abs().max() / expected.abs().max()).item())
+
+
+def identity(full: Any, model: Any, given: Inputs) -> Any:
+    """How much logits of a padded batch differ if everything is kept, and whether 12 greedy tokens are equal."""
+    real = given["attention_mask"].bool()
+    off = difference(full(**given).logits[real], model(**given).logits[real])
+    return (
+        off if torch.equal(greedy(full, given), greedy(model, given)) else f"other tokens; logits {off:.1e}"
+    )
+
+
+def batch(half: Any, given: Inputs) -> float:
+    """How much the logits of routed rows of a padded batch differ from those of the rows alone."""
+    real, together = given["attention_mask"].bool(), half(**given).logits
+    return max(difference(together[i][real[i]], half(**row(given, i)).logits[0]) for i in range(len(real)))
+
+
+def later_turn(full: Any, model: Any, given: Inputs) -> Any:
+    """Whether what follows a turn of text on the cache is equal if everything is kept."""
+    answers = []
+    for each in (full, model):
+        first = greedy(each, given, max_new_tokens=4, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, torch.tensor([[9, 11, 13]])], dim=1)
+        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        answers.append(greedy(each, asked, max_new_tokens=6, past_key_values=first.past_key_values))
+    return True if torch.equal(*answers) else "other tokens"
+
+
+def parts(model: Any) -> bool:
+    """Whether the tower and the positions can be exported, which an artifact needs besides the routed programs."""
+    capture_vision_tower(model)
+    find_positions(model, capture_decoder(model).position_rank)
+    return True
+
+
+def artifact(half: Any, given: Inputs, form: str) -> float:
+    """How much the logits of an artifact differ from those of the model that was exported."""
+    real = given["attention_mask"].bool()
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = reroute_fx.load(reroute_fx.export(half, Path(folder) / "artifact", format=form))
+        return difference(loaded(**given).logits[real], half(**given).logits[real])
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers")}
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Families; all if left out.")] = None,
+    artifacts: Annotated[bool, typer.Option("--artifacts", help="Also write artifacts.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Write the table in docs/models.md only.")] = False,
+) -> None:
+    known: dict[str, Any] = json.loads(RECORD.read_text())["families"] if RECORD.exists() else {}
+    if table:
+        write_table(known)
+        return
+    unasked = [name for name in FAMILIES if artifacts or known.get(name, {}).get("versions") != versions()]
+    for name in track(names or unasked, console=Console(stderr=True), transient=True):
+        with torch.no_grad():
+            found = ask(FAMILIES[name], artifacts)
+        kept = {column: known[name][column] for column in FORMATS if column in known.get(name, {})}
+        known[name] = {**kept, **found, "date": datetime.now(UTC).date().isoformat()}
+        # After each family: a record that breaks off goes on where it was.
+        write("families", {"families": {n: known[n] for n in FAMILIES if n in known}}, RESULTS)
+    write_table(known)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """Operators of the routing runtime, one folder each: schema and fake implementation beside the reference.
 
-========================  ==========================================================================
-``attention_with_sinks``  attention with a logit for each head that stands for no token
-``visual_scores``         attention of the last prompt row on every visual token, mean over heads
-``select_tokens``         positions of the active tokens: all text, and the best visual tokens
-``compact_tokens``        rows of sequence tensors at the active positions
-``restore_tokens``        rows written back into the residual stream; ``restore_tokens_`` in place
-========================  ==========================================================================
+==========================  ==========================================================================
+``attention_with_sinks``    attention with a logit for each head that stands for no token
+``attention_with_softcap``  attention whose logits are bounded
+``visual_scores``           attention of the last prompt row on every visual token, mean over heads
+``select_tokens``           positions of the active tokens: all text, and the best visual tokens
+``compact_tokens``          rows of sequence tensors at the active positions
+``restore_tokens``          rows written back into the residual stream; ``restore_tokens_`` in place
+==========================  ==========================================================================
 
 The reference of an operator is plain PyTorch and defines what the operator means; it runs on CPU. On CUDA the
-Triton kernels beside it run, ``torch.ops.reroute.<name>_triton``, and Triton is imported then; attention with sinks
-is spelt in PyTorch's own, which is fused there, and has none. Importing this
-package registers the operators as ``torch.ops.reroute.*``.
+Triton kernels beside it run, ``torch.ops.reroute.<name>_triton``, and Triton is imported then; attention is spelt in
+PyTorch's own and has none. Importing this package registers the operators as ``torch.ops.reroute.*``.
 """
 
 from .attention_with_sinks import attention_with_sinks, attention_with_sinks_reference, with_sink_token
+from .attention_with_softcap import attention_with_softcap, attention_with_softcap_reference, soft_cap
 from .compact_tokens import compact_tokens, compact_tokens_reference
 from .restore_tokens import (
     restore_tokens,
@@ -28,6 +29,8 @@ from .visual_scores import visual_scores, visual_scores_reference
 __all__ = [
     "attention_with_sinks",
     "attention_with_sinks_reference",
+    "attention_with_softcap",
+    "attention_with_softcap_reference",
     "compact_tokens",
     "compact_tokens_reference",
     "keep_count",
@@ -37,6 +40,7 @@ __all__ = [
     "restore_tokens_reference_",
     "select_tokens",
     "select_tokens_reference",
+    "soft_cap",
     "visual_scores",
     "visual_scores_reference",
     "with_sink_token",

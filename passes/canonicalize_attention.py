@@ -6,7 +6,8 @@ Before: ``scaled_dot_product_attention(q, repeat(k), repeat(v), mask)``, where r
 After:  ``scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=..., enable_gqa=...)``
         with the keys and values as they are cached, [B, Hkv, S, D]. With sinks, a logit for each head that
         stands for no token, ``reroute.attention_with_sinks(q, k, v, sinks, mask, is_causal, scale)``, which a
-        decoder is captured with.
+        decoder is captured with. With logits that are bounded likewise
+        ``reroute.attention_with_softcap(q, k, v, softcap, mask, is_causal, scale)``.
 
 Only spellings that are verified argument by argument are rewritten. Anything else that looks like
 attention is rejected with a reason.
@@ -26,7 +27,8 @@ from .model_graph import ModelGraph
 _SOFTMAX = (aten.softmax, aten._softmax)
 _MATMUL = (aten.matmul, aten.bmm)
 _WITH_SINKS = torch.ops.reroute.attention_with_sinks
-ATTENTION = (aten.scaled_dot_product_attention, _WITH_SINKS)
+_WITH_SOFTCAP = torch.ops.reroute.attention_with_softcap
+ATTENTION = (aten.scaled_dot_product_attention, _WITH_SINKS, _WITH_SOFTCAP)
 """Operators of canonical attentions."""
 
 
@@ -41,6 +43,7 @@ class Attention:
     is_causal: bool
     scale: float
     sinks: fx.Node | None = None
+    softcap: float | None = None
 
 
 class _NotCanonical(Exception):
@@ -58,6 +61,7 @@ def attention_arguments(node: fx.Node) -> Attention:
         given["is_causal"],
         given["scale"],
         given.get("sinks"),
+        given.get("softcap"),
     )
 
 
@@ -77,7 +81,7 @@ class CanonicalizeAttention(Pass):
             try:
                 if is_op(node, aten.scaled_dot_product_attention):
                     attention = _read_fused(node)
-                elif is_op(node, _WITH_SINKS):
+                elif is_op(node, _WITH_SINKS, _WITH_SOFTCAP):
                     attention = attention_arguments(node)
                 elif is_op(node, *_SOFTMAX) and _over_keys(node):
                     attention, node = _read_eager(node)
@@ -99,9 +103,10 @@ class CanonicalizeAttention(Pass):
 
 def _rewrite(node: fx.Node, attention: Attention) -> None:
     """Spell `node` canonically; its name and its fake value stay."""
-    if attention.sinks is not None:
-        node.target = _WITH_SINKS.default
-        node.args = (attention.query, attention.key, attention.value, attention.sinks)
+    if attention.sinks is not None or attention.softcap is not None:
+        own, more = (_WITH_SINKS, attention.sinks) if attention.sinks else (_WITH_SOFTCAP, attention.softcap)
+        node.target = own.default
+        node.args = (attention.query, attention.key, attention.value, more)
         node.args += (attention.mask, attention.is_causal, attention.scale)
         node.kwargs = {}
         return

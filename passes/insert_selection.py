@@ -3,7 +3,7 @@
 Before: ``%h -> layer 7 -> ...``
 After:  ``%query = layer 7's rotated query of each row's last token``, ``%keys = layer 7's rotated keys of %h``,
         ``%scores = reroute.visual_scores(%query, %keys, %visual_index, %lengths)``, with attention sinks a key
-        for them in front,
+        for them in front, with a soft cap the same in plain operators,
         ``%positions, %kept = reroute.select_tokens(%scores, %visual_index, %lengths, %keep_7, ...)``.
         The layers themselves are as before; `RouteStages` makes them use the selection.
 
@@ -162,6 +162,7 @@ class InsertSelection(Pass):
                 "seed": self.seed,
                 "scale": attention.scale,
                 "sinks": attention.sinks,
+                "softcap": attention.softcap,
                 **asked.tokens(),
                 **projections(edit, asked, scoring_layer, lengths),
             }

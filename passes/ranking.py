@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import with_sink_token
+from ..kernels import visual_scores_reference, with_sink_token
 from .base_errors import RerouteError
 
 _BEHIND = 2**62
@@ -43,6 +43,7 @@ class Candidates:
         layer: decision layer.
         seed: for rules that choose by chance.
         sinks: logit of each head of the scoring layer that stands for no token, ``[H]``; None if there is none.
+        softcap: bound of the scoring layer's logits; None if there is none.
     """
 
     hidden: torch.Tensor
@@ -66,6 +67,7 @@ class Candidates:
     layer: int
     seed: int
     sinks: torch.Tensor | None = None
+    softcap: float | None = None
 
 
 Rank = Callable[[Candidates], torch.Tensor]
@@ -78,7 +80,8 @@ It is traced, once, with sizes that stay symbolic: plain tensor operations, and 
 def by_attention(candidates: Candidates) -> torch.Tensor:
     """How much each row's last token attends to each visual token, mean over heads.
 
-    Sinks take their share of each head before the mean, so that heads which attend to nothing count for little.
+    As the layer attends: its logits bounded where it bounds them, and sinks take their share of each head before the
+    mean, so that heads which attend to nothing count for little.
     """
     return attention_scores(candidates, candidates.query, candidates.keys, candidates.sinks)
 
@@ -92,6 +95,8 @@ def attention_scores(
         query, keys = with_sink_token(query, keys, sinks, candidates.scale)
         # Every token moves one place; what stands for none lies behind them all.
         index, lengths = index.clamp(max=_BEHIND) + 1, lengths + 1
+    if candidates.softcap is not None:
+        return visual_scores_reference(query, keys, index, lengths, candidates.scale, candidates.softcap)
     scores: torch.Tensor = torch.ops.reroute.visual_scores(query, keys, index, lengths, candidates.scale)
     return scores
 

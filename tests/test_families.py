@@ -1,5 +1,6 @@
 """Decoders that no pass was written for: routed exactly, or refused with the reason."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -42,8 +43,10 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
 )
 
 import reroute_fx
-from reroute_fx import CaptureError, InputError, RoutingConfig
+from reroute_fx import InputError, RoutingConfig, UnsupportedModelError
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RECORD = BENCHMARKS / "results" / "families.json"
 GROUPED = {**TEXT, "num_hidden_layers": 6}
 SIZES = {name: size for name, size in GROUPED.items() if name != "num_key_value_heads"}
 LLAMA_3_ROPE = {
@@ -240,6 +243,7 @@ def gemma3():
 
 
 ROUTED = {
+    "soft-capped logits and windows": lambda: llava(Gemma2Config(**GROUPED, head_dim=8, sliding_window=8)),
     "query and key norms": lambda: llava(Qwen3Config(**GROUPED, head_dim=8)),
     "scaled embeddings": lambda: llava(GemmaConfig(**GROUPED, head_dim=8)),
     "scaled residuals": lambda: llava(
@@ -267,7 +271,11 @@ ROUTED = {
 }
 
 REFUSED = {
-    "soft-capped logits": (lambda: llava(Gemma2Config(**GROUPED, head_dim=8)), CaptureError, "softcap"),
+    "rotary positions that change": (
+        lambda: llava(LlamaConfig(**GROUPED, rope_parameters={**YARN, "rope_type": "dynamic"})),
+        UnsupportedModelError,
+        "'dynamic', whose frequencies change",
+    ),
 }
 
 
@@ -301,7 +309,7 @@ def test_routed_exactly(family):
     assert new.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize("family", share(REFUSED, ["soft-capped logits"], "4 s each"))
+@pytest.mark.parametrize("family", REFUSED)
 def test_refused_with_the_reason(family):
     build, error, message = REFUSED[family]
     torch.manual_seed(0)
@@ -340,10 +348,81 @@ def test_report_names_what_the_flops_leave_out():
     assert reroute_fx.inspect(dense.eval(), tier=0.6).uncounted == ()
 
 
-def test_no_family_that_was_routed_before_is_refused():
-    """By `benchmarks/families.py`, before layers had to consist of operators that are known, and since."""
-    record = Path(__file__).parents[1] / "benchmarks" / "results" / "families.json"
-    families = json.loads(record.read_text())["families"]
-    before = {name for name, outcome in families.items() if outcome["before"] == "routed"}
-    assert len(before) >= 30
-    assert {name: families[name]["now"] for name in before} == dict.fromkeys(before, "routed")
+@pytest.fixture
+def families(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("families")
+
+
+@pytest.mark.full("5 s to 20 s each to capture a model of its own")
+@pytest.mark.parametrize(
+    "name", ["Kimi K2.5", "Video-LLaVA", "GLM-4.1V", "MiniMax M3 without blocks", "Video-LLaMA 3", "Ovis2"]
+)
+def test_a_family_answers_as_recorded(families, families_table, name):
+    with torch.no_grad():
+        found = families.ask(families.FAMILIES[name], artifacts=False)
+    recorded = json.loads(RECORD.read_text())["families"][name]
+    columns = [column for column in families_table.COLUMNS if column in found]
+    assert {column: families_table.is_exact(found[column]) for column in columns} == {
+        column: families_table.is_exact(recorded[column]) for column in columns
+    }
+    assert families_table.is_exact(found["identity"])
+
+
+@pytest.mark.full("6 s for one model")
+def test_rows_of_text_beside_pictures_are_answered(families):
+    """SmolVLM encodes the pictures of all rows at once; a row without any has one of no tokens."""
+    family = families.FAMILIES["SmolVLM"]
+    model = family.build()
+    given = families.prompts(model, family)
+    given["input_ids"][1] = torch.tensor([0] * 6 + [1, 5, 6, 7, 8])
+    given["attention_mask"] = (given["input_ids"] != 0).long()
+    given["pixel_values"][1] = 0
+    with torch.no_grad():
+        routed = reroute_fx.compile(model, config=families.EVERYTHING, backend="eager")
+        assert torch.equal(families.greedy(routed, given), families.greedy(model, given))
+
+
+@pytest.fixture
+def families_table(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("families_table")
+
+
+def test_the_record_has_the_breadth_that_the_documentation_claims(families_table):
+    """By `benchmarks/families.py`; what changed there, a family that is refused now, is seen in its diff."""
+    record = json.loads(RECORD.read_text())["families"]
+    exact = [
+        name
+        for name, found in record.items()
+        if all(families_table.is_exact(found.get(column)) for column in ("compiles", "identity", "batch"))
+    ]
+    assert len(exact) >= 34
+    crashes = ("AttributeError", "IndexError", "KeyError", "RuntimeError", "TypeError", "ValueError")
+    answers = [(name, found[column]) for name, found in record.items() for column in found]
+    assert not [each for each in answers if str(each[1]).startswith(crashes)]
+
+
+def test_the_table_of_the_documentation_is_made_from_the_record(families_table):
+    record, page = json.loads(RECORD.read_text())["families"], families_table.PAGE.read_text()
+    assert families_table.page_with(record, page) == page
+    assert page.index("## Features inside the decoder") > page.index(families_table.END)
+    with pytest.raises(ValueError, match="lacks one of the marks"):
+        families_table.page_with(record, page.replace(families_table.END, ""))
+    assert families_table.page_with(record | {"more": next(iter(record.values()))}, page) != page
+
+
+def test_reasons_are_quoted_once_below_the_table(families_table):
+    of_all = {"class": "A", "date": "2026-01-02", "versions": {"torch": "2"}}
+    text = families_table.table(
+        {
+            "one": {**of_all, "compiles": "MatchError: why"},
+            "two": {**of_all, "compiles": "MatchError: why"},
+            "three": {**of_all, "compiles": True, "identity": 1e-6, "batch": 0.5, "video": None},
+        }
+    )
+    assert "| one | `A` | no [1] |" in text
+    assert "| two | `A` | no [1] |" in text
+    assert "| three | `A` | yes | yes | no [2] |  | - |" in text
+    assert "1. `MatchError: why`\n2. `differs by 5.0e-01 of the largest logit`" in text
+    assert "Of 3 families 1 compile" in text

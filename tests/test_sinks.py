@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from by_hand import by_hand
 from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
 from transformers import (
@@ -14,7 +15,7 @@ from transformers import (
 
 import reroute_fx
 from reroute_fx import Limits, RoutingConfig, UnsupportedModelError
-from reroute_fx.capture import captured_decoder
+from reroute_fx.capture import attention_forms
 
 SIZES = {**TEXT, "num_hidden_layers": 3, "head_dim": 8}
 FULL = {"layer_types": ["full_attention"] * 3}
@@ -76,39 +77,6 @@ def test_keeping_everything_is_the_unrouted_model(model):
     assert torch.equal(routed.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
 
 
-def by_hand(model, given, config):
-    """Logits and kept tokens of one row, by the decoder's own layers on slices of the stream."""
-    seen, decoder = {}, model.model.language_model
-
-    def look(module, args, kwargs):
-        seen.update(hidden=args[0], **kwargs)
-
-    hook = decoder.layers[0].register_forward_pre_hook(look, with_kwargs=True)
-    model(**given)
-    hook.remove()
-    hidden, rotary = seen["hidden"].clone(), seen["position_embeddings"]
-    visual = (given["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
-    everything = list(range(hidden.shape[1]))
-
-    def call(module, rows, tokens):
-        causal = torch.full((len(tokens), len(tokens)), -torch.inf).triu(1)[None, None]
-        return module(
-            rows, attention_mask=causal, position_embeddings=tuple(part[:, tokens] for part in rotary)
-        )
-
-    active, kept = everything, {}
-    for number, layer in enumerate(decoder.layers):
-        if number in config.decision_layers:
-            _, maps = call(layer.self_attn, layer.input_layernorm(hidden), everything)
-            scores = maps[0, :, -1].mean(0)[visual].tolist()
-            count = max(1, int(len(visual) * config.keep_ratios[config.decision_layers.index(number)]))
-            kept[number] = sorted(sorted(range(len(visual)), key=lambda i: -scores[i])[:count])
-            active = [i for i in everything if i not in visual or visual.index(i) in kept[number]]
-        output = call(layer, hidden[:, active], active)
-        hidden[:, active] = output[0] if isinstance(output, tuple) else output
-    return model.lm_head(decoder.norm(hidden)), kept
-
-
 @pytest.mark.parametrize("action", ["compact_route", "compact_route_stagewise"])
 def test_routed_as_by_hand(action):
     model, given = gpt_oss(), first_row()
@@ -142,7 +110,7 @@ def test_a_row_of_a_padded_batch_is_the_row_alone():
 
 @pytest.mark.full("6 s; captures another model")
 def test_sinks_that_capture_does_not_find_are_refused(monkeypatch, no_traces):
-    monkeypatch.setattr(captured_decoder, "has_sinks", lambda decoder: False)
+    monkeypatch.setattr(attention_forms, "has_sinks", lambda decoder: False)
     with pytest.raises(UnsupportedModelError, match="attends in another way"):
         reroute_fx.compile(gpt_oss(), config=ROUTING, backend="eager")
 

@@ -1,11 +1,14 @@
 """Vision towers as programs: any number and any size of pictures, and what the model computes of them."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from conversations import batch, prompt, unrouted_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from suite_tiers import one
+from suite_tiers import one, share
 from tiny_models import llava_config, qwen2_vl
 from transformers import LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
@@ -54,6 +57,28 @@ def test_pictures_of_one_size(captured, count):
     pixels = torch.randn(count, 3, 16, 16)
     expected = unrouted_model("llava").get_image_features(pixels).pooler_output
     expect(features(captured["llava"], pixels, None), expected)
+
+
+TOWERS = ("VipLLaVA", "InternVL over Qwen2", "GOT-OCR 2", "Ovis2", "Janus", "DeepSeek-VL", "PaliGemma")
+
+
+@pytest.mark.parametrize(
+    "name", share(TOWERS, ["InternVL over Qwen2"], "2 s each; another tower, the same rule")
+)
+def test_a_tower_that_wants_pictures_of_one_size_and_nothing_else(name, monkeypatch):
+    """By the model's own `get_image_features`, without its decoder."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    model = importlib.import_module("tiny_families").FAMILIES[name].build()
+    captured, decoder = capture_vision_tower(model), model.get_decoder()
+    assert not any(
+        weight is mine for weight in captured.program.state_dict.values() for mine in decoder.parameters()
+    )
+    for count in (1, 3):
+        pixels = torch.randn(count, 3, 16, 16)
+        expected = torch.cat(list(model.base_model.get_image_features(pixel_values=pixels).pooler_output))
+        assert captured.images.sizes(pixels, None) == [len(expected) // count] * count
+        expect(features(captured, pixels, None), [expected])
+    assert model.get_decoder() is decoder
 
 
 @pytest.mark.parametrize("strategy", ["default", "full"])

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from .._compat import dynamo_export
 from ..common.turns import one_at_a_time
 from ..errors import CaptureError, RerouteError, UnsupportedModelError, first_line
+from .attention_forms import implementation_for
 from .copies import copy_sharing_weights
 from .fingerprint import Fingerprint
 from .layer_features import LayerFeatures, adding_features, find_layer_features
-from .sinks import WITH_SINKS, has_sinks
 from .structure import structure_of, with_weights, without_weights
 from .tracing import outputs, quiet, without_writes
+from .unsupported_parts import refuse_unsupported_parts
 from .visual_tokens import find_visual_token_ids
 
 _SAMPLE_BATCH, _SAMPLE_LENGTH = 2, 1024
@@ -89,6 +90,12 @@ def text_decoder(model: torch.nn.Module) -> PreTrainedModel:
             f"with a separate language model."
         )
     _refuse_replaced_forwards(model, decoder)
+    if decoder.get_output_embeddings() is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a text decoder ({type(decoder).__name__}) with a head of its own, which "
+            f"returns logits; expected one that returns hidden states, with the head beside it. Use the model as it is."
+        )
+    refuse_unsupported_parts(decoder)
     return decoder
 
 
@@ -191,7 +198,7 @@ def _export(decoder: PreTrainedModel, features: LayerFeatures | None, has_masks:
     traced = copy_sharing_weights(decoder)
     if features is not None:
         adding_features(traced, features)
-    traced.config._attn_implementation = WITH_SINKS if has_sinks(traced) else "sdpa"
+    traced.config._attn_implementation = implementation_for(traced)
     # What is asked for besides comes from programs of its own.
     traced.config.output_attentions = traced.config.output_hidden_states = False
     try:

@@ -104,9 +104,11 @@ def find_positions(model: PreTrainedModel, rank: int) -> GridPositions | None:
         return None
     vision = model.config.vision_config
     rate = getattr(vision, "tokens_per_second", None)
+    merge = getattr(vision, "spatial_merge_size", None)
     candidates = [
-        GridPositions(vision.spatial_merge_size, rate, whole, single)
+        GridPositions(merge, rate, whole, single)
         for whole, single in ((False, False), (True, False), (False, True))
+        if merge is not None
     ]
     found = next((positions for positions in candidates if _agrees(model, positions)), None)
     if found is None:

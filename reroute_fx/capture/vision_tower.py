@@ -1,5 +1,7 @@
 """Export what turns pictures into features: vision tower and projector, for any number and size of pictures."""
 
+import copy
+import inspect
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -8,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CaptureError, UnsupportedModelError, first_line
 from .copies import copy_sharing_weights
@@ -72,8 +74,9 @@ def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
     inputs = images.inputs(**sample)
     shapes = {name: images.shapes[name] for name in inputs}
     traced = copy_sharing_weights(tower)
-    traced.vision.config._attn_implementation = tower.attention
-    traced.vision.config.output_attentions = traced.vision.config.output_hidden_states = False
+    for config in _vision_configs(traced.vision):
+        config._attn_implementation = tower.attention
+        config.output_attentions = config.output_hidden_states = False
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(traced, (), inputs, dynamic_shapes=shapes, strict=False)
@@ -93,12 +96,6 @@ def _tower(model: PreTrainedModel) -> tuple[Any, FixedImages | GridImages]:
     """What is traced, and how it takes pictures."""
     inner = model.base_model
     vision: Any = getattr(model.config, "vision_config", None)
-    if model.config.model_type == "llava" and isinstance(vision.image_size, int):
-        tower = _FixedTower(model)
-        fixed = FixedImages(vision.num_channels, vision.image_size, vision.image_size, tokens=0)
-        with torch.no_grad():
-            features = tower.expected(model, **_sample(fixed, model))["features"]
-        return tower, replace(fixed, tokens=features.shape[0] // 2)
     if hasattr(inner, "visual") and hasattr(inner.visual, "spatial_merge_size"):
         visual = inner.visual
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -107,10 +104,44 @@ def _tower(model: PreTrainedModel) -> tuple[Any, FixedImages | GridImages]:
         return _GridTower(visual), GridImages(
             values, visual.spatial_merge_size, vision.patch_size, window, table
         )
+    if (fixed := _fixed_images(model, vision)) is not None:
+        # LLaVA's own takes its features apart, picture by picture, which fixes the number of pictures.
+        tower = _FixedTower if model.config.model_type == "llava" else _AnyFixedTower
+        return tower(model), fixed
     raise UnsupportedModelError(
-        f"{type(model).__name__} has a vision tower ({type(vision).__name__}) that can't be exported yet; expected "
-        f"LLaVA-1.5, a Qwen2-VL of any version or Qwen3-VL. reroute_fx.compile works without an export."
+        f"{type(model).__name__} has a vision tower ({type(vision).__name__}) that can't be exported yet; expected one "
+        f"that takes pictures of one size and nothing else of them (LLaVA-1.5, InternVL), or a Qwen2-VL of any version "
+        f"or Qwen3-VL. reroute_fx.compile works without an export."
     )
+
+
+def _fixed_images(model: Any, vision: Any) -> FixedImages | None:
+    """The pictures of a model that takes them in one size and nothing else; None if it wants others, or more."""
+    encode, size = getattr(model.base_model, "get_image_features", None), getattr(vision, "image_size", None)
+    if encode is None or size is None:
+        return None
+    wanted = [
+        name
+        for name, given in inspect.signature(encode).parameters.items()
+        if given.default is given.empty and given.kind is not given.VAR_KEYWORD
+    ]
+    if wanted != ["pixel_values"]:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    images = FixedImages(getattr(vision, "num_channels", 3), height, width, tokens=0)
+    try:
+        with torch.no_grad():
+            features = encode(pixel_values=_sample(images, model)["pixel_values"]).pooler_output
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # It takes tiles or patches.
+        return None
+    counts = {len(each) for each in features}
+    return replace(images, tokens=counts.pop()) if len(features) == 2 and len(counts) == 1 else None
+
+
+def _vision_configs(vision: nn.Module) -> list[Any]:
+    """Configs of the modules that pictures run through."""
+    held = (getattr(part, "config", None) for part in vision.modules())
+    return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
 
 
 def _sample(images: FixedImages | GridImages, model: PreTrainedModel) -> dict[str, Any]:
@@ -143,6 +174,42 @@ class _FixedTower(nn.Module):
         return {
             "features": torch.cat(list(model.get_image_features(pixel_values=pixel_values).pooler_output))
         }
+
+
+class _AnyFixedTower(nn.Module):
+    """From ``pixel_values [n, C, H, W]`` to features, by the model's own `get_image_features`."""
+
+    attention = "sdpa"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.vision: Any = _without(model.base_model, model.get_decoder())
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return _joined(self.vision.get_image_features(pixel_values=pixel_values))
+
+    def expected(
+        self, model: Any, pixel_values: torch.Tensor, grid: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        return _joined(model.base_model.get_image_features(pixel_values=pixel_values))
+
+
+def _joined(output: Any) -> dict[str, torch.Tensor]:
+    """Features of all pictures in order, of ``[n, t, d]`` or of one ``[t, d]`` for each."""
+    found = output.pooler_output
+    return {"features": found.flatten(0, 1) if isinstance(found, torch.Tensor) else torch.cat(list(found))}
+
+
+def _without(module: nn.Module, part: nn.Module) -> nn.Module:
+    """The module less one of its parts; what else it has is its own."""
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    for name, child in module.named_children():
+        if child is part:
+            copied._modules[name] = nn.Identity()
+        elif any(inner is part for inner in child.modules()):
+            copied._modules[name] = _without(child, part)
+    return copied
 
 
 class _GridTower(nn.Module):

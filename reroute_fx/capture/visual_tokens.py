@@ -9,6 +9,8 @@ from ..errors import UnsupportedModelError
 
 _IMAGE_FIELDS = ("image_token_id", "image_token_index")
 _VIDEO_FIELDS = ("video_token_id", "video_token_index")
+_VIDEO_TYPE = 2
+"""Of a token of a video, in ``mm_token_type_ids``."""
 
 
 def grid_inputs(config: Any) -> dict[int, str]:
@@ -63,16 +65,36 @@ def tokens_per_image(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[i
             continue
         if features is not None:
             if not isinstance(features, torch.Tensor) or features.ndim == 3:
-                found[token] = [len(image) for image in features]
+                # A row of text among rows with pictures may count as a picture without tokens.
+                found[token] = [len(image) for image in features if len(image)]
         elif inputs.get(grid) is not None:
-            merged = config.vision_config.spatial_merge_size**2
-            found[token] = (inputs[grid].prod(dim=-1) // merged).tolist()
+            merge = getattr(config.vision_config, "spatial_merge_size", None)
+            if merge is not None:
+                found[token] = (inputs[grid].prod(dim=-1) // merge**2).tolist()
         elif has_fixed_size(config) and inputs.get("image_sizes") is None and inputs[pixels].ndim == 4:
             images, _, height, width = inputs[pixels].shape
             patch = config.vision_config.patch_size
             whole = config.vision_feature_select_strategy == "full"  # with the CLS token
             found[token] = [(height // patch) * (width // patch) + whole] * images
     return found
+
+
+def name_videos(config: Any, ids: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Ids of a prompt in which each video has the placeholder of videos.
+
+    GLM-4V fills the frames of videos with the placeholder of images; the types of the tokens tell them apart.
+
+    Args:
+        config: a model's config.
+        ids: ``[B, S]`` on the host.
+        inputs: what the model is called with.
+    """
+    image, video = (_placeholder(config, fields) for fields in (_IMAGE_FIELDS, _VIDEO_FIELDS))
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("video")
+    types = inputs.get("mm_token_type_ids")
+    if (inputs.get("pixel_values_videos") is None and encoded is None) or types is None or video is None:
+        return ids
+    return ids.masked_fill((ids == image) & (types.to(ids.device) == _VIDEO_TYPE), video)
 
 
 def has_fixed_size(config: Any) -> bool:

@@ -17,14 +17,18 @@ from .. import kernels
 
 _REFERENCES: dict[Any, Callable[..., Any]] = {
     torch.ops.reroute.attention_with_sinks.default: kernels.attention_with_sinks_reference,
+    torch.ops.reroute.attention_with_softcap.default: kernels.attention_with_softcap_reference,
     torch.ops.reroute.visual_scores.default: kernels.visual_scores_reference,
     torch.ops.reroute.select_tokens.default: kernels.select_tokens_reference,
     torch.ops.reroute.compact_tokens.default: kernels.compact_tokens_reference,
     torch.ops.reroute.restore_tokens.default: kernels.restore_tokens_reference,
     torch.ops.reroute.restore_tokens_.default: kernels.restore_tokens_reference_,
 }
-_WITHOUT_KERNEL = {torch.ops.reroute.attention_with_sinks.default}
-"""What the reference spells in operators that are fused already."""
+_WITHOUT_KERNEL = {
+    torch.ops.reroute.attention_with_sinks.default,
+    torch.ops.reroute.attention_with_softcap.default,
+}
+"""What the reference spells in operators that Inductor or PyTorch fuses."""
 
 
 def use_implementations(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import torch
 
 from ..errors import ConfigError
+from ..kernels import soft_cap
 from ..passes import Candidates, attention_scores
 from .rule_checks import FORBID, Layer, is_layer, one_of, whole_numbers
 from .similarity import among_visual, mean_over_text
@@ -63,7 +64,7 @@ class AttentionRule:
             queries = candidates.query if self.rotary else candidates.unrotated_query
         queries, keys = self._of_heads(queries, keys)
         if self.among == "visual":
-            attention = among_visual(candidates, queries, keys, candidates.scale)
+            attention = among_visual(candidates, queries, keys, candidates.scale, candidates.softcap)
         elif self.queries == "text":
             attention = _among_all(candidates, queries, keys, self._sinks(candidates))
         else:
@@ -95,7 +96,8 @@ def _among_all(
     batch, heads, tokens, width = queries.shape
     kv_heads, length = keys.shape[1:3]
     grouped = queries.float().reshape(batch, kv_heads, heads // kv_heads * tokens, width)
-    logits = (grouped @ keys.float().transpose(2, 3) * candidates.scale).view(batch, heads, tokens, length)
+    logits = soft_cap(grouped @ keys.float().transpose(2, 3) * candidates.scale, candidates.softcap)
+    logits = logits.view(batch, heads, tokens, length)
     is_later = torch.arange(length, device=keys.device) > candidates.text_index[:, :, None]  # [B, T, S]
     logits = logits.masked_fill(is_later[:, None], -torch.inf)
     if sinks is not None:

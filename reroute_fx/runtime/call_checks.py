@@ -11,7 +11,8 @@ from ..errors import InputError
 from .cache import CachedRows, RoutedCache
 from .prompt_reduction import ReducedFeatures
 
-VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")
+VISUAL_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+"""What processors call pictures and videos; Video-LLaVA's has a name of its own for pictures."""
 
 
 def check_tensors(given: Mapping[str, Any], device: torch.device) -> None:

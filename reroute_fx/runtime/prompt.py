@@ -11,6 +11,7 @@ import torch
 
 from ..capture import tokens_per_image
 from ..capture.cells import grids_of
+from ..capture.visual_tokens import name_videos
 from ..common.packed_copies import copy_together
 from ..config.limits import Limits
 from ..config.routing_config import RoutingConfig
@@ -241,7 +242,7 @@ class PromptReader:
             return replace(ahead.call)
         is_token = read_mask(given.get("attention_mask"), input_ids)
         # One copy to the host: all shapes follow from what is read here.
-        host_ids = input_ids.cpu()
+        host_ids = name_videos(self.model_config, input_ids.cpu(), given)
         ids = host_ids.masked_fill(~is_token, -1)
         is_visual = self.is_visual(ids)
         if not is_visual.any():

@@ -256,6 +256,7 @@ def _index_put_(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 
 _OURS: dict[Operator, Callable[..., Any]] = {
     reroute.attention_with_sinks.default: kernels.attention_with_sinks_reference,
+    reroute.attention_with_softcap.default: kernels.attention_with_softcap_reference,
     reroute.visual_scores.default: visual_scores,
     reroute.select_tokens.default: select_tokens_by_counting,
     reroute.compact_tokens.default: compact_tokens,
