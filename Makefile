@@ -11,6 +11,9 @@ WHEEL := build/wheel/.built
 export UV_CACHE_DIR ?= $(CURDIR)/build/cache/uv
 export PIP_CACHE_DIR ?= $(CURDIR)/build/cache/pip
 
+# A new interpreter would compile all of torch and transformers again, which takes ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test full full-list lint types wheel wheel-check corners gate-times clean
 
 demo: $(INSTALLED)

@@ -64,8 +64,8 @@ FAULTS = (
         "cache",
         "rows that are repeated for beams get the lengths of other rows",
         "reroute_fx/runtime/cache.py",
-        "rows.repeat_interleave(repeats)",
-        "rows.repeat(repeats)",
+        "rows.repeat_interleave(repeats, dim=0)",
+        "rows.repeat(repeats, *[1] * (rows.ndim - 1))",
         ("tests/test_cache.py", "tests/test_generation.py"),
     ),
     Fault(
@@ -80,8 +80,8 @@ FAULTS = (
         "masks",
         "of several masks by kind of layer only the first is looked at",
         "reroute_fx/runtime/masks.py",
-        "for one in mask.values():",
-        "for one in [*mask.values()][:1]:",
+        "    for mask, reaches in masks:\n        if mask.shape",
+        "    for mask, reaches in masks[:1]:\n        if mask.shape",
         ("tests/test_other_attention.py",),
     ),
 )

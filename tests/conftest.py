@@ -13,6 +13,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
+# Which vector instructions there are the system says: no programs are compiled to try them.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # What was compiled once is found again, by the other workers too, and nothing of another checkout is.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build/cache/inductor"))
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build/cache/triton"))

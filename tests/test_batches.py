@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given
 from hypothesis import strategies as st
-from suite_tiers import examples, singles
+from suite_tiers import examples, one
 from tiny_models import (
     IMAGE,
     LAYERS,
@@ -194,7 +194,7 @@ def batches_of(draw, family):
 
 
 @examples(
-    gate=4,
+    gate=2,
     full=200,
     reason="each example generates for every row alone and for the batch",
     derandomize=True,
@@ -295,7 +295,7 @@ def qwen3_rows():
 ROWS = {"llava": llava_rows, "qwen": qwen_rows, "qwen3": qwen3_rows}
 
 
-@singles("3 s each")
+@one("3 s each; the padded batch is in the gate for each family")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("action", ACTIONS)
@@ -432,7 +432,7 @@ class ByHand:
                 self.hidden[:, added] += self.addends[number][:, added]
 
 
-@singles("2 s each")
+@one("3 s each")
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("family", ROWS)
@@ -462,7 +462,7 @@ def kept_of_each_picture(row, selections):
     return {layer: [of.count(number) for number in range(len(row.pictures))] for layer, of in chosen.items()}
 
 
-@singles("4 s each")
+@one("2 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("family", ROWS)
 def test_each_image_keeps_its_share_if_it_is_a_pool_of_its_own(family, action):

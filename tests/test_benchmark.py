@@ -12,7 +12,7 @@ import pytest
 import torch
 from conversations import MIXED, SINGLE, TEXT, batch, build, routed_model, unrouted_model
 from PIL import Image
-from suite_tiers import one, share
+from suite_tiers import share
 
 import reroute_fx
 from reroute_fx import BackendUnavailableError, ConfigError, InputError, ParityError, UnsupportedModelError
@@ -56,6 +56,7 @@ def result():
 # The whole comparison
 
 
+@pytest.mark.full("10 s; it guards a measurement")
 def test_every_measure_of_every_contender_has_its_samples(result):
     assert list(result.contenders) == ["eager", "compiled", "routed"]
     for contender in result.contenders.values():
@@ -194,7 +195,7 @@ def test_contenders_alternate_in_every_round():
     assert seconds["a"] == {"x": [[1.0], [9.0], [14.0]], "y": [[4.0], [12.0], [17.0]]}
 
 
-@one("4 s each")
+@pytest.mark.full("6 s")
 @pytest.mark.parametrize("warmup", share([0, 1, 3], [3], "6 s each"))
 def test_rounds_that_warm_up_are_not_counted(monkeypatch, warmup):
     ran = []

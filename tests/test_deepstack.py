@@ -20,7 +20,6 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
-from suite_tiers import one
 from tiny_models import qwen3_config
 from torch.export import Dim
 from transformers import Qwen3VLForConditionalGeneration
@@ -130,7 +129,7 @@ def test_hidden_states_are_those_of_the_stream():
         assert torch.equal(ours, theirs)
 
 
-@one("4 s each")
+@pytest.mark.full("4 s each")
 @pytest.mark.parametrize("rows", [SINGLE, MIXED, TEXT], ids=["single", "padded", "text"])
 def test_without_the_model_class(rows):
     """Tower, positions and features of an artifact, its programs run as they are."""

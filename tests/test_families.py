@@ -279,7 +279,7 @@ REFUSED = {
 }
 
 
-IN_THE_GATE = ("scaled residuals", "parallel blocks, Phi", "experts", "Qwen2-VL")
+IN_THE_GATE = ("experts",)
 
 
 @pytest.mark.parametrize("family", share(ROUTED, IN_THE_GATE, "three routings of a captured model take 6 s"))

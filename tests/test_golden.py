@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from golden_models import GOLDEN
-from suite_tiers import one, singles
+from suite_tiers import one
 
 import reroute_fx
 from reroute_fx import Savings
@@ -109,7 +109,7 @@ def batch_around(golden, side):
     return inputs
 
 
-@singles("2 s each")
+@one("3 s each")
 @pytest.mark.parametrize(
     "case", ["pdrop-physical_delete-192", "pdrop-compact_route-128", "fastv-compact_route_stagewise-64"]
 )

@@ -117,6 +117,7 @@ def test_programs_that_return_them_are_made_when_they_are_asked_for():
     assert set(routed.programs) == {"prefill", "continuation"}
 
 
+@one("4 s each")
 def test_some_of_them_by_number(family):
     inputs, routed = batch(family, *SINGLE), routed_model(family)
     every = routed(**inputs, output_hidden_states=True).hidden_states
@@ -126,7 +127,7 @@ def test_some_of_them_by_number(family):
     assert torch.equal(found[4], every[4])
 
 
-@one("4 s each")
+@pytest.mark.full("7 s; captures another model")
 @pytest.mark.parametrize("is_set", ["before", "after"])
 def test_the_config_of_the_decoder_asks_for_them(family, is_set):
     model, inputs = build(family), batch(family, *SINGLE)

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from golden_models import load_golden
-from suite_tiers import one, singles
+from suite_tiers import one
 
 import reroute_fx
 from reroute_fx import RoutingConfig
@@ -50,7 +50,7 @@ def cache_tensors(output):
     return [t for layer in output.past_key_values.layers for t in (layer.keys, layer.values)]
 
 
-@singles("2 s each")
+@one("2 s each")
 @pytest.mark.parametrize("action", ["physical_delete", "compact_route", "compact_route_stagewise"])
 def test_keeping_everything_is_the_unrouted_model(golden, action):
     output = forward(golden, RoutingConfig((1, 3, 6), (1.0, 1.0, 1.0), action))
@@ -61,6 +61,7 @@ def test_keeping_everything_is_the_unrouted_model(golden, action):
         torch.testing.assert_close(ours, theirs, atol=NOISE, rtol=0)
 
 
+@one("2 s each")
 def test_compiling_without_routing_is_the_unrouted_model(golden):
     baseline = reroute_fx.compile(golden.model, method="none", backend="eager")
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_compiling_without_routing_is_the_unrouted_model(golden):
     assert torch.equal(*generated)
 
 
-@singles("2 s each")
+@one("3 s each")
 @pytest.mark.parametrize(("method", "tier"), [("pdrop", 192), ("pdrop", 0.25), ("fastv", 0.5)])
 def test_both_routing_actions_are_bit_identical(golden, method, tier):
     per_layer = forward(golden, tiered(tier, method, "compact_route"))
@@ -114,7 +115,7 @@ def test_scores_are_the_last_row_of_the_full_attention_map(golden):
     torch.testing.assert_close(scores, reference, atol=1e-6, rtol=1e-4)
 
 
-@singles("2 s each")
+@one("2 s each")
 @pytest.mark.parametrize("action", ["physical_delete", "compact_route", "compact_route_stagewise"])
 def test_cache_holds_text_and_kept_tokens(golden, action):
     config = RoutingConfig((1, 3, 6), (0.4, 0.2, 0.05), action)
@@ -140,6 +141,7 @@ def test_a_deferred_token_can_come_back_and_a_deleted_one_can_not(golden):
         pool = set(kept.tolist())
 
 
+@one("2 s each")
 def test_text_prompt_after_an_image_prompt_is_that_of_a_fresh_model(golden):
     routed = reroute_fx.compile(golden.model, tier=0.25, backend="eager")
     text = {
@@ -156,6 +158,7 @@ def test_text_prompt_after_an_image_prompt_is_that_of_a_fresh_model(golden):
     assert torch.equal(before.logits, again.logits)
 
 
+@one("2 s each")
 def test_rows_of_a_batch_are_routed_on_their_own(golden):
     """Two rows with the same picture and other questions: each as if it ran alone."""
     routed = reroute_fx.compile(golden.model, tier=0.25, backend="eager")
@@ -176,6 +179,7 @@ def test_rows_of_a_batch_are_routed_on_their_own(golden):
     )
 
 
+@one("2 s each")
 def test_generate_is_a_loop_of_forwards(golden):
     routed = reroute_fx.compile(golden.model, tier=0.25, backend="eager")
     greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -177,7 +177,7 @@ def small_program(family="llava", action="compact_route_stagewise", pool="row", 
     return route(captured.program, config, savings=savings)[0], inputs
 
 
-@singles("1 s each")
+@one("2 s each")
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("action", ACTIONS)
 def test_routed_programs_have_no_synchronisation(programs, family, action, pool):

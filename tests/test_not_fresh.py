@@ -306,6 +306,7 @@ class TestTheOriginalStaysAsItWas:
         with torch.enable_grad():
             assert not pair[1](**inputs).logits.requires_grad
 
+    @pytest.mark.full("4 s")
     def test_rope_offsets_are_its_own(self):
         model = sharp(Qwen2_5_VLForConditionalGeneration, qwen_config(2))
         routed = compile(model)

@@ -53,15 +53,17 @@ SORTING_OR_SIZED_BY_VALUES = {"TopK", "NonZero", "Unique", "Compress", "NonMaxSu
 """Operators that TensorRT takes up to 3840 values, or whose results have sizes that depend on values."""
 
 
-ONE_FAMILY = "35 s; the gate has Qwen here and LLaVA ahead of time (test_artifact.py)"
+A_MODEL = (
+    "35 s to 60 s; the gate writes and runs smaller programs, and has LLaVA ahead of time (test_artifact.py)"
+)
 
 
-@pytest.fixture(scope="module", params=share(["llava", "qwen"], gate=["qwen"], reason=ONE_FAMILY))
+@pytest.fixture(scope="module", params=share(["llava", "qwen"], gate=[], reason=A_MODEL))
 def made(request, tmp_path_factory):
     """A routed model, and an artifact of it."""
     folder = tmp_path_factory.mktemp("onnx") / request.param
-    config = dataclasses.replace(ROUTING[request.param], decision_layers=(1, 2))
-    return make(request.param, build(request.param, layers=3), config, folder, export)
+    config = dataclasses.replace(ROUTING[request.param], decision_layers=(1,), keep_ratios=(0.6,))
+    return make(request.param, build(request.param, layers=2), config, folder, export)
 
 
 def export(routed, programs, folder):
@@ -169,7 +171,7 @@ def test_models_refer_to_the_weights(made):
         assert {entry.value for c in external for entry in c.external_data if entry.key == "location"} == {
             WEIGHTS
         }
-        assert len(external) > 30
+        assert len(external) > 20
         assert all(len(c.raw_data) <= 64 for c in inline)
         for constant in onnx.load(path).graph.initializer:
             if constant.name in {c.name for c in external}:
@@ -179,7 +181,7 @@ def test_models_refer_to_the_weights(made):
 
 def test_names(made):
     """Inputs have the names of the program's; what it writes into comes back."""
-    layers, decisions = range(3), made.config.decision_layers
+    layers, decisions = range(2), made.config.decision_layers
     for name, program in made.programs.items():
         graph = onnx.load(made.paths[name], load_external_data=False).graph
         assert [i.name for i in graph.input] == list(program.graph_signature.user_inputs)
@@ -237,6 +239,7 @@ def test_artifacts_generate_without_the_model(made):
         assert torch.equal(*answers)
 
 
+@pytest.mark.full("needs an artifact of Qwen")
 @pytest.mark.parametrize("made", ["qwen"], indirect=True)
 @torch.no_grad()
 def test_pictures_that_do_not_fit(made):

@@ -13,7 +13,7 @@ import reroute_fx
 from reroute_fx import RoutingConfig, UnsupportedModelError
 from reroute_fx.passes import Reach
 from reroute_fx.runtime import RoutedCache
-from reroute_fx.runtime.masks import read_masks
+from reroute_fx.runtime.masks import _read_prompt, read_masks
 from reroute_fx.runtime.prompt import TokensOnCache
 
 EVERYTHING = RoutingConfig((1,), (1.0,))
@@ -147,3 +147,15 @@ def test_of_several_masks_each_is_looked_at(kinds):
             read_masks({**masks, kind: wrong}, call, 4, reaches)
     with pytest.raises(UnsupportedModelError, match="in which token 1 sees token 0"):
         read_masks({"sliding": right["full"]}, call, 4, reaches)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_of_several_masks_of_a_prompt_each_is_looked_at(place):
+    masks = [(causal(1, 6, None), [Reach()]), (causal(1, 6, None) & ~far(6), [Reach(3)])]
+    assert _read_prompt(masks, None) is None
+    mask, reaches = masks[place]
+    wrong = mask.clone()
+    wrong[..., 5, 4] = False
+    masks[place] = wrong, reaches
+    with pytest.raises(UnsupportedModelError, match="in which token 5 does not see token 4"):
+        _read_prompt(masks, None)

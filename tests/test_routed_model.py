@@ -359,6 +359,7 @@ def test_refuses_meta_and_routed_models(model, routed):
         reroute_fx.compile(empty, tier=0.4)
 
 
+@pytest.mark.full("5 s; passes/ refuse such layers in many forms")
 def test_a_decoder_with_one_odd_layer_is_refused_with_the_nearest_miss(monkeypatch):
     model = tiny_llava()
     odd = model.model.language_model.layers[3].self_attn

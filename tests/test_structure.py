@@ -168,6 +168,7 @@ def test_plain_values_of_other_types_are_others():
     assert len(set(map(structure_of, decoders))) == 3
 
 
+@pytest.mark.full("6 s")
 def test_weights_die_with_their_model():
     model = llava()
     reroute_fx.compile(model, config=HALF, backend="eager")(**prompt())
@@ -217,6 +218,7 @@ def test_each_pass_is_dumped_for_each_program(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.full("15 s; compiles")
 @pytest.mark.usefixtures("fresh_regions")
 def test_another_tier_compiles_only_what_is_new():
     inputs, counts = prompt(), []

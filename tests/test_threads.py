@@ -8,7 +8,7 @@ import pytest
 import torch
 from artifacts import loaded_model
 from conversations import MIXED, NOISE, SINGLE, TEXT, batch, build, new_tokens, prompt, routed_model
-from suite_tiers import singles
+from suite_tiers import one
 from test_cuda_graphs import graphed_model
 from transformers import Qwen2_5_VLModel
 
@@ -90,7 +90,7 @@ def _switch_often():
     sys.setswitchinterval(before)
 
 
-@singles("6 s each")
+@one("5 s to 9 s each")
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 @pytest.mark.parametrize(
     ("make", "rounds"),
@@ -140,6 +140,7 @@ def test_eight_threads_on_compiled_regions():
     check_threads("llava", compiled, 10, run_alone("llava", eager))
 
 
+@pytest.mark.full("9 s")
 def test_models_run_while_others_are_compiled():
     config = reroute_fx.RoutingConfig((1,), (0.5,))
     models = {family: routed_model(family) for family in ("llava", "qwen")}

@@ -151,11 +151,11 @@ RECORD_FULL = ("--record-full", "--tier=full", "-p", "no:cacheprovider")
 
 
 def test_a_run_of_all_tests_is_recorded(committed):
-    committed.runpytest_subprocess(*RECORD_FULL).assert_outcomes(passed=23)
+    committed.runpytest_subprocess(*RECORD_FULL).assert_outcomes(passed=26)
     record = json.loads((committed.path / "full_record.json").read_text())
     assert record["commit"] == committed.git("rev-parse", "HEAD")
-    assert (record["passed"], record["skipped"], record["failed"]) == (23, 0, 0)
-    assert record["files"]["test_some.py"]["passed"] == 23
+    assert (record["passed"], record["skipped"], record["failed"]) == (26, 0, 0)
+    assert record["files"]["test_some.py"]["passed"] == 26
     assert record["files"]["test_some.py"]["seconds"] >= 0
     assert {"python", "torch", "transformers"} <= set(record["versions"])
     check_recent(record["commit"], committed.path)

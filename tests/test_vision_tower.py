@@ -1,5 +1,6 @@
 """Vision towers as programs: any number and any size of pictures, and what the model computes of them."""
 
+import copy
 import importlib
 from pathlib import Path
 
@@ -38,18 +39,32 @@ def expect(found, expected):
     assert (found - expected).abs().max() <= NOISE * expected.abs().max()
 
 
+@pytest.fixture(scope="module")
+def exact():
+    return copy.deepcopy(unrouted_model("qwen")).double()
+
+
 GRID = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7))
 
 
-@given(st.lists(GRID, min_size=1, max_size=4))
+@pytest.mark.full("12 s; towers of artifacts run on pictures of several sizes in test_onnx.py")
+@given(st.lists(GRID, min_size=1, max_size=4), st.integers(0, 2**16))
 @settings(max_examples=30, deadline=None)
-def test_pictures_and_videos_of_any_size(captured, grids):
-    """Windows of 2 x 2 tokens that fit and that don't, frames of different lengths in one call."""
+def test_pictures_and_videos_of_any_size(captured, exact, grids, seed):
+    """Windows of 2 x 2 tokens that fit and that don't, frames of different lengths in one call.
+
+    Some pictures make attention so sharp that roundings grow: both are compared with double precision.
+    """
     model = unrouted_model("qwen")
     grid = torch.tensor(grids) * torch.tensor([1, 2, 2])
     assume(grid.prod(dim=-1).sum() > 4)
-    pixels = torch.randn(int(grid.prod(dim=-1).sum()), 96)
-    expect(features(captured["qwen"], pixels, grid), model.get_image_features(pixels, grid).pooler_output)
+    pixels = torch.randn(int(grid.prod(dim=-1).sum()), 96, generator=torch.Generator().manual_seed(seed))
+    wanted = torch.cat(list(exact.get_image_features(pixels.double(), grid).pooler_output))
+    expected = torch.cat(list(model.get_image_features(pixels, grid).pooler_output))
+    noise = (expected - wanted).abs().max()
+    assert noise < 1e-3
+    found = features(captured["qwen"], pixels, grid)
+    assert (found - wanted).abs().max() <= 3 * noise + NOISE * wanted.abs().max()
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

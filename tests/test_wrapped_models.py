@@ -112,6 +112,7 @@ def test_weights_packed_by_torchao_run(model, inputs, config, backend):
     assert half.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
 
 
+@pytest.mark.full("3 s")
 def test_a_model_that_names_torchao_in_its_config_is_taken(model):
     model.config.quantization_config = TorchAoConfig(Int8WeightOnlyConfig())
     assert reroute_fx.inspect(model, config=EVERYTHING).num_layers == 2

@@ -161,7 +161,7 @@ def _percent(interval: Interval) -> str:
 
 def plot_accuracy(records: Records, path: Path) -> None:
     """Scores against the budget, deleted and routed, with 95 % intervals."""
-    figure = Figure(figsize=(11, 4.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(13, 4.4), dpi=130, layout="constrained")
     for chart, field, title in zip(
         figure.subplots(1, 2),
         ("accuracy", "right"),
@@ -176,7 +176,7 @@ def plot_accuracy(records: Records, path: Path) -> None:
                 [100 * (i.mean - i.low) for i in intervals],
                 [100 * (i.high - i.mean) for i in intervals],
             ]
-            chart.errorbar(asked, middle, yerr=spread, label=name, capsize=3, **_style(name))
+            chart.errorbar(asked, middle, yerr=spread, label=name, capsize=3, **style(name))
         unrouted = 100 * getattr(score(records, "unrouted", None), field).mean
         chart.axhline(unrouted, color="black", linewidth=1, label="unrouted")
         chart.set_xticks(tiers(records))
@@ -184,11 +184,11 @@ def plot_accuracy(records: Records, path: Path) -> None:
         chart.set_ylabel("%")
         chart.set_title(title)
         chart.grid(alpha=0.3)
-    chart.legend(fontsize=8, loc="lower right")
+    chart.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(path)
 
 
-def _style(name: str) -> dict[str, Any]:
+def style(name: str) -> dict[str, Any]:
     routed = name.endswith("routed")
     return {
         "color": _COLOURS[name.split()[0]],
@@ -207,11 +207,11 @@ def plot_recovery(records: Records, path: Path) -> None:
             stages = stage_counts(records, name, tier)
             places = range(1, len(stages) + 1)
             kept = [100 * s["kept_target"] / s["target"] for s in stages]
-            charts[0][column].plot(places, kept, label=name, **_style(name))
+            charts[0][column].plot(places, kept, label=name, **style(name))
             if name.endswith("routed"):
                 back = [100 * s["back_target"] / max(1, s["out_target"]) for s in stages[1:]]
                 others = [_share_of_others(s) for s in stages[1:]]
-                colour = _style(name)["color"]
+                colour = style(name)["color"]
                 charts[1][column].plot(
                     places[1:], back, color=colour, marker="o", label=f"{name}: on the target"
                 )

@@ -26,12 +26,22 @@ def inspect(
     revision: Revision = None,
     visual_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="of the prompt")] = 576,
     text_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="of the prompt")] = 40,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="a100|h100|h200|b200|l4",
+            help="project what its peak rates allow; nothing is measured",
+            show_default=False,
+        ),
+    ] = None,
     as_json: PrintJson = False,
 ) -> None:
     """Show what routing would do to a model: layers found, tokens, FLOPs and cache, without its weights."""
     from .. import api
+    from ..analysis.roofline import find_gpu, projection_dict, projection_table
     from ..loading.models_by_name import build_without_weights
 
+    found = find_gpu(gpu) if gpu else None
     with MESSAGES.status("capturing the decoder on the meta device"):
         report = api.inspect(
             build_without_weights(model, revision),
@@ -44,6 +54,9 @@ def inspect(
         )
     report = report.at(visual_tokens=visual_tokens, text_tokens=text_tokens)
     if as_json:
-        print(json.dumps(report.to_dict()))
+        projection = {"projection": projection_dict(report, found)} if found else {}
+        print(json.dumps({**report.to_dict(), **projection}))
     else:
         OUTPUT.print(report)
+        if found:
+            OUTPUT.print(projection_table(report, found))

@@ -100,7 +100,7 @@ def test_the_study_is_of_this_checkpoint_and_of_every_contender(study):
     assert weights.stat().st_size < 25 * 2**20
     assert study["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     asked = {(r["contender"], r["tier"], r["seed"], r["kind"]) for r in study["records"]}
-    assert len(asked) == len(study["records"]) == 22 * 3 * 2
+    assert len(asked) == len(study["records"]) == 39 * 3 * 2
     assert all(len(r["answers"]) == 300 for r in study["records"])
 
 

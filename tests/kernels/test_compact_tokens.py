@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from suite_tiers import examples
+from suite_tiers import examples, one
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -181,6 +181,7 @@ OPCHECK_INPUTS = {
 }
 
 
+@one("0.3 s each")
 @pytest.mark.parametrize("inputs", OPCHECK_INPUTS.values(), ids=OPCHECK_INPUTS.keys())
 def test_opcheck(inputs):
     opcheck(torch.ops.reroute.compact_tokens, inputs())

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import NO_TOKEN, SELECTIONS, selection_inputs
-from suite_tiers import examples
+from suite_tiers import examples, one
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -200,6 +200,7 @@ OPCHECK_INPUTS = {
 }
 
 
+@one("0.3 s each")
 @pytest.mark.parametrize("inputs", OPCHECK_INPUTS.values(), ids=OPCHECK_INPUTS.keys())
 def test_opcheck(inputs):
     opcheck(torch.ops.reroute.select_tokens, inputs())

@@ -64,6 +64,7 @@ def test_any_number_of_tensors(count):
     assert_matches_reference(tensors[:count], positions_of(21, (5, 3), 6), dims[:count])
 
 
+@one("interpreted kernels are slow")
 @pytest.mark.parametrize("block", [8, 32, 64])
 def test_rows_of_several_blocks(block, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", block)
@@ -71,6 +72,7 @@ def test_rows_of_several_blocks(block, monkeypatch):
     assert_matches_reference(tensors, positions_of(9, (3, 1), 4), dims)
 
 
+@one("interpreted kernels are slow")
 @pytest.mark.parametrize(
     ("length", "active", "slots"),
     [(1, (1,), 1), (1, (0, 1), 2), (9, (9, 9), 9), (9, (0, 0), 3), (9, (9, 2), 15), (63, (1,), 1)],

@@ -33,6 +33,7 @@ def test_every_launch_is_seen(traced, name):
     assert traced[name]["opaque"]["operators"][f"reroute.{name}"] == 1
 
 
+@pytest.mark.full("10 s; it guards a measurement on a GPU, no product code")
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_write_what_the_operator_makes_and_nothing_else(traced, name):
     assert traced[name]["kernels"]["written"] == LAUNCHES[name]

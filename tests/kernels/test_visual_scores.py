@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_examples import scoring_inputs
-from suite_tiers import examples
+from suite_tiers import examples, one
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -170,6 +170,7 @@ OPCHECK_INPUTS = {
 }
 
 
+@one("0.3 s each")
 @pytest.mark.parametrize("inputs", OPCHECK_INPUTS.values(), ids=OPCHECK_INPUTS.keys())
 def test_opcheck(inputs):
     opcheck(torch.ops.reroute.visual_scores, inputs())

@@ -198,6 +198,7 @@ def test_the_rule_as_onnx(tmp_path):
     torch.testing.assert_close(found["features"], expected["features"], rtol=0, atol=NOISE)
 
 
+@pytest.mark.full("12 s; test_as_the_official_code runs it")
 @torch.no_grad()
 def test_the_reduced_tower_exports_again(routed, inputs):
     model = routed("128/route")

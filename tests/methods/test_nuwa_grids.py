@@ -139,9 +139,10 @@ def official(watched, grid, share, most):
     return kept, torch.stack(rows)
 
 
+@pytest.mark.full("23 s; captures a tower of 26 layers")
 @pytest.mark.parametrize(
     ("share", "most"),
-    [(0.35, 3), pytest.param(0.85, 4, marks=pytest.mark.full("5 s; differs in counts only"))],
+    [(0.35, 3), (0.85, 4)],
 )
 @torch.no_grad()
 def test_features_are_those_of_the_official_code(share, most, model, tower, pictures):
@@ -240,6 +241,7 @@ def prompt(*pictures):
     }
 
 
+@pytest.mark.full("captures a tower of 26 layers")
 @torch.no_grad()
 def test_what_is_left_enters_with_its_own_positions(model, routed, pictures):
     """Against the original decoder on the rows that are left."""
@@ -340,6 +342,7 @@ def test_rules_that_return_something_else_are_named(rule, small):
         reduce_small(small, rule)
 
 
+@pytest.mark.full("captures a tower of 26 layers")
 def test_videos_are_refused(routed, pictures):
     ids = torch.tensor([[5, START, *[VIDEO] * 20, 7, 8]])
     video = {"pixel_values_videos": pictures[0], "video_grid_thw": GRIDS[:1]}

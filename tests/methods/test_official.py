@@ -3,7 +3,7 @@
 import pytest
 import torch
 from plain_decoder import PlainDecoder
-from suite_tiers import share, singles
+from suite_tiers import one, share
 
 import reroute_fx
 
@@ -56,7 +56,7 @@ def test_as_the_authors_run_it(llava, name):
     assert {layer: len(kept[0]) for layer, kept in output.routing.selected.items()} == counts
 
 
-@singles("2 s each")
+@one("3 s each")
 @pytest.mark.parametrize("action", ["compact_route", "compact_route_stagewise"])
 @pytest.mark.parametrize("name", ROUTED)
 def test_routed(llava, name, action):

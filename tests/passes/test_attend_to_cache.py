@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from suite_tiers import one
 
 from reroute_fx.lowering import lower
 from reroute_fx.passes import AttendToCache, MatchError, run_passes
@@ -119,6 +120,7 @@ def assert_continues(toy, model, inputs, cached, run):
         torch.testing.assert_close(rows[places].double(), wanted, rtol=0, atol=tolerances[name])
 
 
+@one("half a second each")
 @pytest.mark.parametrize("cached", STAGES.values(), ids=STAGES)
 @pytest.mark.parametrize("new", [1, 5])
 @pytest.mark.parametrize("kv_heads", [4, 2])

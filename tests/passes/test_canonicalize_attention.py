@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from suite_tiers import one
 
 from reroute_fx.passes import MatchError, run_passes, to_program
 
@@ -243,6 +244,7 @@ def gated_weights(query, key, value, mask):
     return (logits_of(query, key, mask).softmax(-1) * 0.5) @ value
 
 
+@one("a second each; FindLayers and ProveCausal refuse odd layers, too")
 @pytest.mark.parametrize(
     ("spelling", "operator", "reason"),
     [

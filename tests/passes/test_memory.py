@@ -136,6 +136,7 @@ def test_writes_that_other_values_see_are_refused_before_and_after_saving(toy, s
             route(source, CONFIG)
 
 
+@pytest.mark.full("9 s; another export of a model")
 def test_a_decomposed_program_is_routed(toy, saved):
     """As the refusal advises."""
     _, program = decoder(toy, into_a_view)

@@ -47,6 +47,7 @@ def test_layers_run_at_the_positions_of_their_stage(llava, no_gradients):
     assert not torch.equal(shifted["key.4"], same["key.4"])
 
 
+@pytest.mark.full("4 s; routed programs are exported again in test_route_stages.py")
 def test_result_exports_again(llava, no_gradients):
     program, _ = numbered(llava, (4,))
     positions = torch.arange(30)[None]

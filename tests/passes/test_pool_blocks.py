@@ -140,7 +140,7 @@ def test_the_first_decisions_keep_middles_whatever_their_scores(toy, exported, a
     assert changed, "attention keeps them anyway"
 
 
-@one("3 s each")
+@pytest.mark.full("3 s each; routed programs are exported again in test_route_stages.py")
 @pytest.mark.parametrize(
     "more", [(), (InsertSelection((1, 2), always=1), RouteStages("compact_route_stagewise"))]
 )

@@ -244,7 +244,7 @@ def test_against_the_loop(toy, routed, by_hand, action, config, batch, kv_heads)
     assert result["routing"]["scores.1"].dtype == torch.float32
 
 
-@singles("half a second each")
+@one("half a second each; batches of models are in the gate")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("pool", ["row", "image"])
 @pytest.mark.parametrize("case", UNEVEN)
@@ -299,7 +299,7 @@ def test_images_are_worth_testing(toy, exported, by_hand):
     assert of_row[1].kept == of_image[1].kept
 
 
-@pairs("each runs a program and loops over its tokens")
+@one("half a second each")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("case", ["both", "text only", "images"])
 def test_padding_changes_nothing(toy, routed, by_hand, action, case):
@@ -351,6 +351,7 @@ def test_stagewise_routing_equals_routing_layer_by_layer(toy, routed, by_hand, c
         assert all(torch.equal(one[name], other[name]) for name in row.named)
 
 
+@one("1 s each")
 @pytest.mark.parametrize("action", ACTIONS)
 def test_keeping_everything_equals_no_routing(toy, routed, action):
     config = RoutingConfig((1, 2), (1.0, 1.0))
@@ -419,6 +420,7 @@ def test_rows_of_a_batch_are_independent(toy, routed, by_hand, action):
             torch.testing.assert_close(tensor, result[name][0], rtol=1e-5, atol=1e-5)
 
 
+@one("1 s each")
 @pytest.mark.parametrize(
     ("action", "stages"), [("compact_route", 2), ("compact_route_stagewise", 1), ("physical_delete", 1)]
 )
@@ -582,6 +584,7 @@ def shared_bias(decoder, hidden, cos, sin, mask):
     return hidden
 
 
+@one("half a second each")
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize(
     ("run", "message"), [(BIAS_AFTER, NUMBERED), (shared_bias, LAYOUT)], ids=["inside", "shared"]

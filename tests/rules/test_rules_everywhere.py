@@ -23,9 +23,17 @@ from reroute_fx import (
     UnionRule,
     UnsupportedModelError,
     ValueRule,
+    methods,
 )
 from reroute_fx.capture import captured_decoder
 from reroute_fx.runtime.buckets import pad_inputs
+
+
+@pytest.fixture(autouse=True)
+def _no_method_stays(monkeypatch):
+    """A `Method` that is compiled with is known from then on."""
+    monkeypatch.setattr(methods, "_methods", dict(methods._methods))
+
 
 UNION = UnionRule(LatticeRule(2, (1, 1)), AttentionRule(queries="text", rotary=False), share=0.4)
 CONFIG = RoutingConfig((1, 2), (0.5, 0.25), method="rules", rules=(UNION, ValueRule("previous")))

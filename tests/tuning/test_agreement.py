@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from suite_tiers import one
 from tiny_models import PAD, collate, llava_config, llava_image, make_row, sharp
 from transformers import LlavaForConditionalGeneration
 
@@ -37,7 +36,7 @@ def routing(request, model, inputs):
         return routed(**inputs).routing
 
 
-@one("4 s each")
+@pytest.mark.full("5 s; the search does not use it yet")
 def test_each_stage_has_the_share_that_it_keeps_of_the_targets(routing):
     found = stage_agreement(routing, TARGETS)
     assert list(found) == [1, 3]

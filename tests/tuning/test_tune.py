@@ -149,6 +149,7 @@ def test_left_to_itself_it_tries_what_a_profile_proposes(monkeypatch, tmp_path):
     assert len(tried & wanted) >= 2
 
 
+@pytest.mark.full("20 s; an interrupt and a log that is read again are in the gate")
 def test_cut_short_and_resumed_is_as_in_one_go(found, log):
     lines, tuned = found
     # A killed process leaves a line half written.
@@ -241,6 +242,7 @@ CLOSEST = finalist((1, 2, 3), 0.1, 0.2, 0.3, 0.2)
     [
         pytest.param(finalist((1, 2), 0.2, 0.1, 0.4, 0.2), True, id="as close and fewer decisions"),
         pytest.param(finalist((1, 2), 0.3, 0.4, 0.5, 0.4), False, id="farther on every prompt"),
+        pytest.param(finalist((1, 2), 0.1, 0.2, 0.2, 0.6), False, id="too few prompts to tell, not as close"),
         pytest.param(
             finalist((1, 2, 3), 0.2, 0.1, 0.4, 0.2, rules=(0, 0, 1)), False, id="more kinds of rules"
         ),

@@ -79,6 +79,7 @@ def test_a_llava_picture_is_what_the_processor_made():
     assert view.picture == pytest.approx(colours.permute(1, 2, 0).numpy() * 255, abs=0.51)
 
 
+@pytest.mark.full("4 s")
 def test_a_qwen_picture_is_put_together_from_its_patches():
     """Patches come in groups of 2 x 2, each token one group."""
     qwen = reroute_fx.compile(tiny_qwen(), SHARE, backend="eager")
