@@ -160,8 +160,9 @@ def _add_inputs(graph: ModelGraph, stage: Sequence[Layer]) -> _Inputs:
     return _Inputs(cached, index, tuple(caches))
 
 
-def _reaches(graph: ModelGraph, stage: Sequence[Layer]) -> set[Reach]:
-    return {graph.reaches[layer.index] for layer in stage}
+def _reaches(graph: ModelGraph, stage: Sequence[Layer]) -> tuple[Reach, ...]:
+    """Each once, in the order of the layers, so that a program is the same in every process."""
+    return tuple(dict.fromkeys(graph.reaches[layer.index] for layer in stage))
 
 
 class _Slots:
@@ -181,7 +182,7 @@ class _Slots:
     """
 
     def __init__(
-        self, edit: Editor, inputs: _Inputs, tokens: fx.Node, stream: fx.Node, reaches: set[Reach]
+        self, edit: Editor, inputs: _Inputs, tokens: fx.Node, stream: fx.Node, reaches: Sequence[Reach]
     ) -> None:
         def count(size: fx.Node) -> fx.Node:
             return edit.call(aten.arange.default, size, device=value(inputs.cached).device)

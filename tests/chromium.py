@@ -8,7 +8,10 @@ import subprocess
 import time
 from contextlib import contextmanager
 
+import pytest
+
 BROWSER = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
 
 
 class Page:

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import gc
+import importlib
 import logging
 import os
 from collections import OrderedDict
@@ -68,6 +69,13 @@ def _exact_math() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Every core has a worker already.
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """A function that imports a script of `benchmarks/` by its name."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.fixture

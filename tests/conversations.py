@@ -117,6 +117,14 @@ def new_tokens(model, inputs, **arguments):
     return model.generate(**inputs, **arguments)[:, inputs["input_ids"].shape[1] :]
 
 
+def expect_same_answers(found, expected, inputs, tolerance, **options):
+    """Of two models to a padded batch: the logits of its tokens, and what they generate."""
+    is_token = inputs["attention_mask"].bool()
+    logits = [each(**inputs).logits[is_token] for each in (found, expected)]
+    torch.testing.assert_close(*logits, atol=tolerance, rtol=0)
+    assert torch.equal(*(each.generate(**inputs, **options) for each in (found, expected)))
+
+
 class Collector(TextStreamer):
     """Keeps the token ids that `generate` streams, and that it ended."""
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from by_hand import by_hand
+from conversations import expect_same_answers
 from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
 from transformers import (
@@ -101,10 +102,7 @@ def first_row():
 
 def test_keeping_everything_is_the_unrouted_model(model):
     routed, given = reroute_fx.compile(model, config=EVERYTHING, backend="eager"), prompts()
-    is_token = given["attention_mask"].bool()
-    found, expected = (each(**given).logits[is_token] for each in (routed, model))
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
-    assert torch.equal(routed.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    expect_same_answers(routed, model, given, TOLERANCE, **GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +136,4 @@ def test_compiled(model):
     compiled, eager = (
         reroute_fx.compile(model, config=halves(model), backend=b) for b in ("inductor", "eager")
     )
-    is_token = given["attention_mask"].bool()
-    found, expected = (each(**given).logits[is_token] for each in (compiled, eager))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert torch.equal(compiled.generate(**given, **GREEDY), eager.generate(**given, **GREEDY))
+    expect_same_answers(compiled, eager, given, 1e-4, **GREEDY)

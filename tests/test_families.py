@@ -1,6 +1,5 @@
 """Decoders that no pass was written for: routed exactly, or refused with the reason."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -349,9 +348,8 @@ def test_report_names_what_the_flops_leave_out():
 
 
 @pytest.fixture
-def families(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("families")
+def families(benchmark_module):
+    return benchmark_module("families")
 
 
 @pytest.mark.full("5 s to 20 s each to capture a model of its own")
@@ -384,9 +382,8 @@ def test_rows_of_text_beside_pictures_are_answered(families):
 
 
 @pytest.fixture
-def families_table(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("families_table")
+def families_table(benchmark_module):
+    return benchmark_module("families_table")
 
 
 def test_the_record_has_the_breadth_that_the_documentation_claims(families_table):

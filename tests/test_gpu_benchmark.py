@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import importlib
 import json
 import re
 import subprocess
@@ -46,9 +45,8 @@ def record(tmp_path_factory):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("gpu")
+def gpu(benchmark_module):
+    return benchmark_module("gpu")
 
 
 class Clock:
@@ -182,11 +180,9 @@ def test_a_machine_without_a_gpu_is_refused():
 
 
 @pytest.fixture(params=["llava-1.5-7b", "qwen2.5-vl-7b"])
-def setting(request, monkeypatch):
+def setting(request, benchmark_module):
     """The benchmark's tiny model and a prompt for it."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_models
-
+    gpu_models = benchmark_module("gpu_models")
     chosen = gpu_models.SETTINGS[request.param]
     model = chosen.build(torch.device("cpu"), torch.float32, True)
     _, inputs = next(iter(chosen.prompts(model, 2, True)))

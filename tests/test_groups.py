@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from conversations import expect_same_answers
 from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
 from transformers import (
@@ -247,7 +248,4 @@ def test_prompts_without_a_mask_are_refused_where_all_would_see_all():
 def test_compiled(family):
     config, given = RoutingConfig(DECISIONS, (0.5, 0.25)), prompts(family)
     compiled, eager = reroute_fx.compile(built(family), config=config), routed_model(family, config)
-    is_token = given["attention_mask"].bool()
-    found, expected = (each(**given).logits[is_token] for each in (compiled, eager))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert torch.equal(compiled.generate(**given, **GREEDY), eager.generate(**given, **GREEDY))
+    expect_same_answers(compiled, eager, given, 1e-4, **GREEDY)

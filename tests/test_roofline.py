@@ -1,6 +1,5 @@
 """Projections: the formula by hand, and the table of the documentation."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -72,9 +71,6 @@ def test_inspect_prints_the_projection():
     assert "gpu is 'h1000'; expected one of a100, h100, h200, b200, l4" in " ".join(wrong.output.split())
 
 
-def test_the_table_of_the_documentation_is_current():
-    path = ROOT / "benchmarks" / "projections.py"
-    spec = importlib.util.spec_from_file_location("projections", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.markdown_table() in (ROOT / "docs" / "performance.md").read_text()
+def test_the_table_of_the_documentation_is_current(benchmark_module):
+    table = benchmark_module("projections").markdown_table()
+    assert table in (ROOT / "docs" / "performance.md").read_text()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from by_hand import by_hand
+from conversations import expect_same_answers
 from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
 from transformers import (
@@ -71,10 +72,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_to
 
 def test_keeping_everything_is_the_unrouted_model(model):
     routed, given = reroute_fx.compile(model, config=EVERYTHING, backend="eager"), prompts()
-    is_token = given["attention_mask"].bool()
-    found, expected = (each(**given).logits[is_token] for each in (routed, model))
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
-    assert torch.equal(routed.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    expect_same_answers(routed, model, given, TOLERANCE, **GREEDY)
 
 
 @pytest.mark.parametrize("action", ["compact_route", "compact_route_stagewise"])
@@ -119,10 +117,7 @@ def test_sinks_that_capture_does_not_find_are_refused(monkeypatch, no_traces):
 def test_compiled():
     model, given = gpt_oss(), prompts()
     compiled, eager = (reroute_fx.compile(model, config=ROUTING, backend=b) for b in ("inductor", "eager"))
-    is_token = given["attention_mask"].bool()
-    found, expected = (each(**given).logits[is_token] for each in (compiled, eager))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert torch.equal(compiled.generate(**given, **GREEDY), eager.generate(**given, **GREEDY))
+    expect_same_answers(compiled, eager, given, 1e-4, **GREEDY)
 
 
 @pytest.mark.full("60 s to 300 s for an artifact")
@@ -133,7 +128,4 @@ def test_artifact(format, tmp_path):
         routed, tmp_path / "a", format=format, limits=Limits(batch=4, length=64, image_tokens=32)
     )
     loaded = reroute_fx.load(tmp_path / "a")
-    is_token = given["attention_mask"].bool()
-    found, expected = (each(**given).logits[is_token] for each in (loaded, routed))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert torch.equal(loaded.generate(**given, **GREEDY), routed.generate(**given, **GREEDY))
+    expect_same_answers(loaded, routed, given, 1e-4, **GREEDY)

@@ -1,8 +1,6 @@
 """Vision towers as programs: any number and any size of pictures, and what the model computes of them."""
 
 import copy
-import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -80,10 +78,9 @@ TOWERS = ("VipLLaVA", "InternVL over Qwen2", "GOT-OCR 2", "Ovis2", "Janus", "Dee
 @pytest.mark.parametrize(
     "name", share(TOWERS, ["InternVL over Qwen2"], "2 s each; another tower, the same rule")
 )
-def test_a_tower_that_wants_pictures_of_one_size_and_nothing_else(name, monkeypatch):
+def test_a_tower_that_wants_pictures_of_one_size_and_nothing_else(name, benchmark_module):
     """By the model's own `get_image_features`, without its decoder."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    model = importlib.import_module("tiny_families").FAMILIES[name].build()
+    model = benchmark_module("tiny_families").FAMILIES[name].build()
     captured, decoder = capture_vision_tower(model), model.get_decoder()
     assert not any(
         weight is mine for weight in captured.program.state_dict.values() for mine in decoder.parameters()

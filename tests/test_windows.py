@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from conversations import expect_same_answers
 from plain_decoder import PlainDecoder
 from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
@@ -97,10 +98,7 @@ OTHERS = "5 s each; tests/test_groups.py has a decoder with windows"
 def test_keeping_everything_is_the_unrouted_model(family):
     model, given = built(family), prompts()
     routed = reroute_fx.compile(model, config=EVERYTHING, backend="eager")
-    is_token = given["attention_mask"].bool()
-    found, expected = (each(**given).logits[is_token] for each in (routed, model))
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
-    assert torch.equal(routed.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    expect_same_answers(routed, model, given, TOLERANCE, **GREEDY)
 
 
 @pytest.mark.parametrize("action", share(ACTIONS, ["compact_route_stagewise"], "4 s"))
@@ -174,10 +172,7 @@ def test_compiled(family):
     compiled, eager = (
         reroute_fx.compile(built(family), config=config, backend=b) for b in ("inductor", "eager")
     )
-    is_token = given["attention_mask"].bool()
-    found, expected = (each(**given).logits[is_token] for each in (compiled, eager))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert torch.equal(compiled.generate(**given, **GREEDY), eager.generate(**given, **GREEDY))
+    expect_same_answers(compiled, eager, given, 1e-4, **GREEDY)
 
 
 @pytest.mark.full("60 s to 300 s for an artifact")
@@ -189,7 +184,4 @@ def test_artifact(format, tmp_path):
         routed, tmp_path / "a", format=format, limits=Limits(batch=4, length=64, image_tokens=32)
     )
     loaded = reroute_fx.load(tmp_path / "a")
-    is_token = given["attention_mask"].bool()
-    found, expected = (each(**given).logits[is_token] for each in (loaded, routed))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert torch.equal(loaded.generate(**given, **GREEDY), routed.generate(**given, **GREEDY))
+    expect_same_answers(loaded, routed, given, 1e-4, **GREEDY)

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from ..errors import ConfigError
 from .routing_report import RoutingReport
-from .theory import LayerCost
 
 ARITHMETIC_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
 """Of the peaks, as assumed: what large matrix products and long copies reach."""
@@ -106,25 +105,15 @@ def _run(
     report: RoutingReport, gpu: Gpu, batch: int, tokens: Sequence[int], scoring: int
 ) -> tuple[bool, float, float]:
     rows = [count + report.text_tokens for count in tokens]
-    layers = [*zip(report.layers, rows, strict=True)]
-    memory = sum(_weights(layer) + batch * layer.kv_bytes(row, _BYTES) for layer, row in layers)
-    prefill = sum(
-        _seconds(gpu, batch * layer.flops(row), _weights(layer) + batch * layer.kv_bytes(row, _BYTES))
-        for layer, row in layers
-    )
-    step = sum(
-        _seconds(
-            gpu,
-            batch * (2 * layer.linear + 4 * layer.attention_width * row),
-            _weights(layer) + batch * layer.kv_bytes(row, _BYTES),
-        )
-        for layer, row in layers
-    )
-    return memory <= _ROOM * gpu.memory, prefill + _seconds(gpu, batch * scoring, 0), step
-
-
-def _weights(layer: LayerCost) -> int:
-    return layer.linear * _BYTES
+    prefill = _seconds(gpu, batch * scoring, 0)
+    step = memory = 0.0
+    for layer, row in zip(report.layers, rows, strict=True):
+        # A prompt writes keys and values, and each later token reads them.
+        moved = layer.linear * _BYTES + batch * layer.kv_bytes(row, _BYTES)
+        prefill += _seconds(gpu, batch * layer.flops(row), moved)
+        step += _seconds(gpu, batch * (2 * layer.linear + 4 * layer.attention_width * row), moved)
+        memory += moved
+    return memory <= _ROOM * gpu.memory, prefill, step
 
 
 def _seconds(gpu: Gpu, flops: float, moved: float) -> float:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import BACKENDS, Action, Config, Device, Dtype, Method, Pool, Revision, Schedule, choices
+from .options import Action, Backend, Config, Device, Dtype, Method, Pool, Revision, Schedule
 from .terminal import MESSAGES, refusals
 
 _BOUNDS, _ADDRESS = "The most", "Address"
@@ -38,9 +38,7 @@ def serve(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    backend: Annotated[
-        str, typer.Option(metavar=choices(BACKENDS), help="what runs the routed programs of a model")
-    ] = "inductor",
+    backend: Backend = "inductor",
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="where to listen", rich_help_panel=_ADDRESS)
     ] = "127.0.0.1",

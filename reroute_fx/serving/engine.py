@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -251,8 +251,7 @@ class Engine:
     def _drop_ended(self) -> None:
         """Let requests go that nobody waits for any more, or not so long."""
         now = time.monotonic()
-        running = {id(row.request): row.request for rows in self._rows.values() for row in rows}
-        for request in (*self._waiting, *running.values()):
+        for request in self._requests():
             if request.answer.is_cancelled:
                 self._end(request, "cancelled")
             elif request.answer.ended:
@@ -345,7 +344,7 @@ class Engine:
             likeliest = logits.argmax(-1).tolist()
         except Exception as error:
             _log(f"a step of tier {tier.name}", error)
-            for request in {id(row.request): row.request for row in rows}.values():
+            for request in _requests_of(rows):
                 self._end(request, "failed", _failure(error))
             return
         for row in list(rows):
@@ -382,9 +381,17 @@ class Engine:
             self.metrics.answered.labels("done").inc()
 
     def _fail_all(self, error: Exception) -> None:
-        running = {id(row.request): row.request for rows in self._rows.values() for row in rows}
-        for request in (*list(self._waiting), *running.values()):
+        for request in self._requests():
             self._end(request, "failed", error)
+
+    def _requests(self) -> list[_Request]:
+        """All that wait, and all that run."""
+        return [*self._waiting, *_requests_of(row for rows in self._rows.values() for row in rows)]
+
+
+def _requests_of(rows: Iterable[_Row]) -> list[_Request]:
+    """Each once, whose answers may have several rows."""
+    return [*dict.fromkeys(row.request for row in rows)]
 
 
 def _grids(

@@ -74,7 +74,7 @@ def make_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.preparer.close)
 
     app = FastAPI(title="reroute_fx", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    chat = _Chat(service)
+    chat, shown = _Chat(service), _PAGE.read_text(encoding="utf-8")
 
     async def check_key(request: Request) -> None:
         _check_key(request, service.api_key)
@@ -92,7 +92,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/")
     async def page() -> Response:
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": _POLICY})
+        return HTMLResponse(shown, headers={"Content-Security-Policy": _POLICY})
 
     @app.get("/metrics", dependencies=guarded)
     async def metrics() -> Response:

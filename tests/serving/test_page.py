@@ -4,13 +4,13 @@ import os
 
 import pytest
 import serving_models as served
-from chromium import BROWSER, browser
+from chromium import browser, needs_browser
 
 SCREENS = {"desk": (1200, 900), "phone": (360, 740)}
 
 
 @pytest.mark.full("a browser takes seconds; the gate reads the page")
-@pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
+@needs_browser
 def test_a_picture_in_and_an_answer_out(tmp_path):
     path = tmp_path / "picture.png"
     served.picture(1, (64, 64)).save(path)

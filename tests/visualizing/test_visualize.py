@@ -1,20 +1,17 @@
 """What a person sees: a PNG for each prompt, and a page that steps through the stages in a real browser."""
 
 import re
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+from chromium import BROWSER, needs_browser
 from PIL import Image
 from tiny_models import collate, llava_image, make_row, tiny_llava
 
 import reroute_fx
 from reroute_fx.errors import ConfigError, InputError
-
-BROWSER = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
 
 
 class Reader:
