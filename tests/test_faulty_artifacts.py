@@ -1,5 +1,6 @@
 """Whatever happens to an artifact, it works as it should or is refused, and none is lost."""
 
+import copy
 import errno
 import json
 import multiprocessing
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from artifacts import LIMITS, TIERS, artifact, remember, routed_at, sign
-from conversations import NOISE, SINGLE, batch
+from conversations import NOISE, SINGLE, batch, unrouted_model
 from suite_tiers import fewer
 
 import reroute_fx
@@ -329,6 +330,17 @@ def test_arguments_are_checked_first(tmp_path, arguments, match):
 def test_only_routed_models_are_exported(tmp_path):
     with pytest.raises(ConfigError, match=r"routed is a Linear; expected what reroute_fx\.compile returned"):
         reroute_fx.export(torch.nn.Linear(2, 2), tmp_path / "new")
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_onnx_of_bfloat16_is_refused(tmp_path):
+    """ONNX Runtime on CPU has no such convolution, which it says when everything is converted."""
+    routed = reroute_fx.compile(
+        copy.deepcopy(unrouted_model(FAMILY)).bfloat16(), method="none", backend="eager"
+    )
+    with pytest.raises(ConfigError, match=r"bfloat16.*dtype=torch\.float32"):
+        reroute_fx.export(routed, tmp_path / "new", format="onnx")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.usefixtures("nothing_runs")

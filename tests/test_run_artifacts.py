@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 import reroute_fx
 from reroute_fx.artifact import exporting
 from reroute_fx.command_line.main import app
+from reroute_fx.grounding.scenes import scene
+from reroute_fx.loading.models_by_name import load_model
 from reroute_fx.loading.prompts import make_batch, read_image
 from reroute_fx.runtime.loaded_model import PROGRAMS
 
@@ -74,6 +76,24 @@ def test_from_a_folder_to_an_answer(model_folder, made, picture, tmp_path, forma
     expected = loaded.processor.tokenizer.decode(
         tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
+    assert answered.stdout.split() == expected.split()
+
+
+@pytest.mark.full("70 s; the check itself is in test_faulty_artifacts.py, on a smaller model")
+def test_the_model_that_ships_becomes_an_artifact(tmp_path):
+    """Its projector cancels large values, so that rounding before it moves features more than rounding of them."""
+    out, picture, text = tmp_path / "demo", tmp_path / "scene.png", "Where is the red circle?"
+    done = invoke("artifact", "export", "demo", out, "--format", "onnx", "--dtype", "float32", "--tier", 128)
+    assert done.exit_code == 0, said(done)
+    scene("demo", 13).picture.save(picture)
+    answered = invoke("artifact", "run", out, "--image", picture, "--prompt", text, "--max-new-tokens", 12)
+    assert answered.exit_code == 0, said(answered)
+    named = load_model("demo", "cpu", "float32")
+    routed = reroute_fx.compile(named.model, tier=128, backend="eager")
+    inputs = make_batch(named.processor, routed, 1, text, read_image(picture))
+    tokens = routed.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = named.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert len(expected) > 4
     assert answered.stdout.split() == expected.split()
 
 

@@ -74,7 +74,8 @@ def export(
         The path of the artifact.
 
     Raises:
-        ConfigError: an argument is no routed model, an unknown format or an invalid limit; before anything runs.
+        ConfigError: an argument is no routed model, an unknown format, an invalid limit, or ONNX of a bfloat16 model;
+            before anything runs.
         ArtifactError: `path` exists, can't be written, or the disk is full.
         BackendUnavailableError: no C++ compiler, no CUDA toolkit for a model on a GPU, or no library for the format.
         UnsupportedModelError, CaptureError: the model has parts that can't be exported.
@@ -84,6 +85,11 @@ def export(
     _check_arguments(routed, limits, processor)
     routed.check_parts()
     check_export(format, routed.device)
+    if format == "onnx" and routed.dtype == torch.bfloat16:
+        raise ConfigError(
+            "routed is a bfloat16 model, of which ONNX Runtime runs no convolution on CPU; expected float32 or float16 "
+            "for format='onnx'. Load the model with dtype=torch.float32 (--dtype float32)."
+        )
     with whole_folder(target, overwrite) as folder, _phases(progress) as phase:
         _write(routed, folder, format, limits or default_limits(routed), processor, phase)
         phase("writing to disk")
