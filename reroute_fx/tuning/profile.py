@@ -21,10 +21,12 @@ from ..capture.wrappers import unwrap
 from ..common.json_files import write_json
 from ..common.tables import as_text
 from ..common.turns import one_at_a_time
+from ..config.config_files import from_file
 from ..errors import ConfigError, InputError, UnsupportedModelError
 from ..kernels import keep_count
 from ..methods.tiers import tier_share
 from ..runtime import RoutedModel
+from .profile_file import PER_HEAD, SavedProfile
 from .proposals import SHARES, Proposal, propose
 from .read_prompts import Pair, hash_prompts, read_prompts
 from .watched_model import Observation, WatchedModel
@@ -121,6 +123,21 @@ class Profile:
             InputError: the folder doesn't exist, or `path` is one.
         """
         write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Profile":
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: naming the file, and the first field that is missing, unknown or wrong.
+        """
+        saved = from_file(SavedProfile, path)
+        given = {field.name: getattr(saved, field.name) for field in fields(cls)}
+        for name in PER_HEAD:
+            given[name] = _array(given[name])
+        if saved.recall_curves is not None:
+            given["recall_curves"] = {name: _array(curves) for name, curves in saved.recall_curves.items()}
+        return cls(**given)
 
     def plot(self, path: str | Path) -> None:
         """Draw the arrays as heat, layers by heads, in one picture.
@@ -330,6 +347,10 @@ def _targets(seen: Observation) -> Tensor:
 def _attended(seen: Observation) -> tuple[tuple[int, ...], ...]:
     first = _ranked(seen.last.mean(dim=1))[:, : _target_count(seen)]
     return tuple(map(tuple, first.tolist()))
+
+
+def _array(numbers: Any) -> Array | None:
+    return None if numbers is None else np.array(numbers, dtype=np.float64)
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from transformers import CLIPVisionConfig, Gemma2Config, LlavaConfig, LlavaForCo
 import reroute_fx
 from reroute_fx.capture import find_visual_token_ids
 from reroute_fx.errors import BackendUnavailableError, ConfigError, InputError, UnsupportedModelError
+from reroute_fx.tuning.profile import Profile
 from reroute_fx.tuning.proposals import SHARES
 from reroute_fx.tuning.watched_model import WatchedModel
 
@@ -210,8 +212,15 @@ def test_without_gradients_the_rest_is_the_same(models, prompts):
         without.proposals()
 
 
-def test_what_is_saved(tmp_path, models, prompts):
-    found = reroute_fx.profile(models["llava"], prompts, max_new_tokens=2)
+@pytest.fixture(scope="module")
+def taken(models):
+    return reroute_fx.profile(
+        models["llava"], [inputs_of(models["llava"], rows_of("llava", 8))], max_new_tokens=2
+    )
+
+
+def test_what_is_saved(tmp_path, taken):
+    found = taken
     found.save(tmp_path / "profile.json")
     content = json.loads((tmp_path / "profile.json").read_text())
     np.testing.assert_array_equal(content["effect"], found.effect)
@@ -221,6 +230,42 @@ def test_what_is_saved(tmp_path, models, prompts):
         "LlavaForConditionalGeneration",
         found.prompts_hash,
     )
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_what_is_loaded_is_what_was_saved(tmp_path, models, taken, prompts, gradient):
+    found = taken
+    if not gradient:
+        found = reroute_fx.profile(models["llava"], prompts, max_new_tokens=2, gradient=False)
+    found.save(tmp_path / "profile.json")
+    loaded = Profile.load(tmp_path / "profile.json")
+    assert loaded.to_dict() == found.to_dict()
+    assert str(loaded) == str(found)
+    assert all(
+        type(getattr(loaded, field.name)) is type(getattr(found, field.name)) for field in fields(Profile)
+    )
+    if gradient:
+        assert loaded.proposals(num=3) == found.proposals(num=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"effect": None}, "some are null; expected all or none"),
+        ({"attention": [[0.5, 0.5], [0.5]]}, r"attention has rows of \[2, 1\] numbers; expected 2 rows of 2"),
+        ({"recall_curves": {"last": []}}, r"recall_curves is of \['last'\]; expected \['last', 'text'\]"),
+        ({"recall_curves": {"last": [], "text": []}}, r"has 0 layers; expected 8"),
+        ({"shares": [0.5]}, r"shares is \(0\.5,\)"),
+        ({"targets": [[1]]}, "targets is of 1 prompts; expected 8"),
+        ({"entropy": [["high"]]}, r"entropy\[0\]\[0\] is 'high'"),
+        ({"labels": []}, "labels is .*no such field"),
+    ],
+)
+def test_files_that_hold_something_else_are_refused(tmp_path, taken, change, message):
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(taken.to_dict() | change))
+    with pytest.raises(ConfigError, match=message):
+        Profile.load(path)
 
 
 def state(model):
