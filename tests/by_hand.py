@@ -26,9 +26,9 @@ def by_hand(model, given, config):
 
     def call(module, rows, tokens):
         causal = torch.full((len(tokens), len(tokens)), -torch.inf).triu(1)[None, None]
-        return module(
-            rows, attention_mask=causal, position_embeddings=tuple(part[:, tokens] for part in rotary)
-        )
+        # One tensor of complex numbers, or cosine and sine.
+        own = rotary[:, tokens] if torch.is_tensor(rotary) else tuple(part[:, tokens] for part in rotary)
+        return module(rows, attention_mask=causal, position_embeddings=own)
 
     active, kept = everything, {}
     for number, layer in enumerate(decoder.layers):

@@ -182,7 +182,7 @@ def test_a_method_that_reduces_pictures_is_refused():
 @pytest.mark.full("9 s")
 def test_positions_in_place_can_be_decomposed_by_hand():
     """The way that the error shows to those who export themselves."""
-    decoder = text_decoder(unrouted_model(FAMILY))
+    decoder = text_decoder(build(FAMILY))
     decoder.config.use_cache = False
 
     class Exported(torch.nn.Module):

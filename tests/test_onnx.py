@@ -171,11 +171,16 @@ def test_models_refer_to_the_weights(made):
         assert {entry.value for c in external for entry in c.external_data if entry.key == "location"} == {
             WEIGHTS
         }
-        assert len(external) > 20
+        decoder = text_decoder(made.model)
+        matrices = {
+            name for name, given in decoder.layers.named_parameters(prefix="layers") if given.ndim == 2
+        }
+        assert matrices
+        assert matrices <= {c.name for c in external}
         assert all(len(c.raw_data) <= 64 for c in inline)
         for constant in onnx.load(path).graph.initializer:
             if constant.name in {c.name for c in external}:
-                weight = text_decoder(made.model).get_parameter_or_buffer(constant.name)
+                weight = decoder.get_parameter_or_buffer(constant.name)
                 assert (onnx.numpy_helper.to_array(constant) == weight.numpy(force=True)).all()
 
 
@@ -363,6 +368,27 @@ def test_half_precision(tmp_path):
         else:
             with pytest.raises(BackendUnavailableError, match="float32 model"):
                 OnnxProgram(path)
+
+
+@pytest.mark.parametrize("ends", [(0, 2, 2, 7), (7, 7, 7, 7), (1, 3, 6, 7)])
+def test_products_of_experts(ends, tmp_path):
+    """Experts without rows included."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 8, 5))
+
+        def forward(self, rows, ends):
+            return {"products": torch.ops.transformers.grouped_mm_fallback(rows, self.weight, ends)}
+
+    given = {"rows": torch.randn(7, 8), "ends": torch.tensor(ends, dtype=torch.int32)}
+    module = Experts().requires_grad_(False)
+    program = torch.export.export(module, (), given, dynamic_shapes={"rows": {0: Dim.AUTO}, "ends": None})
+    found = OnnxProgram(write_onnx({"experts": program}, tmp_path)["experts"]).run(**given)["products"]
+    starts = (0, *ends)
+    expected = torch.cat([given["rows"][starts[i] : starts[i + 1]] @ module.weight[i] for i in range(4)])
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxscript"])

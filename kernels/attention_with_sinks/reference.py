@@ -25,7 +25,7 @@ def attention_with_sinks_reference(
     query, key = with_sink_token(query, key, sinks, scale)
     value = F.pad(value, (0, query.shape[3] - width, 1, 0))
     if attn_mask is not None:
-        attn_mask = F.pad(attn_mask, (1, 0), value=True)
+        attn_mask = torch.cat([torch.ones_like(attn_mask[..., :1]), attn_mask], dim=3)
     elif is_causal:
         query = F.pad(query, (0, 0, 1, 0))
     grouped = query.shape[1] != key.shape[1]

@@ -19,7 +19,7 @@ from .copies import copy_sharing_weights
 from .fingerprint import Fingerprint
 from .layer_features import LayerFeatures, adding_features, find_layer_features
 from .structure import structure_of, with_weights, without_weights
-from .tracing import outputs, quiet, without_writes
+from .tracing import outputs, quiet, with_plain_weights, without_writes
 from .unsupported_parts import refuse_unsupported_parts
 from .visual_tokens import find_visual_token_ids
 
@@ -203,7 +203,7 @@ def _export(decoder: PreTrainedModel, features: LayerFeatures | None, has_masks:
     traced.config.output_attentions = traced.config.output_hidden_states = False
     try:
         with quiet():
-            program = without_writes(dynamo_export(traced, inputs, shapes))
+            program = with_plain_weights(without_writes(dynamo_export(traced, inputs, shapes)))
     except RerouteError:
         raise
     except Exception as error:

@@ -142,6 +142,41 @@ def _floor_divide(value: Any, other: Any) -> Any:
     return op.Sub(quotient, op.CastLike(is_above, value))
 
 
+def _grouped_product(rows: Any, weight: Any, ends: Any) -> Any:
+    """``transformers.grouped_mm_fallback``: rows ``[S, d]`` in the order of their experts, which end at ``ends [E]``.
+
+    Every expert ``[E, d, f]`` runs on all rows, and of its products those of its own are taken: shapes that depend on
+    values are nothing that TensorRT takes.
+    """
+    op, types = library("onnxscript").opset18, library("onnx_ir").DataType
+    first, second, zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), *_integers(0, 1)
+    row = op.Unsqueeze(
+        op.Range(zero, op.Squeeze(op.Shape(rows, start=0, end=1), first), one), first
+    )  # [1, S]
+    ends = op.Unsqueeze(op.Cast(ends, to=types.INT64), second)  # [E, 1]
+    expert = op.ReduceSum(
+        op.Cast(op.GreaterOrEqual(row, ends), to=types.INT64), first
+    )  # [1, S], those that ended
+    number = op.Unsqueeze(op.Range(zero, op.Squeeze(op.Shape(ends, start=0, end=1), first), one), second)
+    is_own = op.Unsqueeze(op.Equal(number, expert), op.Constant(value_ints=[2]))  # [E, S, 1]
+    products = op.MatMul(op.Unsqueeze(rows, first), weight)  # [E, S, f]
+    nothing = op.CastLike(op.Constant(value_float=0.0), products)
+    return op.ReduceSum(op.Where(is_own, products, nothing), first, keepdims=0)
+
+
+def _integers(*values: int) -> list[Any]:
+    return [library("onnxscript").opset18.Constant(value_int=value) for value in values]
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What stands for operators of PyTorch that onnxscript has no function for, or one that TensorRT does not take."""
+    found = dict(TRANSLATIONS)
+    # Transformers registers it with the first model that has experts.
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        found[torch.ops.transformers.grouped_mm_fallback.default] = _grouped_product
+    return found
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.clamp.default: _clamp,
     torch.ops.aten.conv3d.default: _convolution_3d,

@@ -24,11 +24,11 @@ from ..implementations import use_implementations
 from ..selection_by_counting import select_tokens_by_counting
 from ..weights import WEIGHTS, memory_of, save_weights
 from .onnx_operators import (
-    TRANSLATIONS,
     check_operators,
     library,
     nodes,
     operator_name,
+    translations,
 )
 
 OPSET = 18
@@ -130,7 +130,7 @@ def _convert(program: ExportedProgram, name: str) -> Any:
             opset_version=OPSET,
             input_names=program.graph_signature.user_inputs,
             output_names=list(pytree.tree_unflatten(range(results.num_leaves), results)),
-            custom_translation_table=TRANSLATIONS,
+            custom_translation_table=translations(),
             optimize=False,
             verbose=False,
         )
