@@ -1,15 +1,17 @@
 """The space of a search: every point that is a configuration costs what the tier does."""
 
 import random
+from dataclasses import replace
 
 import optuna
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from suite_tiers import examples
 
 from reroute_fx import AttentionRule, ChanceRule, ConfigError, RoutingConfig
 from reroute_fx.analysis.theory import LayerCost, prefill_cost
+from reroute_fx.methods.tiers import REFERENCE_TOKENS
 from reroute_fx.tuning.search_space import LEAST_WEIGHT, MOST_DECISIONS, Decision, SearchSpace
 
 RULES = (AttentionRule(), AttentionRule(layer="previous"), ChanceRule())
@@ -29,16 +31,20 @@ def space(tier=128, layers=16, cost=SMALL, action="compact_route_stagewise", rul
     action=st.sampled_from(["physical_delete", "compact_route_stagewise"]),
     seed=st.integers(0, 1000),
 )
+@example(layers=32, cost=SMALL, tier=64, action="physical_delete", seed=223)
 def test_what_is_drawn_costs_what_the_tier_does(layers, cost, tier, action, seed):
     here = space(tier, layers, cost, action)
     config = here.config(here.draw(random.Random(seed)))
     exact = RoutingConfig.from_tier(tier, action=action, num_layers=layers)
-    tokens = [each.average_tokens(layers) for each in (config, exact)]
-    costs = [prefill_cost(here.layers, each).flops for each in (config, exact)]
+    # With a token more in every stage.
+    ratios = tuple(min(1.0, (count + 1.5) / REFERENCE_TOKENS) for count in config.keep_counts())
+    more = replace(config, keep_ratios=ratios)
+    tokens = [each.average_tokens(layers) for each in (config, exact, more)]
+    costs = [prefill_cost(here.layers, each).flops for each in (config, exact, more)]
     assert tokens[0] <= tokens[1]
     assert 0.99 <= costs[0] / costs[1] <= 1.01
     # As many as one of them allows.
-    assert tokens[0] > tokens[1] - 1 or costs[0] / costs[1] > 1.005
+    assert tokens[2] > tokens[1] or costs[2] / costs[1] > 1.01
     assert config.action == action
     assert 1 <= len(config.decision_layers) <= MOST_DECISIONS
     assert set(config.rules) <= set(RULES)
