@@ -7,22 +7,23 @@ r"""Carry wheels of what an image with torch 2.11 and Triton 3.6 may lack: trans
 The first command needs the Python of the image. Then all that needs a GPU, in two calls of nine minutes:
 
     python benchmarks/gpu.py --sections checks,models --models llava-1.5-7b --batch-size 8,1 --output-json llava.json
-    python benchmarks/gpu.py --sections kernels,models,artifacts --models qwen2.5-vl-7b --batch-size 8 \
+    python benchmarks/gpu.py --sections kernels,attention,models,artifacts --models qwen2.5-vl-7b --batch-size 8 \
         --output-json qwen.json
 
 ``checks``   every kernel on fresh random inputs against exact or float64 references, in poisoned memory; golden
              vectors on the device
 ``rates``    copy bandwidth and matrix rate, the floor of everything else
 ``kernels``  time of each operator at the sizes of 7B models, next to the copy bandwidth and its eager composition
+``attention``  the kernels of attention that programs name, next to PyTorch's own choice, also on new lengths
 ``models``   7B shapes with random weights: eager, `torch.compile`, this project's compiler without routing, the eager
              hook routing, and the three tiers with and without CUDA graphs; first token, decoding, whole answers,
              peak memory, the floor, the share of routing's kernels, and whether anything makes the host wait
 ``artifacts``  golden models as artifacts that are exported and loaded here, and on TensorRT where it is installed
 
-Steps run in the order in which they matter: checks, the first model, kernels, the other models, artifacts. One that
-the time or the memory that is left would not suffice for is left out, with the reason. What was measured is written
-after every step, so that a run that is cut short keeps it. ``--dry-run`` goes through everything on CPU with tiny
-sizes; it writes only into a file that is named.
+Steps run in the order in which they matter: checks, the first model, kernels, attention, the other models, artifacts.
+One that the time or the memory that is left would not suffice for is left out, with the reason. What was measured is
+written after every step, so that a run that is cut short keeps it. ``--dry-run`` goes through everything on CPU with
+tiny sizes; it writes only into a file that is named.
 """
 
 import gc
@@ -37,6 +38,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from gpu_artifacts import check_artifact, check_engines, subject
+from gpu_attention import CHOICES, measure_attention
 from gpu_checks import run_checks
 from gpu_golden import MODELS, check_golden
 from gpu_kernels import Rates, kernel_shapes, measure_kernels, measure_rates
@@ -59,11 +61,11 @@ from reroute_fx.benchmarking.expected import theory_of, weight_bytes
 from reroute_fx.benchmarking.machine import peak_bytes
 from reroute_fx.benchmarking.workload import Workload, free_bytes, needed_bytes
 
-SECTIONS = ("checks", "rates", "kernels", "models", "artifacts")
-STEPS, NEW_TOKENS = 16, 64
+SECTIONS = ("checks", "rates", "kernels", "attention", "models", "artifacts")
+STEPS, NEW_TOKENS, ATTENTION_BATCH = 16, 64, 8
 COMPILE_SECONDS = {"torch.compile": 180}
 """It unrolls the layers, and compiles them again for generate; what was measured before must not be lost to it."""
-SECONDS = {"checks": 40, "kernels": 30, "models": 90, "artifacts": 150}
+SECONDS = {"checks": 40, "kernels": 30, "attention": 20, "models": 90, "artifacts": 150}
 """A step of a section is begun only if so many are left."""
 console = Console(width=150)
 
@@ -160,6 +162,15 @@ def section_kernels(run: Run, rates: Rates) -> None:
             rows = measure_kernels(shape, run.device, run.dtype, rates)
             run.keep("kernels", name, rows)
             console.print(_kernel_table(name, rows))
+
+
+def section_attention(run: Run) -> None:
+    for shape in (shape for shape in kernel_shapes(run.tiny) if shape.batch <= ATTENTION_BATCH):
+        name = f"{shape.name}, batch {shape.batch}, {shape.visual} + {shape.text}"
+        if run.has_time(f"attention {name}"):
+            rows = measure_attention(shape, run.device, run.dtype)
+            run.keep("attention", name, rows)
+            console.print(_attention_table(name, rows))
 
 
 class Models:
@@ -313,6 +324,15 @@ def _kernel_table(title: str, rows: dict[str, Any]) -> Table:
     return table
 
 
+def _attention_table(title: str, rows: dict[str, Any]) -> Table:
+    table = number_table("", "kernel", "us", "us by default", "us, new", "us by default, new", title=title)
+    for name, row in rows.items():
+        cells = [f"{row[choice]['microseconds']:.1f}" for choice in CHOICES]
+        cells += [f"{max(row[choice]['new_lengths_microseconds']):.0f}" for choice in CHOICES]
+        table.add_row(name, ", ".join(row["kernel"]), *cells)
+    return table
+
+
 def _model_table(title: str, rows: dict[str, Any]) -> Table:
     measures = ("first_token", "first_token_without_tower", "decode_step", "generate")
     headings = (
@@ -353,6 +373,7 @@ def in_order(
         Step("checks", lambda: section_checks(run)),
         *first,
         Step("kernels", lambda: section_kernels(run, rates)),
+        Step("attention", lambda: section_attention(run)),
         *(step for of_model in others for step in of_model),
         Step("artifacts", lambda: section_artifacts(run)),
     ]

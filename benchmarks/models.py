@@ -13,8 +13,11 @@ from transformers import (
 )
 
 
-def build(width: int, layers: int) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights: the proportions of a 7B decoder, a tower of 576 tokens at next to no cost."""
+def build(width: int, layers: int, image_size: int = 336) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights: the proportions of a 7B decoder, a tower at next to no cost.
+
+    Its pictures are of `image_size`, with a visual token for each 14 x 14 pixels: 576.
+    """
     torch.manual_seed(0)
     text = LlamaConfig(
         hidden_size=width,
@@ -29,7 +32,7 @@ def build(width: int, layers: int) -> LlavaForConditionalGeneration:
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=336,
+        image_size=image_size,
         patch_size=14,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=999)

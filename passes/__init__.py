@@ -2,9 +2,9 @@
 
 They know graphs and operators, not models. In the order in which a decoder is routed:
 `RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `SeeGroups`, `PoolBlocks`,
-`InsertSelection`, `RouteStages`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages` and
-`AttendToCache`; `ExposeStreams` last, where hidden states are asked for. On the vision tower `FindStates`,
-`CanonicalizeAttention`, and `ReduceFeatures` for pictures of one size, `ReduceGrids` for those of any.
+`InsertSelection`, `RouteStages`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages`,
+`AttendToCache` and, for GPUs, `FoldHeads`; `ExposeStreams` last, where hidden states are asked for. On the vision tower
+`FindStates`, `CanonicalizeAttention`, and `ReduceFeatures` for pictures of one size, `ReduceGrids` for those of any.
 """
 
 from .. import kernels  # noqa: F401 - it registers torch.ops.reroute
@@ -16,6 +16,7 @@ from .expose_outputs import ExposeOutputs
 from .expose_streams import ExposeStreams
 from .find_layers import FindLayers
 from .find_states import FindStates
+from .fold_heads import FoldHeads
 from .insert_selection import SCORING, InsertSelection
 from .model_graph import Decision, Layer, LayerSizes, ModelGraph, Reach
 from .number_stages import NumberStages
@@ -44,6 +45,7 @@ __all__ = [
     "ExposeStreams",
     "FindLayers",
     "FindStates",
+    "FoldHeads",
     "GridInputs",
     "GridStates",
     "InsertSelection",

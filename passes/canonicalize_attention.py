@@ -144,18 +144,21 @@ def _without_repeat(query: fx.Node, key: fx.Node, values: fx.Node) -> tuple[fx.N
 
 
 def _seems_repeated(node: fx.Node) -> bool:
-    reshaped = is_op(node, aten.reshape, aten.view, aten._unsafe_view) and is_op(node.args[0], aten.expand)
+    reshaped = _is_reshape(node) and is_op(_before_copy(node.args[0]), aten.expand)
     return reshaped or is_op(node, aten.repeat, aten.tile, aten.repeat_interleave)
 
 
 def _before_repeat(repeated: fx.Node) -> fx.Node | None:
-    """X of ``x[:, :, None].expand(B, Hkv, n, S, D).reshape(B, Hkv * n, S, D)``; None for anything else."""
+    """X of ``x[:, :, None].expand(B, Hkv, n, S, D).reshape(B, Hkv * n, S, D)``; None for anything else.
+
+    Queries and keys with norms of their own are laid out in memory such that the reshape is a clone and a view.
+    """
     if is_op(repeated, aten.repeat_interleave):
         given = named_arguments(repeated)
         return given["self"] if given["dim"] == 1 and isinstance(given["repeats"], int) else None
-    if not is_op(repeated, aten.reshape, aten.view, aten._unsafe_view):
+    if not _is_reshape(repeated):
         return None
-    expanded = repeated.args[0]
+    expanded = _before_copy(repeated.args[0])
     if not is_op(expanded, aten.expand) or not is_op(expanded.args[0], aten.unsqueeze):  # type: ignore[union-attr]
         return None
     source, dim = expanded.args[0].args  # type: ignore[union-attr]
@@ -170,6 +173,15 @@ def _before_repeat(repeated: fx.Node) -> fx.Node | None:
         and same_size(before[1] * wide[2], after[1])
     )
     return source if is_head_repeat else None  # type: ignore[return-value]
+
+
+def _is_reshape(node: fx.Node) -> bool:
+    return is_op(node, aten.reshape, aten.view, aten._unsafe_view)
+
+
+def _before_copy(node: Any) -> Any:
+    """What a reshape reads, which may be spelt as a copy that is then viewed."""
+    return node.args[0] if is_op(node, aten.clone) else node
 
 
 def _over_keys(softmax: fx.Node) -> bool:

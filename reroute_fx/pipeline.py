@@ -25,6 +25,7 @@ from .passes import (
     ExposeStreams,
     FindLayers,
     FindStates,
+    FoldHeads,
     GridInputs,
     InsertSelection,
     ModelGraph,
@@ -43,6 +44,7 @@ from .passes import (
     run_passes,
     to_program,
 )
+from .passes.graph_edit import value
 
 
 def route(
@@ -176,13 +178,17 @@ def continuation(
         MatchError: the graph is no decoder that can be routed.
     """
     graph, _ = run_passes(exported_program, find_passes(num_layers))
-    edit_graph(graph, _following_passes(stage_starts, positions, streams))
+    edit_graph(graph, _following_passes(graph, stage_starts, positions, streams))
     return to_program(graph, exported_program)
 
 
-def _following_passes(stage_starts: Sequence[int], positions: str, streams: bool) -> list[Pass]:
+def _following_passes(
+    graph: ModelGraph, stage_starts: Sequence[int], positions: str, streams: bool
+) -> list[Pass]:
     numbering: list[Pass] = [NumberStages(stage_starts)] if positions == "contiguous" else []
-    return [*numbering, AttendToCache(stage_starts), *_stream_passes(streams)]
+    # The fused kernel for CPUs takes groups and a mask: folding saves nothing there, and costs a larger mask.
+    folding: list[Pass] = [FoldHeads()] if value(graph.inputs[0]).device.type == "cuda" else []
+    return [*numbering, AttendToCache(stage_starts), *folding, *_stream_passes(streams)]
 
 
 def unrouted(exported_program: ExportedProgram, num_layers: int | None = None) -> ExportedProgram:
@@ -239,7 +245,7 @@ class _Programs:
 
     def _following(self, stage_starts: tuple[int, ...], positions: str, streams: bool) -> ExportedProgram:
         graph = self._graph.copy()
-        edit_graph(graph, _following_passes(stage_starts, positions, streams))
+        edit_graph(graph, _following_passes(graph, stage_starts, positions, streams))
         return to_program(graph, self._trace)
 
 

@@ -104,6 +104,22 @@ def test_both_actions_are_the_same_to_the_bit():
     assert torch.equal(first, second)
 
 
+def test_keys_are_cached_before_they_are_repeated():
+    """Two query heads share keys. What is cached fits the rows of a pool, which go by the config."""
+    model, inputs = routed_model(FAMILY, ROUTING), batch(FAMILY, *SINGLE)
+    text = model.config.text_config
+    assert text.num_attention_heads == 2 * text.num_key_value_heads
+    first, again = model(**inputs), model(**inputs)
+    held = [states for layer in first.past_key_values.layers for states in (layer.keys, layer.values)]
+    assert {states.shape[1] for states in held} == {text.num_key_value_heads}
+    pool = reroute_fx.SlotPool(model, rows=2, capacity=64)
+    pool.write(pool.claim(), first)
+    token = torch.tensor([[5]])
+    expected = model(input_ids=token, past_key_values=again.past_key_values).logits[0, -1]
+    found = pool.step(torch.tensor([5, 5]), [True, False])[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_nothing_is_added_without_pictures():
     """As embeddings without pictures a prompt with visual tokens has no such features, in the model neither."""
     model, routed = unrouted_model(FAMILY), routed_model(FAMILY, EVERYTHING)

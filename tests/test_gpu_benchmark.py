@@ -17,7 +17,7 @@ import reroute_fx
 from reroute_fx import RoutingConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SECTIONS = ("checks", "models", "kernels", "artifacts")
+SECTIONS = ("checks", "models", "kernels", "attention", "artifacts")
 TIMES = ("first_token", "first_token_without_tower", "decode_step", "generate")
 
 
@@ -59,7 +59,7 @@ class Clock:
 
 
 TITLES = [f"models {name}, batch {batch}" for name in ("llava-1.5-7b", "qwen2.5-vl-7b") for batch in (8, 1)]
-ORDER = ["checks", *TITLES[:2], "kernels", *TITLES[2:], "artifacts"]
+ORDER = ["checks", *TITLES[:2], "kernels", "attention", *TITLES[2:], "artifacts"]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,17 @@ def test_kernels_were_measured(record):
     assert set(rows) == {"visual_scores", "select_tokens", "compact_tokens", "restore_tokens_"}
     for row in rows.values():
         assert min(row.values()) > 0
+
+
+@DRY_RUN
+def test_attention_was_measured_as_programs_name_it_and_as_pytorch_chooses(record):
+    (rows,) = record["attention"].values()
+    assert set(rows) == {"prompt", "prompt, active tokens", "step", "step, groups not folded"}
+    for row in rows.values():
+        assert row["largest_difference"] < 1e-5
+        for choice in (row["pinned"], row["default"]):
+            assert len(choice["new_lengths_microseconds"]) == 12
+            assert min(choice["microseconds"], *choice["new_lengths_microseconds"]) > 0
 
 
 @DRY_RUN

@@ -31,6 +31,7 @@ class RoutingReport:
         source: what the model was taken out of, in words; empty if it came as it is.
         backend: name of the backend, if lowered.
         operators: which implementation of the `reroute::` operators runs, and why.
+        attention: kernels of attention that were chosen for a GPU, by program; empty where PyTorch chooses.
         seconds: wall-clock seconds by phase; what another model has, too, took them when it was made.
         compilations: how often calls of each program compiled a region so far. Programs have regions in common.
         reaches: what the tokens of each layer see; empty if not known.
@@ -46,6 +47,7 @@ class RoutingReport:
     operators: str = ""
     visual_tokens: int = REFERENCE_TOKENS
     text_tokens: int = REFERENCE_TEXT
+    attention: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     compilations: dict[str, int] = field(default_factory=dict)
     reaches: tuple[Reach, ...] = ()
@@ -102,6 +104,7 @@ class RoutingReport:
             "source": self.source,
             "backend": self.backend,
             "operators": self.operators,
+            "attention": dict(self.attention),
             "config": self.config.to_dict(),
             "visual_tokens": self.visual_tokens,
             "text_tokens": self.text_tokens,
@@ -135,6 +138,9 @@ class RoutingReport:
             parts.append(Text(f"Not counted: {', '.join(self.uncounted)}.", style="bold"))
         if self.operators:
             parts.append(Text(f"Operators: {self.operators}"))
+        if self.attention:
+            chosen = "; ".join(f"{program} {kernels}" for program, kernels in self.attention.items())
+            parts.append(Text(f"Attention: {chosen}"))
         if self.seconds:
             parts.append(Text("  ".join(f"{phase} {s:.1f} s" for phase, s in self.seconds.items())))
         if self.compilations:

@@ -35,6 +35,7 @@ class Executable:
         backend: name of the backend.
         regions: calls of compiled regions in one run; 0 on `eager`.
         distinct_regions: functions that are compiled for them.
+        attention: kernels of attention that were chosen for a GPU; empty where PyTorch chooses.
         cuda_graphs: replays calls of kinds that came before; None if every call is launched anew.
         show_progress: whether the first call shows on the terminal what is being compiled.
     """
@@ -45,14 +46,17 @@ class Executable:
         self.backend = backend
         self.regions = 0
         self.distinct_regions = 0
+        self.attention: tuple[str, ...] = ()
         self.cuda_graphs: CudaGraphs | None = None
         self.show_progress = False
         self._compiled = compiled_regions.Compilations()
         self._has_run = False
         self._module = program.graph_module
         self._device = program_device(program)
-        self._state = {**program.state_dict, **program.constants}
-        self._inputs = [(s.kind, s.arg.name, s.target) for s in program.graph_signature.input_specs]
+        state = {**program.state_dict, **program.constants}
+        specs = program.graph_signature.input_specs
+        self._weights = [None if s.kind is InputKind.USER_INPUT else state[s.target] for s in specs]
+        self._places = [(i, s.arg.name) for i, s in enumerate(specs) if s.kind is InputKind.USER_INPUT]
         self._out_spec = program.call_spec.out_spec
 
     @property
@@ -69,10 +73,9 @@ class Executable:
     @torch.no_grad()
     def __call__(self, **inputs: torch.Tensor) -> Any:
         """Run on contiguous inputs; returns what the program returns."""
-        flat = [
-            inputs[name] if kind is InputKind.USER_INPUT else self._state[target]
-            for kind, name, target in self._inputs
-        ]
+        flat: list[Any] = list(self._weights)
+        for place, name in self._places:
+            flat[place] = inputs[name]
         before, start = self.compilations, time.perf_counter()
         with self._compiled.counted(), self._progress(), on_device(self._device):
             result = pytree.tree_unflatten((self.cuda_graphs or self._module)(*flat), self._out_spec)
@@ -97,10 +100,9 @@ class Executable:
 
     def _record_graphs(self, program: ExportedProgram, recorder: Recorder) -> None:
         written = written_inputs(program)
-        roles: list[Role] = [
-            "parameter" if kind is not InputKind.USER_INPUT else "cache" if name in written else "input"
-            for kind, name, _ in self._inputs
-        ]
+        roles: list[Role] = ["parameter"] * len(self._weights)
+        for place, name in self._places:
+            roles[place] = "cache" if name in written else "input"
         self.cuda_graphs = CudaGraphs(self._module, roles, recorder)
 
     def _tell(self, compilations: int, seconds: float, inputs: dict[str, torch.Tensor]) -> None:
@@ -149,7 +151,9 @@ def lower(
         return lower_tensorrt(program, name, limits)
     executable = Executable(program, backend, name)
     if backend == "inductor":
-        regions = compiled_regions.lower(program.graph_module, executable._device, dynamic)
+        regions, executable.attention = compiled_regions.lower(
+            program.graph_module, executable._device, dynamic
+        )
         executable._module = regions.module
         executable.regions, executable.distinct_regions = regions.calls, len(regions.compiled)
         executable.show_progress = show_progress

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from ..passes.graph_edit import memory_order
+from ..passes.graph_edit import expression, memory_order
 
 aten = torch.ops.aten
 _FEW = 10
@@ -33,7 +33,8 @@ class Regions:
     """A graph whose calls are regions.
 
     Attributes:
-        module: the outer graph module; inputs and outputs as before.
+        module: the outer graph module; inputs and outputs as before. ``meta["sizes"]`` of a call are those of its
+            inputs: calls of one region for which they are equal are of equal sizes in every run.
         calls: calls of compiled regions in the graph.
         compiled: what is called for them, one for each distinct region.
         others: what is called for the regions that are not compiled.
@@ -129,6 +130,7 @@ class _Outer:
 
     def call(self, function: Callable[..., Any], region: "_Region") -> None:
         call = self.graph.call_function(function, tuple(self._input(n) for n in region.inputs))
+        call.meta["sizes"] = tuple(_sizes(n) for n in region.inputs)
         for i, node in enumerate(region.outputs):
             self.new[node] = self.graph.call_function(operator.getitem, (call, i))
 
@@ -196,6 +198,12 @@ def region_key(graph: fx.Graph) -> str:
 def device_key(region: fx.GraphModule, device: torch.device) -> str:
     """Equal for regions for which the same code is compiled on `device`."""
     return f"{device} {region_key(region.graph)}"
+
+
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
+    """Sizes of a value of a program, in its symbols."""
+    fake = node.meta.get("val")
+    return tuple(map(expression, fake.shape if isinstance(fake, torch.Tensor) else (fake,)))
 
 
 def _find(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:

@@ -121,7 +121,12 @@ class RoutedModel(torch.nn.Module):
         }
         seconds = {**self._report.seconds, **compiling, **self._first_call_seconds}
         compilations = {name: program.compilations for name, program in programs.items()}
-        return replace(self._report, seconds=seconds, compilations=compilations)
+        attention = {
+            name: ", ".join(program.attention)
+            for name, program in programs.items()
+            if isinstance(program, Executable) and program.attention
+        }
+        return replace(self._report, seconds=seconds, compilations=compilations, attention=attention)
 
     @one_at_a_time
     def routed_forward(self, unrouted: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

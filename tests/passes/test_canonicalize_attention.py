@@ -154,11 +154,20 @@ def interleaved(tensor, times):
     return tensor.repeat_interleave(times, dim=1)
 
 
+def copied(tensor, times):
+    """What `reshape` is traced to where the tensor is laid out such that it has to copy."""
+    batch, heads, length, width = tensor.shape
+    wide = tensor.unsqueeze(2).expand(batch, heads, times, length, width)
+    return wide.clone(memory_format=torch.contiguous_format).view(batch, heads * times, length, width)
+
+
 def grouped(query, key, value, mask):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
-@pytest.mark.parametrize("attend", [repeats(unsqueezed_from_the_end), repeats(interleaved), grouped])
+@pytest.mark.parametrize(
+    "attend", [repeats(unsqueezed_from_the_end), repeats(interleaved), repeats(copied), grouped]
+)
 def test_keys_are_those_before_the_repeat(toy, attentions, attend):
     module, program = attentions(attend, kv_heads=2)
     graph, _, nodes = canonicalize(toy, program)
@@ -172,11 +181,17 @@ def tiled(tensor, times):
     return wide.reshape(batch, heads * times, length, width)
 
 
+def tiled_by_copy(tensor, times):
+    batch, heads, length, width = tensor.shape
+    wide = tensor[:, None].expand(batch, times, heads, length, width)
+    return wide.clone(memory_format=torch.contiguous_format).view(batch, heads * times, length, width)
+
+
 def tiled_by_repeat(tensor, times):
     return tensor.repeat(1, times, 1, 1)
 
 
-@pytest.mark.parametrize("tile", [tiled, tiled_by_repeat])
+@pytest.mark.parametrize("tile", [tiled, tiled_by_copy, tiled_by_repeat])
 def test_tiled_keys_are_refused(toy, attentions, tile):
     """Query head h reads key head h % Hkv here, which no cache of Hkv heads can serve as grouped attention."""
     _, program = attentions(repeats(tile), kv_heads=2)

@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from ...errors import BackendUnavailableError, CaptureError
 from ...passes.graph_edit import hint, memory_order
+from ..attention_kernels import pin_attention
 from ..call_schedule import CallSchedule
 from ..device import check_cuda_toolkit
 from ..example_sizes import ExampleSizes
@@ -99,6 +100,7 @@ def _compile(region: fx.GraphModule, device: torch.device) -> bytes:
         {dim: Dim.AUTO for dim, size in enumerate(shape) if not isinstance(size, int)} for shape in shapes
     )
     use_implementations(region, device)
+    pin_attention(region, device)
     with torch.no_grad():
         exported = torch.export.export(
             _RegionModule(region), examples, dynamic_shapes=(dynamic,), strict=False

@@ -1,14 +1,16 @@
 """The `inductor` backend: each distinct region is compiled when it is first called, for any numbers of rows.
 
 The compiler is handed the sizes as they were exported: widths are numbers, numbers of rows are symbols. What it takes
-for granted of the symbols is checked at each call, and a region is compiled again for sizes of which it doesn't hold.
+for granted of the symbols is checked, and a region is compiled again for sizes of which it doesn't hold. In a run that
+is done once for all calls of a region that are of equal sizes, such as the layers of a stage.
 """
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import standalone_compile
 
+from ..attention_kernels import pin_attention
 from ..implementations import use_implementations
 from ..regions import Regions, device_key, share_regions
 from .sizes import Sizes
 
-_regions: dict[str, Callable[..., Any]] = {}
+_regions: dict[str, "_CompiledRegion"] = {}
 """Those of this process that take any sizes: other tiers of a model, and other models, have layers in common."""
 
 
@@ -53,18 +56,46 @@ _counting = Compilations()
 """Of the program that runs. Regions don't know which one calls them."""
 
 
-def lower(module: fx.GraphModule, device: torch.device, dynamic: bool) -> Regions:
-    """Graph module whose regions are compiled for `device` at their first call, by whichever program."""
+def lower(module: fx.GraphModule, device: torch.device, dynamic: bool) -> tuple[Regions, tuple[str, ...]]:
+    """Graph module whose regions are compiled for `device` at their first call, by whichever program.
+
+    Returns:
+        The regions, and the kernels of attention that were chosen in them, each once.
+    """
+    compiled: list[_CompiledRegion] = []
 
     def compile_region(region: fx.GraphModule) -> Callable[..., Any]:
-        if not dynamic:
-            return _CompiledRegion(region, device, dynamic)
-        key = device_key(region, device)
-        if key not in _regions:
-            _regions[key] = _CompiledRegion(region, device, dynamic)
-        return _regions[key]
+        compiled.append(_shared(region, device) if dynamic else _CompiledRegion(region, device, dynamic))
+        return compiled[-1]
 
-    return share_regions(module, compile_region, lambda region: use_implementations(region, device).forward)
+    regions = share_regions(
+        module, compile_region, lambda region: use_implementations(region, device).forward
+    )
+    _choose_once(regions.module, dict(zip(regions.compiled, compiled, strict=True)))
+    return regions, tuple(dict.fromkeys(kernel for region in compiled for kernel in region.attention))
+
+
+def _shared(region: fx.GraphModule, device: torch.device) -> "_CompiledRegion":
+    key = device_key(region, device)
+    if key not in _regions:
+        _regions[key] = _CompiledRegion(region, device, dynamic=True)
+    return _regions[key]
+
+
+def _choose_once(module: fx.GraphModule, compiled: Mapping[Any, "_CompiledRegion"]) -> None:
+    """Check sizes once for all calls of a region that are of equal sizes.
+
+    Before: ``%a = region_1(%x, ...)``, ``%b = region_1(%a, ...)``
+    After:  ``%chosen = choose(%x, ...)``, ``%a = %chosen(%x, ...)``, ``%b = %chosen(%a, ...)``
+    """
+    chosen: dict[Any, fx.Node] = {}
+    for call in [n for n in module.graph.nodes if n.target in compiled]:
+        kind = call.target, call.meta["sizes"]
+        if kind not in chosen:
+            with module.graph.inserting_before(call):
+                chosen[kind] = module.graph.call_function(compiled[call.target].choose, call.args)
+        call.op, call.target, call.args = "call_method", "__call__", (chosen[kind], *call.args)
+    module.recompile()
 
 
 class _CompiledRegion:
@@ -73,21 +104,26 @@ class _CompiledRegion:
     def __init__(self, region: fx.GraphModule, device: torch.device, dynamic: bool) -> None:
         self.values = [node.meta["val"] for node in region.graph.find_nodes(op="placeholder")]
         self.region = use_implementations(copy.deepcopy(region), device)
+        self.attention = pin_attention(self.region, device)
         self.dynamic = dynamic
         self.compiled: list[tuple[Sizes, Callable[..., Any]]] = []
 
     def __call__(self, *inputs: Any) -> Any:
+        return self.choose(*inputs)(*inputs)
+
+    def choose(self, *inputs: Any) -> Callable[..., Any]:
+        """What runs on `inputs`, and on any others of their sizes; compiled now if nothing does yet."""
         for sizes, run in self.compiled:
             numbers = sizes.numbers(inputs)
             if sizes.hold(numbers):
-                return run(*(numbers if sizes.symbols else ()), *inputs)
+                return partial(run, *numbers) if sizes.symbols else run
         start = time.perf_counter()
         self.compiled.append(self._compile(inputs))
         _counting.regions += 1
         _counting.seconds += time.perf_counter() - start
         if _counting.on_region:
             _counting.on_region()
-        return self(*inputs)
+        return self.choose(*inputs)
 
     def _compile(self, inputs: tuple[Any, ...]) -> tuple[Sizes, Callable[..., Any]]:
         sizes = Sizes(self.values, inputs, self.dynamic)
