@@ -23,8 +23,10 @@ class Prompts:
     visual: int
 
     @classmethod
-    def random(cls, batch: int, visual: int, text: int, width: int) -> "Prompts":
-        return cls(torch.randn(batch, visual + text, width), visual)
+    def random(
+        cls, batch: int, visual: int, text: int, width: int, dtype: torch.dtype = torch.float32
+    ) -> "Prompts":
+        return cls(torch.randn(batch, visual + text, width, dtype=dtype), visual)
 
     @property
     def positions(self) -> torch.Tensor:
@@ -83,9 +85,14 @@ class Floor:
         self.rows = [t + self.length - prompts.visual for t in tokens]
         self.scored = config.decision_layers
         heads, head_dim = decoder.config.num_attention_heads, decoder.config.head_dim
-        self.states = {n: torch.randn(self.batch, n, width) for n in {self.length, *self.rows}}
-        self.wide = {n: torch.randn(self.batch, n, decoder.config.intermediate_size) for n in self.states}
-        self.queries = {n: torch.randn(self.batch, heads, n, head_dim) for n in self.states}
+        counts = {self.length, *self.rows}
+
+        def states(*sizes: int) -> torch.Tensor:
+            return torch.randn(self.batch, *sizes, dtype=prompts.embeds.dtype)
+
+        self.states = {n: states(n, width) for n in counts}
+        self.wide = {n: states(n, decoder.config.intermediate_size) for n in counts}
+        self.queries = {n: states(heads, n, head_dim) for n in counts}
 
     @torch.no_grad()
     def __call__(self) -> None:

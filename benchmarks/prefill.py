@@ -1,19 +1,21 @@
 """Prefill of a 32-layer LLaVA decoder: eager, compiled, and routed at each tier, alternating in one run.
 
-    python benchmarks/prefill.py [--num-iters 15] [--width 1024] [--output-json prefill_cpu.json]
+    python benchmarks/prefill.py [--num-iters 15] [--width 1024] [--weights bfloat16] [--output-json prefill_cpu.json]
 
 Baselines: the Hugging Face decoder in eager mode, the same decoder under `torch.compile`, and the captured
 decoder through this project's compiler without routing. All fill a key-value cache. The routing efficiency is
 the measured speed-up over the *faster* compiled baseline divided by the theoretical FLOP ratio, scoring
 counted. The floor of a tier is its matrix products and its attention alone, at the rows that its layers have.
-Each graph-level saving is switched at tier 128. Peak memory is read from the kernel, each contender in a process
-of its own.
+Each graph-level saving is switched at tier 128. Weights are float32, bfloat16, or int8 with a scale for each output
+(torchao's weight-only) where all else is bfloat16. Peak memory is read from the kernel, each contender in a process of
+its own.
 """
 
 import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -23,7 +25,6 @@ from models import build
 from record import (
     RESULTS,
     NumIters,
-    OutputJson,
     alternate,
     first_calls,
     measure_memory,
@@ -35,6 +36,7 @@ from record import (
 )
 from rich.console import Console
 from rich.table import Table
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import LlavaForConditionalGeneration
 
 from reroute_fx import RoutingConfig, Savings
@@ -45,14 +47,24 @@ VISUAL, TEXT = 576, 40
 TIERS = (192, 128, 64)
 COMPILED = ("torch.compile", "compiled unrouted")
 SWITCHED = 128
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+"""Of the activations, for each kind of weights."""
 SAVINGS = {
     "not in place": Savings(restore_in_place=False),
 }
 
 
+def with_weights(model: LlavaForConditionalGeneration, weights: str) -> LlavaForConditionalGeneration:
+    """The model with another kind of weights; changed in place."""
+    model = model.to(DTYPES[weights])
+    if weights == "int8":
+        quantize_(model.model.language_model, Int8WeightOnlyConfig())
+    return model
+
+
 def contenders(model: LlavaForConditionalGeneration) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     """What is measured, and the report of each routed contender."""
-    prompts = Prompts.random(1, VISUAL, TEXT, model.config.text_config.hidden_size)
+    prompts = Prompts.random(1, VISUAL, TEXT, model.config.text_config.hidden_size, model.dtype)
     decoder, captured = model.model.language_model, capture_decoder(model)
 
     def hugging_face(run: Callable[..., Any]) -> Callable[[], Any]:
@@ -82,17 +94,31 @@ def main(
     num_iters: NumIters = 15,
     width: Annotated[int, typer.Option(help="hidden size")] = 1024,
     layers: Annotated[int, typer.Option(help="decoder layers")] = 32,
-    output_json: OutputJson = RESULTS / "prefill_cpu.json",
+    weights: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
+    output_json: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="for what was measured",
+            show_default="benchmarks/results/prefill_cpu.json, or prefill_cpu_bfloat16.json",
+        ),
+    ] = None,
     memory: Annotated[bool, typer.Option(help="measure peak memory too")] = True,
     memory_of: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure, and write what was measured."""
+    if weights not in DTYPES:
+        raise typer.BadParameter(f"--weights is {weights!r}; expected one of {list(DTYPES)}")
+    if output_json is None:
+        output_json = RESULTS / (
+            "prefill_cpu.json" if weights == "float32" else f"prefill_cpu_{weights}.json"
+        )
     if not memory_of:
         # An empty cache, so that first calls are cold; the processes that measure memory inherit it.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="prefill_")
     settle_cpu_math()
     torch._logging.set_logs(all=40)
-    runs, reports = contenders(build(width, layers))
+    runs, reports = contenders(with_weights(build(width, layers), weights))
     if memory_of:
         print(measure_memory(runs[memory_of]))
         return
@@ -113,7 +139,8 @@ def main(
         if floor != name and floor in samples:
             row["above_floor"] = ratio(samples[name], samples[floor])
         if memory and not name.startswith("floor") and "," not in name:
-            arguments = ["--width", str(width), "--layers", str(layers), "--memory-of", name]
+            arguments = ["--width", str(width), "--layers", str(layers), "--weights", weights]
+            arguments += ["--memory-of", name]
             row["peak_memory_mib"] = peak_memory(__file__, arguments) / 2**20
         rows[name] = row
     setting = {
@@ -121,7 +148,8 @@ def main(
         "layers": layers,
         "visual_tokens": VISUAL,
         "text_tokens": TEXT,
-        "dtype": "float32",
+        "weights": weights,
+        "dtype": str(DTYPES[weights]).removeprefix("torch."),
     }
     record = {"setting": setting, "compiled_baseline": baseline, "rows": rows, "seconds": samples}
     path = save(output_json, record)

@@ -27,6 +27,7 @@ from .lowering import (
     CudaRecorder,
     Executable,
     TensorRTProgram,
+    ask_early,
     check_backend,
     check_device,
     check_tensorrt,
@@ -121,6 +122,8 @@ def compile(
         model, decoder, config, tier=tier, method=method, action=action, schedule=schedule, pool=pool
     )
     settle_cpu_math()
+    if backend == "inductor":
+        ask_early(decoder.device)
     with _status(progress, "capturing the decoder"):
         captured = capture_decoder(model)
     _check_positions(config, captured)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ ORDER = ["checks", *TITLES[:2], "kernels", "attention", *TITLES[2:], "artifacts"
         (540, SECTIONS, ["artifacts"]),
         (240, SECTIONS, ["models llava-1.5-7b, batch 1", *TITLES[2:], "artifacts"]),
         (41, ["checks", "kernels"], ["kernels"]),
-        (31, ["kernels", "checks"], ["checks"]),
+        (81, ["kernels", "models"], TITLES),
     ],
 )
 def test_what_matters_most_comes_first_and_what_is_left_out_is_told(gpu, seconds, sections, left_out):
@@ -117,8 +118,54 @@ def test_it_imports_what_the_package_depends_on_and_nothing_else():
             left += found & own.keys()
     dependencies = metadata.requires("reroute-fx")
     needed = {re.match(r"[\w-]+", line)[0] for line in dependencies if "extra ==" not in line}
-    # Tokenizers come with transformers.
-    assert seen - own.keys() - set(sys.stdlib_module_names) <= needed | {"reroute_fx", "tokenizers"}
+    # Tokenizers come with transformers, and Triton with torch where there is a GPU.
+    assert seen - own.keys() - set(sys.stdlib_module_names) <= needed | {"reroute_fx", "tokenizers", "triton"}
+
+
+def test_many_launches_are_timed_as_one(benchmark_module, monkeypatch):
+    """With a stand-in clock, on which a launch takes a microsecond. Inputs take turns."""
+    measuring, called = benchmark_module("gpu_kernels"), []
+
+    def seconds(run):
+        before = len(called)
+        run()
+        return 1e-6 * (len(called) - before)
+
+    monkeypatch.setattr(measuring, "call_seconds", seconds)
+    runs = [functools.partial(called.append, number) for number in range(3)]
+    assert measuring.launch_seconds(runs, torch.device("cpu")) == pytest.approx(1e-6)
+    assert measuring.LAUNCHES >= 20
+    assert called[: measuring.LAUNCHES] == [number % 3 for number in range(measuring.LAUNCHES)]
+
+
+def test_launches_have_inputs_of_their_own_until_the_cache_is_full(benchmark_module, monkeypatch):
+    measuring = benchmark_module("gpu_kernels")
+    monkeypatch.setattr(measuring, "_arguments", lambda name, shape, device, dtype, seed: seed)
+    properties = SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def sets(name, batch, visual):
+        shape = measuring.Shape("", batch, visual, 64, 4096, 32, 32, 128, 0.25)
+        return len(measuring._sets(name, shape, torch.device("cuda"), torch.bfloat16))
+
+    assert sets("select_tokens", 1, 576) == measuring.LAUNCHES
+    assert sets("compact_tokens", 1, 576) == measuring.LAUNCHES
+    # 8 * 208 rows of 8 KiB are read and written, 26 MiB, and their angles, 1.6 MiB: six of them are three caches.
+    assert sets("compact_tokens", 8, 576) == 6
+    assert sets("compact_tokens", 32, 2304) == 3
+
+
+@pytest.mark.full("20 s: a compiler runs; the dry run does it too")
+def test_what_inductor_runs_is_the_operator(benchmark_module):
+    measuring, cpu = benchmark_module("gpu_kernels"), torch.device("cpu")
+    (shape,) = measuring.kernel_shapes(tiny=True)
+    for name in measuring.COMPILED:
+        arguments = measuring._arguments(name, replace(shape, visual=64, text=9), cpu, torch.float32, seed=1)
+        region = measuring._compiled(name, replace(shape, batch=3), cpu, torch.float32)
+        expected = getattr(torch.ops.reroute, name)(*arguments)
+        expected = [expected] if isinstance(expected, torch.Tensor) else expected
+        torch.testing.assert_close(list(region(*measuring._tensors(name, arguments))), list(expected))
+        assert len(region.compiled) == 1
 
 
 @DRY_RUN
@@ -140,8 +187,9 @@ def test_checks_were_made(record):
 def test_kernels_were_measured(record):
     (rows,) = record["kernels"].values()
     assert set(rows) == {"visual_scores", "select_tokens", "compact_tokens", "restore_tokens_"}
-    for row in rows.values():
+    for name, row in rows.items():
         assert min(row.values()) > 0
+        assert ("inductor_microseconds" in row) == (name != "restore_tokens_")
 
 
 @DRY_RUN

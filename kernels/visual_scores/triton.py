@@ -12,8 +12,12 @@ from torch.library import triton_op, wrap_triton
 
 BLOCK_KEYS = 64
 """Keys of a split."""
-BLOCK_TOKENS = 64
+BLOCK_TOKENS = 16
 """Visual tokens that one program of the second kernel averages."""
+BLOCK_HEADS = 32
+"""Heads that it reads at once, so that it waits for memory once and not once for each."""
+BLOCK_SPLITS = 32
+"""Splits that it joins at once."""
 
 
 @triton.jit
@@ -62,16 +66,21 @@ def _split_logits(
 
 
 @triton.jit
-def _join_splits(maxima, sums, splits, BLOCK_SPLITS: tl.constexpr):
-    """Maximum and sum of exponentials over all splits of one head. The first split has a token always."""
-    maximum = tl.load(maxima)
-    total = 0.0
+def _join_splits(maxima, sums, is_head, splits, BLOCK_SPLITS: tl.constexpr):
+    """Maximum and sum of exponentials over all splits of each head; 0 and 1 of what is no head.
+
+    `maxima` and `sums` point at the first split of each head, which has a token always.
+    """
+    maximum = tl.load(maxima, mask=is_head, other=0.0)
+    total = tl.where(is_head, 0.0, 1.0)
     for first in range(0, splits, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)
-        of_split = tl.load(maxima + split, mask=split < splits, other=float("-inf"))
-        partial = tl.load(sums + split, mask=split < splits, other=0.0)
-        higher = tl.maximum(maximum, tl.max(of_split, axis=0))
-        total = total * tl.exp(maximum - higher) + tl.sum(partial * tl.exp(of_split - higher), axis=0)
+        is_split = is_head[:, None] & (split < splits)[None, :]
+        of_split = tl.load(maxima[:, None] + split[None, :], mask=is_split, other=float("-inf"))
+        partial = tl.load(sums[:, None] + split[None, :], mask=is_split, other=0.0)
+        higher = tl.maximum(maximum, tl.max(of_split, axis=1))
+        total *= tl.exp(maximum - higher)
+        total += tl.sum(partial * tl.exp(of_split - higher[:, None]), axis=1)
         maximum = higher
     return maximum, total
 
@@ -89,19 +98,25 @@ def _mean_over_heads(
     splits,
     tokens,
     BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """Softmax over the whole row at the visual positions, averaged over heads."""
+    """Softmax over the whole row at the visual positions, averaged over heads, a block of them at a time."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     row = tl.program_id(1).to(tl.int64)
     index = tl.load(visual_index + row * tokens + token, mask=token < tokens, other=length)
     is_token = index < tl.load(lengths + row)
     mean = tl.zeros([BLOCK_TOKENS], dtype=tl.float32)
-    for member in range(heads):
+    for first in range(0, heads, BLOCK_HEADS):
+        member = first + tl.arange(0, BLOCK_HEADS)
+        is_head = member < heads
         head = row * heads + member
-        maximum, total = _join_splits(maxima + head * splits, sums + head * splits, splits, BLOCK_SPLITS)
-        logit = tl.load(logits + head * length + index, mask=is_token, other=float("-inf"))
-        mean += tl.exp(logit - maximum) / total
+        maximum, total = _join_splits(
+            maxima + head * splits, sums + head * splits, is_head, splits, BLOCK_SPLITS
+        )
+        place = head[:, None] * length + index[None, :]
+        logit = tl.load(logits + place, mask=is_head[:, None] & is_token[None, :], other=float("-inf"))
+        mean += tl.sum(tl.exp(logit - maximum[:, None]) / total[:, None], axis=0)
     score = tl.where(is_token, mean / heads, float("-inf"))
     tl.store(scores + row * tokens + token, score, mask=token < tokens)
 
@@ -153,6 +168,7 @@ def visual_scores_triton(
         splits,
         tokens,
         BLOCK_TOKENS=BLOCK_TOKENS,
-        BLOCK_SPLITS=64,
+        BLOCK_HEADS=min(BLOCK_HEADS, triton.next_power_of_2(heads)),
+        BLOCK_SPLITS=BLOCK_SPLITS,
     )
     return scores

@@ -18,8 +18,9 @@ from .attention_forms import implementation_for
 from .copies import copy_sharing_weights
 from .fingerprint import Fingerprint
 from .layer_features import LayerFeatures, adding_features, find_layer_features
+from .packed_weights import with_plain_weights
 from .structure import structure_of, with_weights, without_weights
-from .tracing import outputs, quiet, with_plain_weights, without_writes
+from .tracing import outputs, quiet, without_writes
 from .unsupported_parts import refuse_unsupported_parts
 from .visual_tokens import find_visual_token_ids
 

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
-from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import InputKind
 from transformers.utils import logging
 
 
@@ -28,56 +26,6 @@ def without_writes(program: ExportedProgram) -> ExportedProgram:
         return program
     decomposed: ExportedProgram = program.run_decompositions({})
     return decomposed
-
-
-def with_plain_weights(program: ExportedProgram) -> ExportedProgram:
-    """The same program on the tensors that its packed weights are made of, which compilers take.
-
-    Before: ``access_subclass_inner_tensor(weight, "qdata")``. After: an input ``weight.qdata``.
-    """
-    module, signature = program.graph_module, program.graph_signature
-    specs, state = {spec.arg.name: spec for spec in signature.input_specs}, dict(program.state_dict)
-    opened = [node for node in module.graph.find_nodes(op="placeholder") if _is_only_opened(node)]
-    if not opened:
-        return program
-    parts: dict[str, fx.Node] = {}
-    while opened:
-        weight = opened.pop()
-        packed = specs.pop(weight.name)
-        tensor = state.pop(packed.target)
-        for use in list(weight.users):
-            name, target = f"{weight.name}_{use.args[1]}", f"{packed.target}.{use.args[1]}"
-            if name not in parts:
-                with module.graph.inserting_before(weight):
-                    parts[name] = module.graph.placeholder(name)
-                parts[name].meta = use.meta
-                specs[name] = InputSpec(InputKind.BUFFER, TensorArgument(name), target, persistent=True)
-                state[target] = getattr(tensor, use.args[1])
-            use.replace_all_uses_with(parts[name])
-            module.graph.erase_node(use)
-        module.graph.erase_node(weight)
-        # What a weight is packed from may be packed as well.
-        opened += [part for part in parts.values() if part not in opened and _is_only_opened(part)]
-    order = [specs[node.name] for node in module.graph.find_nodes(op="placeholder")]
-    module.recompile()
-    return ExportedProgram(
-        root=module,
-        graph=module.graph,
-        graph_signature=replace(signature, input_specs=order),
-        state_dict=state,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=None,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
-
-
-def _is_only_opened(weight: fx.Node) -> bool:
-    """Whether a packed weight is read part by part and not as a whole."""
-    return bool(weight.users) and all(
-        str(user.target) == "export.access_subclass_inner_tensor.default" for user in weight.users
-    )
 
 
 @torch.no_grad()

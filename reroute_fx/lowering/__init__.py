@@ -4,6 +4,7 @@ from .call_schedule import HIDDEN, CallSchedule, ScheduledProgram, as_executable
 from .cuda_graphs import CudaRecorder
 from .device import check_device, describe_operators
 from .executable import BACKENDS, Executable, check_backend, lower
+from .inductor.vector_units import ask_early
 from .tensorrt.engines import TensorRTProgram, check_tensorrt
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ScheduledProgram",
     "TensorRTProgram",
     "as_executable",
+    "ask_early",
     "check_backend",
     "check_device",
     "check_tensorrt",

@@ -87,15 +87,21 @@ def mean_over_heads(capability: int) -> Code:
     types = dict.fromkeys(("logits", "maxima", "sums", "scores"), "*fp32")
     types |= {"visual_index": "*i64", "lengths": "*i64"}
     types |= dict.fromkeys(("heads", "length", "splits", "tokens"), "i32")
-    return code(scores._mean_over_heads, types, capability, BLOCK_TOKENS=scores.BLOCK_TOKENS, BLOCK_SPLITS=64)
+    blocks = {name: getattr(scores, name) for name in ("BLOCK_TOKENS", "BLOCK_HEADS", "BLOCK_SPLITS")}
+    return code(scores._mean_over_heads, types, capability, **blocks)
 
 
-def selecting(kernel: Any, capability: int, several_pools: bool, **constants: Any) -> Code:
-    types = {"scores": "*fp32", "keep": "*i1", "kept": "*i1", "is_inactive": "*i8"}
-    types |= dict.fromkeys(("pools", "visual_index", "lengths", "positions"), "*i64")
+def rank(capability: int, several_pools: bool) -> Code:
+    types = {"scores": "*fp32", "keep": "*i1", "kept": "*i1", "pools": "*i64", "tokens": "i32"}
+    blocks = {name: getattr(select, name) for name in ("BLOCK", "BLOCK_OTHERS")}
+    return code(select._rank, types, capability, SEVERAL_POOLS=several_pools, **blocks)
+
+
+def place(capability: int) -> Code:
+    types = {"kept": "*i1"} | dict.fromkeys(("visual_index", "lengths", "positions"), "*i64")
     types |= dict.fromkeys(("tokens", "length", "slots"), "i32")
-    blocks = {"SEVERAL_POOLS": several_pools, "BLOCK": select.BLOCK, "BLOCK_OTHERS": select.BLOCK_OTHERS}
-    return code(kernel, types, capability, **blocks, **constants)
+    blocks = {name: getattr(select, name) for name in ("BLOCK_SLOTS", "BLOCK_TOKENS")}
+    return code(select._place, types, capability, **blocks)
 
 
 def everything(capability: int) -> dict[str, Code]:
@@ -107,13 +113,8 @@ def everything(capability: int) -> dict[str, Code]:
             made[f"split_logits {dtype} {group}"] = split_logits(dtype, capability, group)
         made[f"copy_rows {dtype} unaligned"] = copy_rows(dtype, capability, aligned=False)
         made[f"write_rows {dtype} unaligned"] = write_rows(dtype, capability, aligned=False)
-    for several in (False, True):
-        pools = "pools" if several else "pool"
-        for rank in (False, True):
-            made[f"place {pools} {'ranked' if rank else 'given'}"] = selecting(
-                select._place, capability, several, RANK=rank, BLOCK_PLACES=select.BLOCK_PLACES
-            )
-        made[f"rank {pools}"] = selecting(select._rank, capability, several)
+    made["rank pool"], made["rank pools"] = rank(capability, False), rank(capability, True)
+    made["place"] = place(capability)
     return made
 
 

@@ -5,10 +5,10 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
+from ptx_text import accesses
 from suite_tiers import share
 
 CAPABILITIES = (80, 90, 100)
@@ -32,11 +32,6 @@ def compiled(capability):
 def codes(request):
     """Code of all kernels for one GPU."""
     return compiled(request.param)
-
-
-def accesses(ptx, kind):
-    """How often memory is read (``ld``) or written (``st``), by width."""
-    return Counter(re.findall(rf"\b{kind}\.global(?:\.[a-z]+\w*::\w+)*\.((?:v\d\.)?[bufs]\d+)\b", ptx))
 
 
 def test_all_kernels_are_compiled(codes):

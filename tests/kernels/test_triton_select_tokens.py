@@ -22,21 +22,23 @@ BATCHES = {
     "no text, all kept": [(65, [(65, 65, 65)])],
     "text, all kept": [(80, [(65, 65, 65)]), (70, [(60, 60, 60)])],
     "nothing kept": [(80, [(65, 65, 0)])],
-    "more tokens than a block": [(200, [(kernels.BLOCK + 1, 110, 30)]), (190, [(90, 90, 5)])],
+    "more tokens than a block": [(200, [(kernels.BLOCK_OTHERS + 1, 110, 30)]), (190, [(90, 90, 5)])],
     "pools over blocks": [(300, [(100, 100, 30), (150, 150, 20)]), (290, [(20, 20, 5), (230, 230, 200)])],
 }
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=["one launch", "two launches", "small blocks", "small blocks, two launches"])
-def launches(request, monkeypatch):
-    if "two" in request.param:
-        monkeypatch.setattr(kernels, "ONE_LAUNCH", 0)
-    if "small" in request.param:
-        monkeypatch.setattr(kernels, "BLOCK", 32)
-        monkeypatch.setattr(kernels, "BLOCK_OTHERS", 64)
-        monkeypatch.setattr(kernels, "BLOCK_PLACES", 32)
+@pytest.fixture(params=["as they are", "small", "others smaller", "slots larger"])
+def blocks(request, monkeypatch):
+    """Sizes of the blocks."""
+    sizes = {
+        "small": {"BLOCK": 32, "BLOCK_OTHERS": 64, "BLOCK_SLOTS": 32, "BLOCK_TOKENS": 64},
+        "others smaller": {"BLOCK": 128, "BLOCK_OTHERS": 32},
+        "slots larger": {"BLOCK_SLOTS": 128, "BLOCK_TOKENS": 32},
+    }
+    for name, size in sizes.get(request.param, {}).items():
+        monkeypatch.setattr(kernels, name, size)
 
 
 def distinct(count, generator):
@@ -78,7 +80,7 @@ def assert_matches_reference(inputs):
 
 @singles("interpreted kernels are slow")
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.usefixtures("launches")
+@pytest.mark.usefixtures("blocks")
 def test_matches_reference(rows):
     assert_matches_reference(example(rows))
 
@@ -92,7 +94,7 @@ def test_padded_batches_of_other_dtypes(rows, dtype):
 @pairs("interpreted kernels are slow")
 @pytest.mark.parametrize("values", SCORES)
 @pytest.mark.parametrize("name", ["unequal rows", "several pools after a deletion", "pools over blocks"])
-@pytest.mark.usefixtures("launches")
+@pytest.mark.usefixtures("blocks")
 def test_ties_and_special_scores(name, values):
     assert_matches_reference(example(BATCHES[name], values, padding=1, more_slots=2, seed=2))
 
@@ -119,7 +121,7 @@ def test_nan_ranks_first_whatever_its_sign():
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (7, 8, 900), (0, 2**31, NO_TOKEN)])
-@pytest.mark.usefixtures("launches")
+@pytest.mark.usefixtures("blocks")
 def test_pools_may_have_any_numbers(numbers):
     *tensors, pools, length, slots = example([(40, [(2, 2, 1), (3, 2, 2), (4, 4, 3)])], seed=3)
     inputs = *tensors, torch.tensor(numbers)[pools], length, slots
@@ -141,23 +143,24 @@ def test_no_entries_at_all():
     assert_matches_reference((*inputs[:4], empty.long(), 10, 9))
 
 
-@pytest.mark.parametrize(
-    "length", [kernels.BLOCK_PLACES - 1, kernels.BLOCK_PLACES, kernels.BLOCK_PLACES + 1, 2500]
-)
-def test_streams_around_the_size_of_a_block(length):
-    assert_matches_reference(example([(length, [(300, 300, 40)]), (40, [(30, 20, 5)])], padding=7))
+@pytest.fixture
+def large_blocks(monkeypatch):
+    """Fewer and larger blocks: each costs the interpreter much the same."""
+    for name, size in {"BLOCK": 256, "BLOCK_OTHERS": 512, "BLOCK_SLOTS": 256, "BLOCK_TOKENS": 1024}.items():
+        monkeypatch.setattr(kernels, name, size)
 
 
-def test_more_tokens_than_one_launch_ranks(monkeypatch):
-    tokens = kernels.ONE_LAUNCH + 1
-    # Fewer and larger blocks: each costs the interpreter much the same.
-    monkeypatch.setattr(kernels, "BLOCK", 512)
-    monkeypatch.setattr(kernels, "BLOCK_OTHERS", 512)
-    generator = torch.Generator().manual_seed(4)
-    keep = torch.zeros(1, tokens, dtype=torch.bool)
-    keep[:, torch.randperm(tokens, generator=generator)[:100]] = True
-    scores, index = ties(tokens, generator)[None], torch.arange(tokens)[None]
-    assert_matches_reference((scores, index, torch.tensor([tokens]), keep, None, tokens, 100))
+@pytest.mark.parametrize("slots", [kernels.BLOCK_SLOTS + more for more in (-1, 0, 1)])
+def test_slots_around_the_size_of_a_block(slots):
+    assert_matches_reference(example([(slots + 30, [(40, 40, 10)]), (9, [(5, 5, 1)])], padding=7))
+
+
+@singles("interpreted kernels are slow")
+@pytest.mark.parametrize("values", SCORES)
+@pytest.mark.parametrize("tokens", [2304, 4096, 4097])
+@pytest.mark.usefixtures("large_blocks")
+def test_many_tokens(tokens, values):
+    assert_matches_reference(example([(tokens + 40, [(tokens, tokens, tokens // 4)])], values, seed=4))
 
 
 @pytest.mark.parametrize(
@@ -191,21 +194,48 @@ def batches(draw):
     return rows
 
 
-@examples(gate=6, full=25, reason="drawn sizes", derandomize=True)
+@examples(gate=6, full=40, reason="drawn sizes", derandomize=True)
 @given(
     rows=batches(),
     values=st.sampled_from(SCORES),
     padding=st.integers(0, 3),
     more_slots=st.integers(0, 3),
     seed=st.integers(0, 2**32),
-    one_launch=st.sampled_from([0, 64, 4096]),
-    block=st.sampled_from([16, 128]),
+    block=st.sampled_from([16, 32, 128]),
+    block_slots=st.sampled_from([4, 16, 64]),
 )
-def test_any_batch_matches_reference(rows, values, padding, more_slots, seed, one_launch, block):
+def test_any_batch_matches_reference(rows, values, padding, more_slots, seed, block, block_slots):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "ONE_LAUNCH", one_launch)
         patch.setattr(kernels, "BLOCK", block)
+        patch.setattr(kernels, "BLOCK_SLOTS", block_slots)
         assert_matches_reference(example(rows, values, padding, more_slots, seed=seed))
+
+
+@examples(gate=2, full=30, reason="long rows take the interpreter seconds", derandomize=True)
+@given(
+    tokens=st.integers(1, 4500),
+    kept=st.floats(0, 1),
+    text=st.integers(1, 60),
+    pools=st.integers(1, 3),
+    values=st.sampled_from(SCORES),
+    seed=st.integers(0, 2**32),
+)
+@pytest.mark.usefixtures("large_blocks")
+def test_rows_of_any_length_match_reference(tokens, kept, text, pools, values, seed):
+    sizes = [tokens // pools] * (pools - 1) + [tokens - tokens // pools * (pools - 1)]
+    row = (tokens + text, [(size, size, int(size * kept)) for size in sizes])
+    assert_matches_reference(example([row], values, seed=seed))
+
+
+@examples(gate=8, full=100, reason="drawn sizes", derandomize=True)
+@given(data=st.data(), tokens=st.integers(1, 60), dropped_before=st.integers(0, 5))
+def test_any_places_of_the_ranking_may_be_kept(data, tokens, dropped_before):
+    """Not only the first ones."""
+    keep = torch.tensor([data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))])
+    scores = torch.tensor([data.draw(st.lists(st.integers(-2, 2), min_size=tokens, max_size=tokens))]) / 2
+    index, length = torch.arange(tokens)[None] + dropped_before, tokens + dropped_before + 1
+    slots = length - int((~keep).sum())
+    assert_matches_reference((scores, index, torch.tensor([length]), keep, None, length, slots))
 
 
 def test_schema():

@@ -9,7 +9,7 @@ import pytest
 
 LAUNCHES = {
     "visual_scores": [["logits", "maxima", "sums"], ["scores"]],
-    "select_tokens": [["is_inactive", "kept", "positions"]],
+    "select_tokens": [["kept"], ["positions"]],
     "compact_tokens": [["result_0", "result_1", "result_2"]],
     "restore_tokens": [["stream"]],
 }

@@ -16,7 +16,8 @@ from reroute_fx.kernels.visual_scores import triton as kernels
 EPSILON = torch.finfo(torch.float32).eps
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MOST_SPLITS_AT_ONCE = 64
+MORE_SPLITS = kernels.BLOCK_KEYS * kernels.BLOCK_SPLITS + 100
+"""Places of which not all splits are joined at once."""
 
 # heads, key-value heads, places, head dimension, and for each row its length and its visual tokens
 SHAPES = (
@@ -26,9 +27,10 @@ SHAPES = (
     (7, 1, 63, 40, (63, 1), (40, 1)),
     (4, 4, 65, 80, (64, 65), (10, 0)),
     (14, 2, 200, 128, (200, 1), (129, 0)),
+    (40, 4, 70, 16, (70, 9), (17, 5)),
     (4, 2, 64, 100, (64,), (64,)),
     (2, 1, 40, 256, (40, 20), (0, 0)),
-    (1, 1, kernels.BLOCK_KEYS * MOST_SPLITS_AT_ONCE + 100, 2, (4196, 70), (90, 9)),
+    (1, 1, MORE_SPLITS, 2, (MORE_SPLITS, 70), (90, 9)),
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

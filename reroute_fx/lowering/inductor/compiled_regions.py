@@ -22,6 +22,7 @@ from ..attention_kernels import pin_attention
 from ..implementations import use_implementations
 from ..regions import Regions, device_key, share_regions
 from .sizes import Sizes
+from .vector_units import wait_for_answer
 
 _regions: dict[str, "_CompiledRegion"] = {}
 """Those of this process that take any sizes: other tiers of a model, and other models, have layers in common."""
@@ -126,6 +127,7 @@ class _CompiledRegion:
         return self.choose(*inputs)
 
     def _compile(self, inputs: tuple[Any, ...]) -> tuple[Sizes, Callable[..., Any]]:
+        wait_for_answer()
         sizes = Sizes(self.values, inputs, self.dynamic)
         run = _compile_graph(self.region, sizes)
         if sizes.hold(sizes.numbers(inputs)):
