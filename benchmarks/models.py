@@ -1,9 +1,11 @@
 """Models with random weights and the proportions of real ones, for benchmarks."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import (
+    AutoProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -11,6 +13,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+
+from reroute_fx.loading.models_by_name import CHECKPOINT
 
 
 def build(width: int, layers: int, image_size: int = 336) -> LlavaForConditionalGeneration:
@@ -37,6 +41,18 @@ def build(width: int, layers: int, image_size: int = 336) -> LlavaForConditional
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=999)
     return LlavaForConditionalGeneration(config).eval()
+
+
+def save_with_processor(folder: Path, width: int, layers: int) -> None:
+    """Write a model of `build` that can be served: in words of the model that ships, pictures in 576 tokens."""
+    model, processor = build(width, layers), AutoProcessor.from_pretrained(CHECKPOINT)
+    size, words = model.config.vision_config.image_size, processor.tokenizer
+    processor.image_processor.size = {"shortest_edge": size}
+    processor.image_processor.crop_size = {"height": size, "width": size}
+    model.resize_token_embeddings(len(words))
+    model.config.image_token_id = words.convert_tokens_to_ids(processor.image_token)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def build_qwen(width: int, layers: int) -> Qwen2_5_VLForConditionalGeneration:

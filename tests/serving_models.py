@@ -55,8 +55,7 @@ def processor():
 
 
 @functools.cache
-def models():
-    """A routed model for each tier; they share weights."""
+def unrouted_model():
     torch.manual_seed(0)
     tokenizer = processor().tokenizer
     config = llava_config(2, 0.5)
@@ -67,8 +66,15 @@ def models():
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, suppress_tokens=specials
     )
+    return model
+
+
+@functools.cache
+def models():
+    """A routed model for each tier; they share weights."""
     return {
-        name: reroute_fx.compile(model, config=routing, backend="eager") for name, routing in ROUTINGS.items()
+        name: reroute_fx.compile(unrouted_model(), config=routing, backend="eager")
+        for name, routing in ROUTINGS.items()
     }
 
 
@@ -126,9 +132,15 @@ def alone(inputs, tier, tokens, seed=None, **options):
 
 @contextmanager
 def running(bounds=BOUNDS, api_key=None):
-    """A server on a port of this machine: its service and its port."""
-    found = engine(bounds)
-    service = Service("tiny", found, preparer(bounds), processor().tokenizer, api_key)
+    """A server of the tiny model on a port of this machine: its service and its port."""
+    service = Service("tiny", engine(bounds), preparer(bounds), processor().tokenizer, api_key)
+    with running_service(service) as port:
+        yield service, port
+
+
+@contextmanager
+def running_service(service):
+    """A server on a port of this machine."""
     server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -136,8 +148,8 @@ def running(bounds=BOUNDS, api_key=None):
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield service, server.servers[0].sockets[0].getsockname()[1]
+        yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
         thread.join()
-    assert not found.is_alive
+    assert not service.engine.is_alive

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reroute_fx.common.pauses import between_regions
 from reroute_fx.errors import ArtifactError
 from reroute_fx.lowering.call_schedule import (
     HIDDEN,
@@ -63,6 +64,22 @@ def check(run):
 
 
 def test_calls_run_in_order():
+    check(program())
+
+
+def test_another_program_may_run_before_each_region():
+    ran = []
+
+    def run_another():
+        ran.append(len(ran))
+        check(program())
+
+    with between_regions(run_another):
+        check(program())
+    check(program())
+    assert ran == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError), between_regions(lambda: 1 / 0):
+        check(program())
     check(program())
 
 

@@ -14,6 +14,7 @@ from suite_tiers import one
 from reroute_fx import RoutingConfig
 from reroute_fx.api import _named
 from reroute_fx.capture import capture_decoder, find_visual_token_ids, text_decoder
+from reroute_fx.common.pauses import between_regions, pause
 from reroute_fx.lowering import cuda_graphs, lower
 from reroute_fx.lowering.cuda_graphs import CudaGraphs
 from reroute_fx.pipeline import continuation, route
@@ -58,6 +59,20 @@ def test_the_third_call_of_a_kind_is_recorded_and_later_ones_replay():
         (result,) = run(torch.full((3,), value))
         assert result.tolist() == [2 * value] * 3
         assert run.recorded == (value >= 2)
+
+
+def test_nothing_else_runs_while_a_graph_is_recorded():
+    def add(x):
+        pause()
+        return [x + 1]
+
+    run, paused = graphs(add, ["input"]), []
+    with between_regions(lambda: paused.append(1)):
+        for value in range(4):
+            assert run(torch.tensor([value]))[0].tolist() == [value + 1]
+        assert not paused
+        pause()
+    assert paused == [1]
 
 
 def test_results_outlive_the_next_call():

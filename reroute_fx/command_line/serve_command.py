@@ -88,36 +88,32 @@ def serve(
 
     for library in ("fastapi", "uvicorn", "prometheus_client", "httpcore"):
         optional_library(library, "serve", "to serve")
-    from ..errors import ConfigError
     from ..serving import start
-    from ..serving.bounds import Bounds
 
-    bounds = Bounds(pixels=max_pixels, tokens=max_tokens, queue=max_queue, seconds=timeout)
+    settings = start.Settings(
+        model=model,
+        tier=tier,
+        method=method,
+        action=action,
+        schedule=schedule,
+        pool=pool,
+        config=config,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        allow_picture_urls=allow_picture_urls,
+        max_batch_size=max_batch_size,
+        max_length=max_length,
+        max_tokens=max_tokens,
+        max_queue=max_queue,
+        max_pixels=max_pixels,
+        timeout=timeout,
+        workers=workers,
+    )
     key = start.read_key(api_key_file, host)
-    chosen = {"method": method, "action": action, "schedule": schedule, "pool": pool}
     with MESSAGES.status("loading and compiling"):
-        if start.is_artifact(model):
-            for name, value in {"tier": tier, "config": config, "revision": revision, **chosen}.items():
-                if value is not None:
-                    raise ConfigError(
-                        f"{name} is {value}, but {model} is an artifact, which has its own. Leave it out."
-                    )
-            named = start.load_artifact(model, device)
-        else:
-            routings = start.read_routings(model, revision, tier, config, chosen)
-            named = start.compile_tiers(
-                model, routings, backend=backend, device=device, dtype=dtype, revision=revision
-            )
-        service = start.make_service(
-            named,
-            bounds,
-            rows=max_batch_size,
-            capacity=max_length,
-            workers=workers,
-            fetches=allow_picture_urls,
-            api_key=key,
-        )
-        start.warm_up(service, named.processor)
+        service = start.start_service(settings, key)
     MESSAGES.print(
         f"{service.name}, tiers {', '.join(service.engine.tiers)}: http://{host}:{port}/v1", markup=False
     )

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..common.pauses import pause
 from ..errors import ArtifactError
 from .device import on_device
 from .operator_list import OperatorList, from_operator_list
@@ -193,6 +194,7 @@ class ScheduledProgram:
         values: list[Any] = [*(inputs[name] for name in self.schedule.inputs), *self.weights]
         with on_device(values[0].device):
             for call, released in zip(self.schedule.calls, self.released, strict=True):
+                pause()
                 given = [values[i] for i in call.inputs]
                 given += [
                     values[i].new_empty(values[i].shape[dim], dtype=torch.bool) for i, dim in call.lengths

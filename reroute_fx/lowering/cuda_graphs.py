@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from ..common.pauses import between_regions
 from ..common.turns import one_at_a_time
 
 GRAPHS = 32
@@ -105,7 +106,8 @@ class CudaGraphs:
 
     @one_at_a_time
     def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        with self._recorder.turn(inputs[0].device):
+        # A graph is one launch, and what else ran while it is recorded would be recorded with it.
+        with self._recorder.turn(inputs[0].device), between_regions(None):
             return self._run(inputs)
 
     def _run(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -76,9 +76,15 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """What a stream holds besides the answer."""
+    """What a stream holds besides the answer.
+
+    Attributes:
+        include_usage: the last chunk counts the tokens.
+        continuous_usage_stats: every token has a chunk, which counts those up to it, as vLLM's do.
+    """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class RerouteOptions(_Strict):
@@ -96,7 +102,8 @@ class RerouteOptions(_Strict):
 class ChatRequest(_Strict):
     """A conversation to go on with, and how.
 
-    Temperature and top_p that are left out are the model's own, of its generation config.
+    Temperature and top_p that are left out are the model's own, of its generation config. `ignore_eos` is vLLM's, with
+    which load tests get answers of one length.
     """
 
     model: str
@@ -114,6 +121,7 @@ class ChatRequest(_Strict):
     )
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=_MOST_ALTERNATIVES)
+    ignore_eos: bool = False
     reroute: RerouteOptions = RerouteOptions()
     user: str | None = None
     metadata: dict[str, str] | None = None

@@ -42,7 +42,7 @@ class ChatResponse:
             opening[0] |= self._reroute(part)
             return opening
         self._answer_tokens += 1
-        if not (part.text or part.finish_reason or self.request.logprobs):
+        if not (part.text or part.finish_reason or self.request.logprobs or self._counts_on):
             return []
         delta = {"content": part.text} if part.text else {}
         logprobs = self._logprobs([part.choice])
@@ -54,6 +54,12 @@ class ChatResponse:
         if options is None or not options.include_usage:
             return []
         return [self._chunk([]) | {"usage": self._usage()}]
+
+    @property
+    def _counts_on(self) -> bool:
+        """Whether every chunk counts the tokens, and every token has a chunk."""
+        options = self.request.stream_options
+        return options is not None and options.continuous_usage_stats
 
     def whole(self, parts: Iterable[Part]) -> dict[str, Any]:
         """The response, of all parts."""
@@ -84,7 +90,8 @@ class ChatResponse:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._object("chat.completion.chunk") | {"choices": choices}
+        counted = {"usage": self._usage()} if self._counts_on else {}
+        return self._object("chat.completion.chunk") | {"choices": choices} | counted
 
     def _usage(self) -> dict[str, int]:
         prompt, answer = self._prompt_tokens, self._answer_tokens

@@ -2,7 +2,8 @@
 
 Continuous batching: a request waits until its tier has rows for it, its prompt runs alone, and its keys and values go
 into rows of the tier's `SlotPool`. A step then feeds one token to every row that holds an answer. Rows leave when they
-end, and others take their place. Each answer is what its prompt gets alone, whatever the others do.
+end, and others take their place. A prompt takes many times as long as a step, so that steps run between its layers.
+Each answer is what its prompt gets alone, whatever the others do.
 """
 
 import logging
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from ..capture.cells import grids_of, has_cells
+from ..common.pauses import between_regions
 from ..errors import ConfigError, RerouteError
 from ..loading.prompts import place
 from ..runtime import RoutedModel, SlotPool
@@ -25,7 +27,7 @@ from .answers import Answer, Piece, Started
 from .bounds import Bounds
 from .metrics import Metrics
 from .refusals import DeadlineError, QueueFullError, RequestError, ServingError
-from .sampling import Sampling, TextStream, TokenChooser, token_decoder
+from .sampling import Choice, Sampling, TextStream, TokenChooser, choose_tokens, token_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,10 @@ class _Request:
         return sum(tensor.nbytes for tensor in self.inputs.values())
 
 
+class _NobodyWaitsError(Exception):
+    """The request of a prompt that runs was cancelled, or is late."""
+
+
 @dataclass(eq=False)
 class _Row:
     """A row of a pool with the answer that grows in it."""
@@ -99,8 +105,10 @@ class Engine:
     """Answers requests in a thread of its own.
 
     First come, first served, within a tier; a request that waits for rows of its tier doesn't stop those of another.
-    Prompts never starve answers: between two tokens of an answer lie at most one prompt, of any tier, and one step of
-    each tier. A request that is cancelled, late, or whose reader is slow leaves before the next step.
+    Prompts never starve answers: between two tokens of an answer lies at most one prompt, of any tier, and one step of
+    each tier. Where the programs have compiled regions it is less: before a region of a prompt there is a step if the
+    last one is as long ago as it took, so that prompt and answers get half of the time each. A request that is
+    cancelled, late, or whose reader is slow leaves before the next step.
 
     Args:
         tiers: of one model, the first one for requests that ask for none.
@@ -121,6 +129,7 @@ class Engine:
         self._rows: dict[str, list[_Row]] = {name: [] for name in names}
         self._changed = threading.Condition()
         self._closed = False
+        self._stepped = self._step_seconds = 0.0
         self._thread: threading.Thread | None = None
         for tier in tiers:
             metrics.rows.labels(tier.name).set(tier.pool.rows)
@@ -196,13 +205,9 @@ class Engine:
 
     def step(self) -> bool:
         """One prompt at most, then a token for every row; whether there was anything to do."""
-        self._drop_ended()
-        worked = self._start_one()
-        for tier in self.tiers.values():
-            if self._rows[tier.name]:
-                self._step_rows(tier)
-                worked = True
-        return worked
+        self._drop_ended(self._requests())
+        started = self._start_one()
+        return self._step_all() or started
 
     def _run(self) -> None:
         while not self._closed:
@@ -248,10 +253,10 @@ class Engine:
         self.metrics.waiting.set(len(self._waiting))
         self.metrics.waiting_bytes.set(self._waiting_bytes)
 
-    def _drop_ended(self) -> None:
-        """Let requests go that nobody waits for any more, or not so long."""
+    def _drop_ended(self, requests: Iterable[_Request]) -> None:
+        """Let those go that nobody waits for any more, or not so long."""
         now = time.monotonic()
-        for request in self._requests():
+        for request in requests:
             if request.answer.is_cancelled:
                 self._end(request, "cancelled")
             elif request.answer.ended:
@@ -296,6 +301,8 @@ class Engine:
                 return False
         try:
             self._start(request)
+        except _NobodyWaitsError:
+            self._drop_ended([request])
         except Exception as error:  # Out of memory, or a prompt that the model refuses: others go on.
             known = isinstance(error, RerouteError)
             if not known:
@@ -307,7 +314,8 @@ class Engine:
     def _start(self, request: _Request) -> None:
         tier, inputs = request.tier, request.inputs
         placed = {name: place(tensor, tier.model) for name, tensor in inputs.items()}
-        output = tier.model(**placed, logits_to_keep=1)
+        with between_regions(lambda: self._pause(request)):
+            output = tier.model(**placed, logits_to_keep=1)
         prompt, mask = placed["input_ids"], placed.get("attention_mask")
         for number in range(request.answers):
             slot = tier.pool.claim()
@@ -321,9 +329,18 @@ class Engine:
         self._count_prompt(tier, prompt.shape[1], routing)
         grids = _grids(tier.model.config, inputs, routing)
         request.answer.put(Started(prompt.shape[1], routing, grids))
-        logits = output.logits[0, -1]
+        logits = output.logits[:1, -1].expand(request.answers, -1)
+        choices = choose_tokens({row.number: row.chooser for row in request.rows}, logits)
         for row in list(request.rows):
-            self._take(row, logits, None)
+            self._take(row, choices[row.number])
+
+    def _pause(self, request: _Request) -> None:
+        """Before a region of a request's prompt: a step, if the last one is as long ago as it took."""
+        if request.answer.is_cancelled or time.monotonic() > request.deadline:
+            raise _NobodyWaitsError
+        if time.monotonic() - self._stepped >= self._step_seconds:
+            self._drop_ended(self._requests())
+            self._step_all()
 
     def _count_prompt(self, tier: Tier, tokens: int, routing: Routing | None) -> None:
         self.metrics.prompt_tokens.inc(tokens)
@@ -331,6 +348,15 @@ class Engine:
             self.metrics.visual_tokens.labels(tier.name).inc(sum(routing.plan.images[0]))
             for layer, kept in routing.selected.items():
                 self.metrics.kept_visual_tokens.labels(tier.name, str(layer)).inc(len(kept[0]))
+
+    def _step_all(self) -> bool:
+        """A token for every row; whether there was one."""
+        start, tiers = time.monotonic(), [tier for tier in self.tiers.values() if self._rows[tier.name]]
+        for tier in tiers:
+            self._step_rows(tier)
+        self._stepped = time.monotonic()
+        self._step_seconds = self._stepped - start
+        return bool(tiers)
 
     @torch.no_grad()
     def _step_rows(self, tier: Tier) -> None:
@@ -341,19 +367,18 @@ class Engine:
             tokens[row.place], active[row.place] = row.last, True
         try:
             logits = tier.pool.step(torch.tensor(tokens, device=tier.model.device), active)
-            likeliest = logits.argmax(-1).tolist()
+            choices = choose_tokens({row.place: row.chooser for row in rows}, logits)
         except Exception as error:
             _log(f"a step of tier {tier.name}", error)
             for request in _requests_of(rows):
                 self._end(request, "failed", _failure(error))
             return
         for row in list(rows):
-            self._take(row, logits[row.place], likeliest[row.place])
+            self._take(row, choices[row.place])
 
-    def _take(self, row: _Row, logits: torch.Tensor, likeliest: int | None) -> None:
+    def _take(self, row: _Row, choice: Choice) -> None:
         """The next token of a row."""
-        chooser, request = row.chooser, row.request
-        choice = chooser.choose(logits, likeliest)
+        request = row.request
         row.last, row.tokens = choice.token, row.tokens + 1
         now = time.monotonic()
         if row.tokens == 1:
@@ -363,7 +388,7 @@ class Engine:
         row.told = now
         self.metrics.answer_tokens.inc()
         finish, text = None, ""
-        if choice.token in chooser.ends:
+        if choice.token in row.chooser.ends:
             finish = "stop"
         else:
             text = row.text.add(choice.token)

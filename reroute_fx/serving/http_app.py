@@ -74,6 +74,7 @@ def make_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.preparer.close)
 
     app = FastAPI(title="reroute_fx", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.engine = service.engine
     chat, shown = _Chat(service), _PAGE.read_text(encoding="utf-8")
 
     async def check_key(request: Request) -> None:
@@ -195,6 +196,7 @@ class _Chat:
             seed=wanted.seed,
             stop=tuple(wanted.stop),
             logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
+            ignores_end=wanted.ignore_eos,
         )
         left = max(0.001, bounds.seconds - (time.monotonic() - arrived))
         came = _Came()

@@ -1,11 +1,27 @@
 """The next token of a row, as `generate` chooses it for that row alone."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+_ROW_BY_ROW = (
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+"""Processors that look at each row of logits alone, and at no token that came before."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +36,7 @@ class Sampling:
         seed: of the first answer to a prompt, the second has the next number; None for any.
         stop: texts before which an answer ends.
         logprobs: alternatives that are told with each token; None to tell no probabilities.
+        ignores_end: whether an answer goes on behind a token that ends one.
     """
 
     tokens: int
@@ -28,6 +45,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    ignores_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class Choice:
 
 
 class TokenChooser:
-    """Chooses the tokens of one row with transformers' own processors of logits, which `generate` uses.
+    """How the tokens of one row are chosen, with transformers' own processors of logits, which `generate` uses.
 
     Args:
         model: whose generation config is asked.
@@ -56,24 +74,34 @@ class TokenChooser:
 
     Attributes:
         ends: ids that end an answer.
+        processors: of logits.
+        samples: whether tokens are drawn; otherwise the likeliest is taken.
+        generator: of the random numbers of this row.
+        logprobs: alternatives that are told with each token; None to tell none.
+        ids: the prompt, and the answer as far as processors look at it, ``[1, S']``.
+        looks_back: whether some processor looks at those.
+        alike: rows of a model with an equal one may go through the processors together.
     """
 
     def __init__(self, model: Any, sampling: Sampling, number: int, prompt: torch.Tensor) -> None:
         config = self._config(model, sampling)
         model._prepare_special_tokens(config, device=prompt.device)
-        self._processors = model._get_logits_processor(
+        self.processors = model._get_logits_processor(
             config, input_ids_seq_length=prompt.shape[1], device=prompt.device
         )
         ends = config.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        self._samples, self._logprobs = bool(config.do_sample), sampling.logprobs
-        self._is_plain = not self._samples and not self._processors and self._logprobs is None
-        self._ids = prompt
-        self._generator = torch.Generator(prompt.device)
+        if sampling.ignores_end:
+            self.ends = frozenset()
+        self.samples, self.logprobs = bool(config.do_sample), sampling.logprobs
+        self.ids = prompt
+        self.generator = torch.Generator(prompt.device)
         if sampling.seed is None:
-            self._generator.seed()
+            self.generator.seed()
         else:
-            self._generator.manual_seed(sampling.seed + number)
+            self.generator.manual_seed(sampling.seed + number)
+        self.looks_back = not all(isinstance(processor, _ROW_BY_ROW) for processor in self.processors)
+        self.alike: Hashable = self if self.looks_back else (sampling.temperature, sampling.top_p)
 
     @staticmethod
     def _config(model: Any, sampling: Sampling) -> Any:
@@ -91,28 +119,77 @@ class TokenChooser:
         config, _ = model._prepare_generation_config(None, **given)
         return config
 
-    def choose(self, logits: torch.Tensor, likeliest: int | None = None) -> Choice:
-        """A token by logits ``[V]``, of which `likeliest` is the highest if that is known."""
-        if self._is_plain and likeliest is not None:
-            return Choice(likeliest)
-        scores = logits.float()
-        told = scores
-        if self._processors:
-            scores = self._processors(self._ids, scores[None])[0]
-        if self._samples:
-            drawn = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
-        else:
-            drawn = scores.argmax(-1, keepdim=True)
-        if self._processors:
-            self._ids = torch.cat([self._ids, drawn[None]], dim=1)
-        token = int(drawn)
-        return Choice(token) if self._logprobs is None else _with_logprobs(token, told, self._logprobs)
+
+def choose_tokens(choosers: Mapping[int, TokenChooser], logits: torch.Tensor) -> dict[int, Choice]:
+    """The next token of each row, by logits ``[rows, V]`` of one model. The device is waited for once.
+
+    Rows that are alike go through the processors and are drawn together, each with random numbers of its own: the
+    operators see rows one by one, so that none knows of the others.
+    """
+    drawn = logits.argmax(-1)
+    alike: dict[Hashable, list[int]] = {}
+    for row, chooser in choosers.items():
+        if chooser.samples or chooser.processors:
+            alike.setdefault(chooser.alike, []).append(row)
+    for rows in alike.values():
+        index = _index(rows, logits.device)
+        drawn[index] = _choose_alike([choosers[row] for row in rows], logits[index].float())
+    told = [row for row, chooser in choosers.items() if chooser.logprobs is not None]
+    if told:
+        index = _index(told, logits.device)
+        return _with_logprobs(choosers, drawn, told, drawn[index], logits[index].float().log_softmax(-1))
+    tokens = drawn.tolist()
+    return {row: Choice(tokens[row]) for row in choosers}
 
 
-def _with_logprobs(token: int, logits: torch.Tensor, alternatives: int) -> Choice:
-    logprobs = logits.log_softmax(-1)
-    best, ids = logprobs.topk(min(alternatives, len(logprobs)))
-    return Choice(token, float(logprobs[token]), tuple(zip(ids.tolist(), best.tolist(), strict=True)))
+def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Rows as an index on the device, which is not waited for: it is busy with the step."""
+    index = torch.tensor(rows, pin_memory=device.type == "cuda")
+    return index.to(device, non_blocking=True)
+
+
+def _choose_alike(choosers: Sequence[TokenChooser], scores: torch.Tensor) -> torch.Tensor:
+    first = choosers[0]
+    if first.processors:
+        scores = first.processors(first.ids, scores)
+    if first.samples:
+        drawn = draw(scores.softmax(-1), [chooser.generator for chooser in choosers])
+    else:
+        drawn = scores.argmax(-1)
+    if first.looks_back:
+        first.ids = torch.cat([first.ids, drawn[None]], dim=1)
+    return drawn
+
+
+def draw(shares: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """What ``torch.multinomial(shares[i], 1, generator=generators[i])`` draws for each row of ``[R, V]``: ``[R]``.
+
+    A token wins whose share, over a number from the exponential distribution, is the largest: that is how torch draws
+    one number, and only the random ones have to be drawn row by row.
+    """
+    noise = torch.empty_like(shares)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (shares / noise).argmax(-1)
+
+
+def _with_logprobs(
+    choosers: Mapping[int, TokenChooser],
+    drawn: torch.Tensor,
+    told: Sequence[int],
+    of_told: torch.Tensor,
+    logprobs: torch.Tensor,
+) -> dict[int, Choice]:
+    """Choices of all rows; those of `told` with log probabilities ``[told, V]`` of their tokens ``[told]``."""
+    most = max(choosers[row].logprobs or 0 for row in told)
+    best, ids = logprobs.topk(min(most, logprobs.shape[-1]))
+    own = logprobs.gather(-1, of_told[:, None])
+    tokens, found = drawn.tolist(), zip(told, own.tolist(), best.tolist(), ids.tolist(), strict=True)
+    choices = {row: Choice(tokens[row]) for row in choosers}
+    for row, (logprob,), values, others in found:
+        alternatives = tuple(zip(others, values, strict=True))[: choosers[row].logprobs]
+        choices[row] = Choice(tokens[row], logprob, alternatives)
+    return choices
 
 
 def token_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..api import compile
 from ..artifact import load
@@ -26,6 +27,79 @@ from .metrics import Metrics
 from .preparing import Preparer, process_worker
 
 KEY_VARIABLE = "REROUTE_FX_API_KEY"
+
+
+class Settings(BaseModel):
+    """What is served and how, as `reroute-fx serve` takes it; see there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+    model: str
+    tier: str | None = None
+    method: str | None = None
+    action: str | None = None
+    schedule: str | None = None
+    pool: str | None = None
+    config: Path | None = None
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "inductor"
+    allow_picture_urls: bool = False
+    max_batch_size: int = 8
+    max_length: int = 1024
+    max_tokens: int = 512
+    max_queue: int = 64
+    max_pixels: int = 2**24
+    timeout: float = 300.0
+    workers: int = Field(1, ge=1)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Of its requests."""
+        return Bounds(
+            pixels=self.max_pixels, tokens=self.max_tokens, queue=self.max_queue, seconds=self.timeout
+        )
+
+    def load(self) -> "Named":
+        """The models of its tiers.
+
+        Raises:
+            ConfigError: a routing is given of an artifact, which has its own.
+        """
+        chosen = {name: getattr(self, name) for name in ("method", "action", "schedule", "pool")}
+        if not is_artifact(self.model):
+            routings = read_routings(self.model, self.revision, self.tier, self.config, chosen)
+            how = {name: getattr(self, name) for name in ("backend", "device", "dtype", "revision")}
+            return compile_tiers(self.model, routings, **how)
+        for name, value in {
+            "tier": self.tier,
+            "config": self.config,
+            "revision": self.revision,
+            **chosen,
+        }.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name} is {value}, but {self.model} is an artifact, which has its own. Leave it out."
+                )
+        return load_artifact(self.model, self.device)
+
+
+def start_service(settings: Settings, api_key: str | None = None) -> Service:
+    """Load, compile and warm up what `make_app` takes."""
+    bounds = settings.bounds
+    named = settings.load()
+    service = make_service(
+        named,
+        bounds,
+        rows=settings.max_batch_size,
+        capacity=settings.max_length,
+        workers=settings.workers,
+        fetches=settings.allow_picture_urls,
+        api_key=api_key,
+    )
+    warm_up(service, named.processor)
+    return service
 
 
 @dataclass(frozen=True)

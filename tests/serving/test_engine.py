@@ -12,8 +12,10 @@ import torch
 from artifacts import loaded_model
 from suite_tiers import fewer
 
+import reroute_fx
 from reroute_fx import SlotPool
 from reroute_fx.errors import ConfigError, InputError
+from reroute_fx.lowering.inductor import compiled_regions
 from reroute_fx.serving.answers import Piece, Started
 from reroute_fx.serving.bounds import Bounds
 from reroute_fx.serving.engine import Engine, Tier
@@ -25,7 +27,7 @@ from reroute_fx.serving.refusals import (
     ServingError,
     SlowReaderError,
 )
-from reroute_fx.serving.sampling import Sampling, TextStream
+from reroute_fx.serving.sampling import Sampling, TextStream, draw
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,6 +133,45 @@ def test_logprobs_are_those_of_the_model_before_temperature():
     assert [value for _, value in choice.alternatives] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("words", [7, 319, 32_064])
+def test_rows_are_drawn_together_as_each_is_alone(words):
+    torch.manual_seed(0)
+    shares = (3 * torch.randn(5, words)).softmax(-1)
+    shares[1, words // 2 :] = 0
+    together, alone = ([torch.Generator().manual_seed(seed) for seed in range(5)] for _ in range(2))
+    for _ in range(4):
+        expected = [torch.multinomial(row, 1, generator=own) for row, own in zip(shares, alone, strict=True)]
+        assert torch.equal(draw(shares, together), torch.cat(expected))
+
+
+def test_rows_that_look_back_and_rows_with_logprobs_choose_beside_others(monkeypatch):
+    model = served.models()["128"]
+    inputs, options = prompts()[2], {"repetition_penalty": 1.3}
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.3)
+    engine = served.engine()
+    answers = [
+        engine.submit(inputs, sampling("sampled", LONGEST, seed, logprobs=seed or None)) for seed in range(3)
+    ]
+    finish(engine)
+    for seed, answer in enumerate(answers):
+        pieces = [part for part in answer if isinstance(part, Piece)]
+        alone = served.alone(inputs, "128", LONGEST, seed, **SAMPLINGS["sampled"], **options)
+        assert [piece.choice.token for piece in pieces] == alone
+        assert {len(piece.choice.alternatives) for piece in pieces} == {seed}
+
+
+def test_an_answer_goes_on_behind_its_end_if_that_is_asked_for(monkeypatch):
+    first = expected(0, "128", "greedy", 0)[:1]
+    monkeypatch.setattr(served.models()["128"].generation_config, "eos_token_id", first)
+    engine = served.engine()
+    ends, goes_on = (
+        engine.submit(prompts()[0], Sampling(5, temperature=0, ignores_end=on)) for on in (False, True)
+    )
+    finish(engine)
+    assert tokens_of(ends) == first
+    assert tokens_of(goes_on) == expected(0, "128", "greedy", 0)[:5]
+
+
 def test_an_answer_ends_before_a_stop_text():
     engine, decode = served.engine(), served.processor().tokenizer.decode
     whole = decode(expected(0, "128", "greedy", 0), skip_special_tokens=True)
@@ -217,6 +258,63 @@ def test_one_prompt_at_most_between_two_tokens():
         assert len([p for p in slow.take()[0] if isinstance(p, Piece)]) >= 1
     assert max(between) == 1
     assert sum(between) == 5
+
+
+@pytest.fixture
+def regions_engine(monkeypatch, fresh_regions):
+    """With programs in regions, as the compiler gets them, which run as they are."""
+
+    def as_it_is(region, sizes):
+        return lambda *given: region(*given[len(sizes.symbols) :])
+
+    monkeypatch.setattr(compiled_regions, "_compile_graph", as_it_is)
+    model = reroute_fx.compile(served.unrouted_model(), config=served.ROUTINGS["128"], backend="inductor")
+    tier = Tier("128", model, SlotPool(model, 3, served.CAPACITY))
+    return Engine([tier], served.processor().tokenizer, Bounds(), Metrics())
+
+
+def test_answers_grow_between_the_regions_of_a_prompt(regions_engine):
+    engine, tokens = regions_engine, []
+    growing = engine.submit(prompts()[0], sampling("greedy", LONGEST))
+    engine.step()
+    growing.take()
+    for inputs in prompts()[:2]:
+        # As if the last step had taken no time: there is one before the next region.
+        engine._step_seconds = 0.0
+        arrived = engine.submit(inputs, sampling("greedy", 3))
+        engine.step()
+        assert len(arrived.take()[0]) > 1
+        tokens.append(tokens_of(growing.take()[0]))
+    # One step comes behind a prompt.
+    assert all(len(grown) > 1 for grown in tokens)
+    finish(engine)
+    assert tokens[0] + tokens[1] + tokens_of(growing) == expected(0, "128", "greedy", 0)[2:]
+
+
+@pytest.mark.parametrize("why", ["cancelled", "late"])
+def test_a_prompt_that_nobody_waits_for_stops_before_its_next_region(monkeypatch, regions_engine, why):
+    engine, ran = regions_engine, []
+    answer = engine.submit(prompts()[0], sampling("greedy", 3), seconds=100)
+
+    def leave(request):
+        ran.append(request)
+        if why == "cancelled":
+            answer.cancel()
+        else:
+            request.deadline = 0.0
+        Engine._pause(engine, request)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_pause", leave)
+        engine.step()
+    assert len(ran) == 1
+    assert is_empty(engine)
+    if why == "late":
+        with pytest.raises(DeadlineError):
+            answer.take()
+    again = engine.submit(prompts()[0], sampling("greedy", LONGEST))
+    finish(engine)
+    assert tokens_of(again) == expected(0, "128", "greedy", 0)
 
 
 class _Counted:

@@ -123,7 +123,7 @@ def test_the_demo_is_served_and_comes_back_after_it_was_killed():
         stream = ask(client, stream=True, n=2)
         next(iter(stream))
         process.send_signal(signal.SIGKILL)
-        with pytest.raises((openai.APIError, OSError, Exception)):
+        with pytest.raises(openai.APIConnectionError):
             list(stream)
     finally:
         process.kill()
@@ -137,7 +137,7 @@ def test_the_demo_is_served_and_comes_back_after_it_was_killed():
         assert children
         process.terminate()
         assert process.wait(30) in (0, -signal.SIGTERM)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while any(map(runs, children)) and time.monotonic() < end:
             time.sleep(0.1)
         assert not [pid for pid in children if runs(pid)]

@@ -120,6 +120,15 @@ def test_a_stream_adds_up_to_the_answer(client):
         assert [e.logprob for e in told] <= [e.top_logprobs[0].logprob for e in told]
 
 
+def test_every_token_has_a_chunk_that_counts_for_who_measures(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = ask(
+        client, "Is it?", URLS[0], stream=True, stream_options=options, extra_body={"ignore_eos": True}
+    )
+    counted = [chunk.usage.completion_tokens for chunk in stream]
+    assert counted == [*range(LENGTH + 1), LENGTH]
+
+
 def test_an_answer_stops_before_a_text(client):
     text, _ = generated("What is that?", PICTURES[0])
     stop = text[3:5]

@@ -18,6 +18,7 @@ from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import standalone_compile
 
+from ...common.pauses import pause
 from ..attention_kernels import pin_attention
 from ..implementations import use_implementations
 from ..regions import Regions, device_key, share_regions
@@ -84,10 +85,10 @@ def _shared(region: fx.GraphModule, device: torch.device) -> "_CompiledRegion":
 
 
 def _choose_once(module: fx.GraphModule, compiled: Mapping[Any, "_CompiledRegion"]) -> None:
-    """Check sizes once for all calls of a region that are of equal sizes.
+    """Check sizes once for all calls of a region that are of equal sizes, and pause before each call.
 
     Before: ``%a = region_1(%x, ...)``, ``%b = region_1(%a, ...)``
-    After:  ``%chosen = choose(%x, ...)``, ``%a = %chosen(%x, ...)``, ``%b = %chosen(%a, ...)``
+    After:  ``%chosen = choose(%x, ...)``, ``pause()``, ``%a = %chosen(%x, ...)``, ``pause()``, ``%b = %chosen(%a, ...)``
     """
     chosen: dict[Any, fx.Node] = {}
     for call in [n for n in module.graph.nodes if n.target in compiled]:
@@ -95,6 +96,8 @@ def _choose_once(module: fx.GraphModule, compiled: Mapping[Any, "_CompiledRegion
         if kind not in chosen:
             with module.graph.inserting_before(call):
                 chosen[kind] = module.graph.call_function(compiled[call.target].choose, call.args)
+        with module.graph.inserting_before(call):
+            module.graph.call_function(pause)
         call.op, call.target, call.args = "call_method", "__call__", (chosen[kind], *call.args)
     module.recompile()
 
