@@ -56,6 +56,7 @@ class Step:
             filled=stages,
             tokens={start: torch.full((batch,), length) for start, length in stages.items()},
             next_position=torch.full((batch,), LENGTH),
+            gone=torch.zeros(batch, dtype=torch.long),
         )
         size = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
         keys, values = ([torch.randn(batch, size[0], n, size[1]) for n in lengths] for _ in range(2))

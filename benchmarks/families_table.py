@@ -6,7 +6,7 @@ from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- families: by benchmarks/families.py --table -->\n\n", "<!-- end of families -->"
-COLUMNS = ("compiles", "identity", "batch", "later turn", "video", "parts", "artifact", "onnx")
+COLUMNS = ("compiles", "identity", "batch", "later turn", "video", "parts", "onnx", "aot")
 EXACT = 1e-5
 """Differences, as a share of the largest logit, that are another order of adding up."""
 
@@ -53,6 +53,8 @@ def _caption(families: Mapping[str, Mapping[str, Any]]) -> str:
             ("batch", "have equal rows alone and in a padded batch"),
         )
     ]
+    written = sum(any(is_exact(found.get(form)) for form in ("onnx", "aot")) for found in families.values())
+    counts.append(f"{written} have an artifact that answers as they do")
     return (
         f"Of {len(families)} families {', '.join(counts)}. Asked {' to '.join(sorted({dates[0], dates[-1]}))} "
         f"with {'; '.join(versions)}."

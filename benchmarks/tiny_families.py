@@ -141,6 +141,15 @@ def sized(count: int) -> dict[str, torch.Tensor]:
     return {**squares(count), "image_sizes": torch.full((count, 2), 16)}
 
 
+def packed(count: int) -> dict[str, torch.Tensor]:
+    """16 patches of each picture."""
+    return {
+        "pixel_values": torch.randn(count, 16, 3 * 4 * 4),
+        "spatial_shapes": torch.full((count, 2), 4),
+        "pixel_attention_mask": torch.ones(count, 16, dtype=torch.int64),
+    }
+
+
 def clips(count: int) -> dict[str, torch.Tensor]:
     return {"pixel_values_videos": torch.randn(count, 2, 3, 16, 16)}
 
@@ -183,6 +192,7 @@ class Family:
         model: name of its class; None for the one for conditional generation.
         stamps: whether there is text between the frames of a video.
         frames_are_images: whether the frames of a video have the placeholders of images.
+        sees_all: whether all tokens of a prompt see each other, which types of 0 say.
     """
 
     config: str
@@ -193,6 +203,7 @@ class Family:
     model: str | None = None
     stamps: bool = False
     frames_are_images: bool = False
+    sees_all: bool = False
 
     def build(self) -> Any:
         """The model, with weights so large that attention is not uniform and the ranking not rounding."""
@@ -219,7 +230,7 @@ def prompts(model: Any, family: Family, videos: bool = False) -> dict[str, torch
     of_tokens = {
         "mm_token_type_ids": is_visual.int() * (2 if videos else 1),
         "moe_mm_token_type_ids": (is_visual | (ids == START) | (ids == END)).int(),
-        "token_type_ids": is_visual.long(),
+        "token_type_ids": is_visual.long() * (not family.sees_all),
     }
     takes = inspect.signature(type(model).forward).parameters
     given |= {name: tensor for name, tensor in of_tokens.items() if name in takes}
@@ -463,10 +474,16 @@ FAMILIES: dict[str, Family] = {
         "Gemma3", {**HEADS, "sliding_window": 8}, {"vision_config": SIGLIP, "mm_tokens_per_image": 4}
     ),
     "PaliGemma": Family(
-        "PaliGemma", {**HEADS, "model_type": "gemma"}, {"vision_config": SIGLIP, "projection_dim": 32}
+        "PaliGemma",
+        {**HEADS, "model_type": "gemma"},
+        {"vision_config": SIGLIP, "projection_dim": 32},
+        sees_all=True,
     ),
     "PaliGemma 2": Family(
-        "PaliGemma", {**HEADS, "model_type": "gemma2"}, {"vision_config": SIGLIP, "projection_dim": 32}
+        "PaliGemma",
+        {**HEADS, "model_type": "gemma2"},
+        {"vision_config": SIGLIP, "projection_dim": 32},
+        sees_all=True,
     ),
     "Llama 4": Family(
         "Llama4",
@@ -502,7 +519,10 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "LFM2-VL": Family(
-        "Lfm2Vl", {**GROUPED, "layer_types": ["conv", "full_attention"] * 2}, {"vision_config": VISION}
+        "Lfm2Vl",
+        {**GROUPED, "layer_types": ["conv", "full_attention"] * 2},
+        {"vision_config": {**VISION, "num_patches": 16}, "projector_hidden_size": 32},
+        packed,
     ),
 }
 """By name."""

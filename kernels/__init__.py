@@ -3,6 +3,8 @@
 ==========================  ==========================================================================
 ``attention_with_sinks``    attention with a logit for each head that stands for no token
 ``attention_with_softcap``  attention whose logits are bounded
+``causal_convolution``      each token from the few up to it, and what the next ones need of these
+``gated_delta``             linear attention by the gated delta rule, and its state
 ``visual_scores``           attention of the last prompt row on every visual token, mean over heads
 ``select_tokens``           positions of the active tokens: all text, and the best visual tokens
 ``compact_tokens``          rows of sequence tensors at the active positions
@@ -16,7 +18,9 @@ PyTorch's own and has none. Importing this package registers the operators as ``
 
 from .attention_with_sinks import attention_with_sinks, attention_with_sinks_reference, with_sink_token
 from .attention_with_softcap import attention_with_softcap, attention_with_softcap_reference, soft_cap
+from .causal_convolution import causal_convolution, causal_convolution_reference
 from .compact_tokens import compact_tokens, compact_tokens_reference
+from .gated_delta import gated_delta, gated_delta_in_chunks, gated_delta_reference
 from .restore_tokens import (
     restore_tokens,
     restore_tokens_,
@@ -31,8 +35,13 @@ __all__ = [
     "attention_with_sinks_reference",
     "attention_with_softcap",
     "attention_with_softcap_reference",
+    "causal_convolution",
+    "causal_convolution_reference",
     "compact_tokens",
     "compact_tokens_reference",
+    "gated_delta",
+    "gated_delta_in_chunks",
+    "gated_delta_reference",
     "keep_count",
     "restore_tokens",
     "restore_tokens_",

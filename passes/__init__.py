@@ -2,9 +2,10 @@
 
 They know graphs and operators, not models. In the order in which a decoder is routed:
 `RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `SeeGroups`, `PoolBlocks`,
-`InsertSelection`, `RouteStages`, `RestoreInPlace` and `ExposeOutputs`, for the tokens that follow `NumberStages`,
-`AttendToCache` and, for GPUs, `FoldHeads`; `ExposeStreams` last, where hidden states are asked for. On the vision tower
-`FindStates`, `CanonicalizeAttention`, and `ReduceFeatures` for pictures of one size, `ReduceGrids` for those of any.
+`InsertSelection`, `RouteStages`, `RestoreInPlace`, `CarryStates` and `ExposeOutputs`, for the tokens that follow
+`NumberStages`, `AttendToCache` and, for GPUs, `FoldHeads`; `ExposeStreams` last, where hidden states are asked for. On
+the vision tower `FindStates`, `CanonicalizeAttention`, and `ReduceFeatures` for pictures of one size, `ReduceGrids` for
+those of any.
 """
 
 from .. import kernels  # noqa: F401 - it registers torch.ops.reroute
@@ -12,6 +13,7 @@ from .attend_to_cache import AttendToCache
 from .base_errors import MatchError, RerouteError
 from .base_pass import Pass, PassResult, Rejection
 from .canonicalize_attention import CanonicalizeAttention
+from .carry_states import CarryStates
 from .expose_outputs import ExposeOutputs
 from .expose_streams import ExposeStreams
 from .find_layers import FindLayers
@@ -40,6 +42,7 @@ __all__ = [
     "AttendToCache",
     "Candidates",
     "CanonicalizeAttention",
+    "CarryStates",
     "Decision",
     "ExposeOutputs",
     "ExposeStreams",

@@ -13,6 +13,10 @@ Where layers have windows, slots have to be told apart by which tokens they hold
 that is the slot's number. A later stage gets ``index_cache_7 [B, C]`` int64 as well, the places of its tokens among all
 tokens of the row; those of new tokens, which follow from ``cached_0``, are written into it.
 
+Layers with a state get ``key_cache_3`` and ``value_cache_3`` as they are exposed of a prompt, one for each of their
+recurrences, begin with them and return those behind the new tokens under the same names as of a prompt: a call that
+fails leaves the cache as it was. How many tokens of a row are new says ``new_tokens [B]`` int64.
+
 Four layers of a stage become one region: a step is short, and every region that is compiled apart costs 0.15 ms
 on CPU (measured: 1.13 times a graph compiled as a whole, joined 1.04 times; 32 layers of width 1024).
 
@@ -30,6 +34,7 @@ from torch import fx
 from .base_errors import MatchError
 from .base_pass import Pass, PassResult, Rejection, refuse
 from .canonicalize_attention import attention_arguments, change_attention
+from .expose_outputs import expose_states
 from .graph_edit import (
     Editor,
     add_input,
@@ -43,7 +48,16 @@ from .graph_edit import (
 )
 from .model_graph import Layer, ModelGraph, Reach
 from .reach_masks import emit_mask
-from .tensor_names import CACHED, cache_input, cached_input, capacity_size, index_cache_input
+from .recurrences import carry, recurrences
+from .tensor_names import (
+    CACHED,
+    NEW_TOKENS,
+    cache_input,
+    cached_input,
+    capacity_size,
+    index_cache_input,
+    output_name,
+)
 from .token_mixing import TokenMixing, numbers_tokens
 
 LAYERS_PER_REGION = 4
@@ -79,21 +93,48 @@ class AttendToCache(Pass):
             )
         ends = (*self.starts[1:], found)
         stages = [graph.layers[a:b] for a, b in zip(self.starts, ends, strict=True)]
+        _carry_states(graph)
         inputs = [_add_inputs(graph, stage) for stage in stages]
         stream = graph.layers[0].start
         before = graph.inputs[-1] if stream.op == "placeholder" else stream
         for stage, given in zip(stages, inputs, strict=True):
             with edit_after(graph, before, region=f"slots.{stage[0].index}") as edit:
-                slots = _Slots(edit, given, inputs[0].cached, stream, _reaches(graph, stage))
-            for layer, caches in zip(stage, given.caches, strict=True):
+                slots = (
+                    _Slots(edit, given, inputs[0].cached, stream, _reaches(graph, stage))
+                    if given.caches
+                    else None
+                )
+            for layer, caches in zip(_attending(graph, stage), given.caches, strict=True):
+                assert slots is not None
                 _attend(graph, layer, caches, slots)
             _join_regions(graph, stage)
         return PassResult(self.name, matched=found, rewritten=found, detail=f"{len(stages)} stages")
 
 
+def _attending(graph: ModelGraph, layers: Sequence[Layer]) -> list[Layer]:
+    """Those with an attention."""
+    return [layer for layer in layers if not graph.reaches[layer.index].state]
+
+
+def _carry_states(graph: ModelGraph) -> None:
+    """Let recurrences begin with what the cache holds, and return what they end with."""
+    found = recurrences(graph.fx_graph.nodes)
+    if not found:
+        return
+    new = add_input(graph, NEW_TOKENS, shape(graph.layers[0].start)[:1], torch.int64)
+    for layer, states in expose_states(graph).items():
+        here = [node for node in found if node.meta["region"] == f"layer.{layer}"]
+        for kind, node, state in zip(CACHED, here, states, strict=False):
+            given = add_input(graph, cache_input(kind, layer), shape(state), value(state).dtype)
+            carry(node, given, new)
+            graph.outputs[output_name(kind, layer)] = state
+    output = graph.fx_graph.output_node()
+    output.args = ((*output.args[0], *graph.outputs.values()),)  # type: ignore[misc]
+
+
 def _drop_masks(graph: ModelGraph) -> None:
     """Those of a sequence of its own, which count its tokens."""
-    for layer in graph.layers:
+    for layer in _attending(graph, graph.layers):
         change_attention(layer.attention, mask=None, is_causal=True)
     graph.token_index = None
     graph.clean_up()
@@ -133,7 +174,7 @@ class _Inputs:
     Attributes:
         cached: ``[B]``.
         index: ``[B, C]``; None where a slot's number tells which token it holds, or none asks.
-        caches: keys and values of each layer, ``[B, Hkv, C, D]``.
+        caches: keys and values of each layer with an attention, ``[B, Hkv, C, D]``.
     """
 
     cached: fx.Node
@@ -149,7 +190,7 @@ def _add_inputs(graph: ModelGraph, stage: Sequence[Layer]) -> _Inputs:
     if first and any(reach.counts_tokens for reach in _reaches(graph, stage)):
         index = add_input(graph, index_cache_input(first), (batch, capacity_size(first)), torch.int64)
     caches = []
-    for layer in stage:
+    for layer in _attending(graph, stage):
         given = attention_arguments(layer.attention)
         pair = []
         for kind, new in zip(CACHED, (given.key, given.value), strict=True):
@@ -162,7 +203,7 @@ def _add_inputs(graph: ModelGraph, stage: Sequence[Layer]) -> _Inputs:
 
 def _reaches(graph: ModelGraph, stage: Sequence[Layer]) -> tuple[Reach, ...]:
     """Each once, in the order of the layers, so that a program is the same in every process."""
-    return tuple(dict.fromkeys(graph.reaches[layer.index] for layer in stage))
+    return tuple(dict.fromkeys(graph.reaches[layer.index] for layer in _attending(graph, stage)))
 
 
 class _Slots:

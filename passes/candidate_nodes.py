@@ -80,8 +80,10 @@ class AskedInputs:
             self.graph.new_sizes.pop(TEXT_TOKENS, None)
 
 
-def projections(edit: Editor, asked: AskedInputs, layer: Layer, lengths: fx.Node) -> dict[str, Later]:
-    """Queries, keys and values of a layer by their names in `Candidates`."""
+def projections(
+    edit: Editor, asked: AskedInputs, layer: Layer, lengths: fx.Node, stream: fx.Node
+) -> dict[str, Later]:
+    """Queries, keys and values of a layer by their names in `Candidates`, of a stream ``[B, S, d]``: its own, say."""
     attention = attention_arguments(layer.attention)
     text_tokens = new_size(edit.graph, TEXT_TOKENS)
 
@@ -93,7 +95,7 @@ def projections(edit: Editor, asked: AskedInputs, layer: Layer, lengths: fx.Node
         fake = _empty(edit.graph, [sizes[dim] for dim in order], value(target).dtype)
         with edit.graph.fake_mode:
             fake = fake.permute([order.index(dim) for dim in range(4)])
-        return Later(fake, lambda: _partial_replay(edit, layer, target, make_tokens()))
+        return Later(fake, lambda: _partial_replay(edit, layer, target, make_tokens(), stream))
 
     def last(rotary: bool) -> TokenSet:
         return last_tokens(edit, lengths, {} if rotary else asked.unrotated(layer))
@@ -124,12 +126,13 @@ def _empty(graph: ModelGraph, size: Sequence[Any], dtype: torch.dtype) -> torch.
         return torch.empty(size, dtype=dtype, device=value(graph.layers[0].start).device)
 
 
-def _partial_replay(edit: Editor, layer: Layer, target: fx.Node, tokens: TokenSet) -> fx.Node:
-    """Compute `target` of a layer on `tokens` of its input."""
+def _partial_replay(
+    edit: Editor, layer: Layer, target: fx.Node, tokens: TokenSet, stream: fx.Node
+) -> fx.Node:
+    """Compute `target` of a layer on `tokens` of a stream."""
     batch, length = (expression(size) for size in shape(layer.start)[:2])
     needed = ancestors([target], stop=layer.start)
-    stream = tokens.rows(edit, layer.start, 1)
-    replay = Replay(edit, tokens, length, batch, {layer.start: stream})
+    replay = Replay(edit, tokens, length, batch, {layer.start: tokens.rows(edit, stream, 1)})
     replay.run(node for node in layer.nodes if node in needed)
     counterpart: fx.Node = replay(target)
     return counterpart

@@ -1,4 +1,4 @@
-"""Find the decoder layers: one region of the residual stream around each attention.
+"""Find the decoder layers: one region of the residual stream around each attention or recurrence.
 
 Before: a flat graph.
 After:  the same graph; `ModelGraph.layers` holds a `Layer` for each attention and its nodes carry
@@ -9,7 +9,8 @@ output runs through is a *cut*. A cut that adds something to an earlier cut is a
 layer reaches from the last residual update before its attention to the last one before the next
 attention. What is added between two layers, visual features say, belongs to the first of them. Inside a
 layer nothing may be read from outside, tokens may see each other in the attention only, and that must
-read its query, keys and values from its own layer.
+read its query, keys and values from its own layer. Where a layer has recurrences (a causal convolution, linear
+attention) in the place of an attention, the last of them stands for it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ from torch import fx
 
 from .base_errors import MatchError
 from .base_pass import Pass, PassResult, Rejection, refuse
-from .canonicalize_attention import attention_arguments, attentions
+from .canonicalize_attention import ATTENTION, attention_arguments, attentions
 from .graph_edit import (
     ancestors,
     aten,
@@ -30,7 +31,8 @@ from .graph_edit import (
     shape,
     value,
 )
-from .model_graph import Layer, LayerSizes, ModelGraph
+from .model_graph import Layer, LayerSizes, ModelGraph, Reach
+from .recurrences import RECURRENCES, recurrences, token_arguments
 from .token_mixing import TokenMixing, numbers_tokens
 
 
@@ -59,7 +61,8 @@ class FindLayers(Pass):
                 (_why_no_stream(graph, blocks),),
             )
         _refuse_fixed_length(stream[0])
-        layers, rejected = _split(graph, stream, blocks)
+        mixers = _mixers(graph, stream, blocks)
+        layers, rejected = _split(graph, stream, mixers)
         if layers:
             mixing = TokenMixing(graph.fx_graph.nodes, layers[0].start)
             rejected += [r for layer in layers if (r := _why_not_closed(layer, mixing)) is not None]
@@ -70,6 +73,8 @@ class FindLayers(Pass):
             for node in layer.nodes:
                 node.meta["region"] = f"layer.{layer.index}"
         graph.layers = tuple(layers)
+        known = dict(zip(blocks, graph.reaches, strict=True))
+        graph.reaches = tuple(known.get(layer.attention, Reach(state=True)) for layer in layers)
         return PassResult(self.name, matched=len(layers))
 
 
@@ -80,6 +85,23 @@ def _refuse_fixed_length(source: fx.Node) -> None:
             f"%{source.name} has a fixed length of {length}; expected a dynamic one. Export the decoder with a dynamic "
             f"batch and length."
         )
+
+
+def _mixers(graph: ModelGraph, cuts: Sequence[fx.Node], blocks: Sequence[fx.Node]) -> list[fx.Node]:
+    """Attentions, and the last recurrence of each stretch of the stream that has some, in graph order."""
+    order = {node: i for i, node in enumerate(graph.fx_graph.nodes)}
+    found = sorted([*blocks, *recurrences(graph.fx_graph.nodes)], key=order.__getitem__)
+    updates = [order[update] for update in _updates(cuts)]
+
+    def is_passed(node: fx.Node, following: fx.Node) -> bool:
+        apart = any(order[node] < update < order[following] for update in updates)
+        return is_op(node, *RECURRENCES) and is_op(following, *RECURRENCES) and not apart
+
+    return [
+        node
+        for node, after in zip(found, [*found[1:], None], strict=True)
+        if after is None or not is_passed(node, after)
+    ]
 
 
 def _residual_stream(graph: ModelGraph, blocks: Sequence[fx.Node]) -> list[fx.Node] | None:
@@ -138,7 +160,11 @@ def _split(
     updates = _updates(cuts)
     order = {node: i for i, node in enumerate(blocks[0].graph.nodes)}
     # One that a single layer reads is none of its helpers: each stage makes its own.
-    masks = ancestors(mask for node in blocks if (mask := attention_arguments(node).mask) is not None)
+    masks = ancestors(
+        mask
+        for node in blocks
+        if not is_op(node, *RECURRENCES) and (mask := attention_arguments(node).mask) is not None
+    )
     layers: list[Layer] = []
     rejected: list[Rejection] = []
     for i, block in enumerate(blocks):
@@ -176,6 +202,9 @@ def _is_like(node: fx.Node, stream: fx.Node) -> bool:
 
 
 def _measure(graph: ModelGraph, start: fx.Node, block: fx.Node, nodes: Sequence[fx.Node]) -> LayerSizes:
+    if is_op(block, *RECURRENCES):
+        names = {str(node.target) for node in recurrences(nodes)}.union(_uncounted(graph, nodes))
+        return LayerSizes(_multiply_adds(nodes), 0, 0, 0, 0, tuple(sorted(names)))
     given = attention_arguments(block)
     query, key = shape(given.query), shape(given.key)
     inside = set(nodes)
@@ -244,9 +273,8 @@ def _why_no_update(block: fx.Node, source: fx.Node, limit: int, order: dict[fx.N
 
 def _why_not_closed(layer: Layer, mixing: TokenMixing) -> Rejection | None:
     """What keeps the region from being moved to another token set."""
-    given = attention_arguments(layer.attention)
     nodes, stream = set(layer.nodes), descendants(layer.start)
-    for name, source in (("query", given.query), ("keys", given.key), ("values", given.value)):
+    for name, source in _sources(layer):
         if source not in nodes or source not in stream:
             reason = f"its {name} %{source.name} come from outside the residual stream (cross-attention?)"
             return Rejection(layer.attention.name, reason)
@@ -254,7 +282,7 @@ def _why_not_closed(layer: Layer, mixing: TokenMixing) -> Rejection | None:
     for node in layer.nodes:
         if node in mixing.reasons:
             return Rejection(node.name, f"in layer {layer.index} {mixing.reasons[node]}")
-        if node is layer.attention and not mixing.attends_along_tokens(node):
+        if is_op(node, *ATTENTION) and not mixing.attends_along_tokens(node):
             return Rejection(
                 node.name, f"in layer {layer.index} it attends along another dimension than the tokens"
             )
@@ -270,6 +298,15 @@ def _why_not_closed(layer: Layer, mixing: TokenMixing) -> Rejection | None:
             form = f"%{node.name} of shape {list(shape(node))} in layer {layer.index}"
             return Rejection(node.name, f"{form} has a layout that can't be compacted")
     return None
+
+
+def _sources(layer: Layer) -> list[tuple[str, fx.Node]]:
+    """What the attention or the recurrences of a layer read, by what it is to them."""
+    found = recurrences(layer.nodes)
+    if found:
+        return [("inputs", source) for node in found for source, _ in token_arguments(node)]
+    given = attention_arguments(layer.attention)
+    return [("query", given.query), ("keys", given.key), ("values", given.value)]
 
 
 def _why_no_stream(graph: ModelGraph, blocks: Sequence[fx.Node]) -> Rejection:

@@ -7,6 +7,8 @@ After:  ``%query = layer 7's rotated query of each row's last token``, ``%keys =
         ``%positions, %kept = reroute.select_tokens(%scores, %visual_index, %lengths, %keep_7, ...)``.
         The layers themselves are as before; `RouteStages` makes them use the selection.
 
+A decision before a layer with a state asks the nearest layer with an attention, on the stream as it is there.
+
 What a ranking rule is given are partial replays of the layer on its own input: the layer's own norm, projections and
 rotary positions (Reroute, arXiv 2606.12412, section 3), or those of the layer before on its input. Without rotary
 positions means that all of them are 0. Another ranking rule than attention is traced, and its nodes take the place of
@@ -150,7 +152,8 @@ class InsertSelection(Pass):
     ) -> Decision:
         graph = asked.graph
         scoring_layer = graph.layers[layer.index - distance]
-        attention = attention_arguments(scoring_layer.attention)
+        asked_layer = _nearest_attention(graph, scoring_layer)
+        attention = attention_arguments(asked_layer.attention)
         with edit_after(graph, layer.attention.prev, region=f"decision.{layer.index}") as edit:
             candidates = {
                 "hidden": scoring_layer.start,
@@ -164,7 +167,7 @@ class InsertSelection(Pass):
                 "sinks": attention.sinks,
                 "softcap": attention.softcap,
                 **asked.tokens(),
-                **projections(edit, asked, scoring_layer, lengths),
+                **projections(edit, asked, asked_layer, lengths, scoring_layer.start),
             }
             scores = _score(edit, rank, candidates)
             ranked = scores
@@ -189,6 +192,12 @@ class InsertSelection(Pass):
             nodes,
             text_index if text_index in needed else None,
         )
+
+
+def _nearest_attention(graph: ModelGraph, layer: Layer) -> Layer:
+    """That layer, or if it has a state in the place of an attention the nearest that has one, of two the later."""
+    attending = [each for each in graph.layers if not graph.reaches[each.index].state]
+    return min(reversed(attending), key=lambda each: abs(each.index - layer.index))
 
 
 def _score(edit: Editor, rank: Rank, candidates: dict[str, Any]) -> fx.Node:

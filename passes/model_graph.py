@@ -24,11 +24,13 @@ class Reach:
         window: the last so many, itself among them; None for all.
         chunk: those of its chunk, which are so many from the first token of the row on; None for all.
         groups: whether it sees those of its group too that come after it.
+        state: whether it knows them by a state of fixed size (linear attention, convolutions), not by attention.
     """
 
     window: int | None = None
     chunk: int | None = None
     groups: bool = False
+    state: bool = False
 
     @property
     def counts_tokens(self) -> bool:
@@ -38,7 +40,7 @@ class Reach:
     def __str__(self) -> str:
         sizes = {"a window": self.window, "chunks": self.chunk}
         found = [f"{name} of {size} tokens" for name, size in sizes.items() if size is not None]
-        return " and ".join(found) or "all earlier tokens"
+        return " and ".join(found) or ("a state" if self.state else "all earlier tokens")
 
 
 CAUSAL = Reach()
@@ -67,13 +69,13 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class Layer:
-    """The nodes of one decoder layer: between two values of the residual stream, around one attention.
+    """The nodes of one decoder layer: between two values of the residual stream, around one attention or recurrence.
 
     Attributes:
         index: position in the decoder, 0-based.
         start: residual stream at the layer's input, ``[B, S, d]``.
         end: residual stream at its output.
-        attention: the canonical attention node.
+        attention: the canonical attention node; of a layer with a state its last recurrence.
         nodes: what computes `end` from `start`, with helpers that no other layer reads, in graph order;
             `start` is not among them.
         sizes: what the layer's cost follows from.
@@ -127,7 +129,8 @@ class ModelGraph:
         fake_mode: owner of the fake tensors in ``node.meta["val"]``.
         layers: set by `FindLayers`.
         decisions: set by `InsertSelection`, updated by `RouteStages`.
-        reaches: what the tokens of each attention see, in graph order; set by `ProveCausal`.
+        reaches: what the tokens of each attention see, in graph order, set by `ProveCausal`; of each layer behind
+            `FindLayers`.
         token_index: place of each token in its row, ``[1, S]``, which masks are computed from; None if there are none.
         stage_indices: for each stage with such masks, by its first layer, that of its rows, ``[B, S']``; set by
             `RouteStages`.

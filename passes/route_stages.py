@@ -101,7 +101,8 @@ class ActiveRows:
         if any(edit.graph.reaches[layer.index].counts_tokens for layer in layers):
             edit.graph.stage_indices[decision.layer] = self.gathered[index]
         replay = _replay(edit, layers[0], (), {}, self)
-        for mask in dict.fromkeys(attention_arguments(layer.attention).mask for layer in layers):
+        attending = [layer for layer in layers if not edit.graph.reaches[layer.index].state]
+        for mask in dict.fromkeys(attention_arguments(layer.attention).mask for layer in attending):
             if mask is not None:
                 self.masks[mask] = replay(mask)
 

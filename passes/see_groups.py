@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from .base_errors import MatchError
 from .base_pass import Pass, PassResult
 from .canonicalize_attention import change_attention
 from .graph_edit import add_input, aten, edit_after, shape
@@ -27,6 +28,11 @@ class SeeGroups(Pass):
 
     def apply(self, graph: ModelGraph) -> PassResult:
         groups = add_input(graph, GROUPS, shape(graph.layers[0].start)[:2], torch.int64)
+        if any(reach.state for reach in graph.reaches):
+            raise MatchError(
+                "Layers know earlier tokens by a state, in a model whose tokens see later ones; expected attention in "
+                "all of its layers."
+            )
         graph.reaches = tuple(replace(reach, groups=True) for reach in graph.reaches)
         with edit_after(graph, graph.token_index or groups, region="masks") as edit:
             if graph.token_index is None:

@@ -20,6 +20,8 @@ BLOCKS, MIDDLES = "blocks", "middles"
 """Inputs of `PoolBlocks`; the second is the name of a size, too."""
 GROUPS = "groups"
 """Input of `SeeGroups`."""
+NEW_TOKENS = "new_tokens"
+"""How many tokens of a call each row has; only for layers with a state."""
 INPUTS_EMBEDS, POSITION_IDS = "inputs_embeds", "position_ids"
 """Inputs of the decoder that was exported."""
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from .canonicalize_attention import ATTENTION
 from .graph_edit import aten, expression, is_op, is_tensor, mentions, named_arguments, shape, value
+from .recurrences import RECURRENCES, token_arguments
 from .token_rows import Axis, Mixes, Place, Rows, Several
 from .token_rules import Call, rule_of
 
@@ -90,11 +91,23 @@ class TokenMixing:
         self._refuse_lengths(node)
         if is_op(node, *ATTENTION):
             return self.places[node.args[0]]  # type: ignore[index]
+        if is_op(node, *RECURRENCES):
+            return self._recurrence(node)
         if is_op(node, *_NEW):
             return self._by_shape(node)
         if all(self.places.get(n) is None for n in node.all_input_nodes):
             return self._made(node)
         return rule_of(node)(Call(node, self.places, self.batch, self.length))
+
+    def _recurrence(self, node: fx.Node) -> tuple[Place, None]:
+        """It returns results, which lie as the first of its arguments does, and a state."""
+        arguments = token_arguments(node)
+        for source, dim in arguments:
+            place = self.places.get(source)
+            in_rows = isinstance(place, Rows) and place.batch in (None, Axis(0)) and place.order is None
+            if not in_rows or place.tokens != Axis(dim):  # type: ignore[union-attr]
+                raise Mixes(f"%{source.name} has no tokens in dimension {dim}")
+        return self.places[arguments[0][0]], None
 
     def _made(self, node: fx.Node) -> Place:
         """A call that reads nothing of any token."""

@@ -44,7 +44,7 @@ class ArtifactError(RerouteError):
     """An artifact can't be written, or is not what it should be."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says first; its class if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from .analysis.routing_report import RoutingReport
 from .analysis.theory import LayerCost
 from .capture.captured_decoder import CapturedDecoder
-from .capture.image_layout import FixedImages, GridImages
+from .capture.image_layout import AnyImages, FixedImages, GridImages
 from .capture.structure import with_weights_of
 from .capture.vision_tower import CapturedTower
 from .config.choosing import read_config
@@ -21,6 +21,7 @@ from .passes import (
     DUMP_VARIABLE,
     AttendToCache,
     CanonicalizeAttention,
+    CarryStates,
     ExposeOutputs,
     ExposeStreams,
     FindLayers,
@@ -91,7 +92,13 @@ def _prompt_passes(
     config: RoutingConfig, savings: Savings, streams: bool, groups: bool = False
 ) -> list[Pass]:
     stages = _stage_passes(config, savings, streams)
-    return [*([SeeGroups()] if groups else []), *stages, ExposeOutputs(), *_stream_passes(streams)]
+    return [
+        *([SeeGroups()] if groups else []),
+        *stages,
+        CarryStates(),
+        ExposeOutputs(),
+        *_stream_passes(streams),
+    ]
 
 
 def _stream_passes(streams: bool) -> list[Pass]:
@@ -131,12 +138,13 @@ def reduce_tower(tower: CapturedTower, layers: int, config: RoutingConfig) -> Ca
     return CapturedTower(to_program(graph, tower.program, as_original=True), images)
 
 
-def _reduction_pass(images: FixedImages | GridImages, config: RoutingConfig) -> Pass:
+def _reduction_pass(images: AnyImages, config: RoutingConfig) -> Pass:
     method = config.definition
     if isinstance(images, FixedImages):
         assert method.reduction is not None
         return ReduceFeatures(method.reduction.reduce, images.tokens, config.entering(images.tokens))
     assert method.grids is not None
+    assert isinstance(images, GridImages)
     order = "window_order" if images.window is not None else None
     inputs = GridInputs("frames", "position_ids", order, "feature_frames", "feature_counts")
     return ReduceGrids(method.grids.reduce, config.entry_ratio, method.grids.compared, images.merge, inputs)
@@ -193,7 +201,7 @@ def _following_passes(
 
 def unrouted(exported_program: ExportedProgram, num_layers: int | None = None) -> ExportedProgram:
     """The program as `route` returns it, without routing: the baseline on the same compiler."""
-    graph, _ = run_passes(exported_program, [*find_passes(num_layers), ExposeOutputs()])
+    graph, _ = run_passes(exported_program, [*find_passes(num_layers), CarryStates(), ExposeOutputs()])
     return to_program(graph, exported_program)
 
 

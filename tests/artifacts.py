@@ -98,7 +98,11 @@ def sign(folder, change=lambda content: None):
 
 def loaded_model(family):
     """A `LoadedModel` whose programs run as they are, instead of those of an artifact."""
-    routed = routed_model(family)
+    return without_its_class(routed_model(family))
+
+
+def without_its_class(routed):
+    """See `loaded_model`."""
     traced = trace(routed)
     programs = {name: lower(program, "eager") for name, program in traced.programs.items()}
     return LoadedModel(
@@ -114,6 +118,7 @@ def loaded_model(family):
             layer_features=text_decoder(routed).layer_features,
             visual_ids=find_visual_token_ids(routed.config),
             programs={name: lambda p=p, **given: by_name(p(**given)) for name, p in programs.items()},
+            groups=traced.groups,
         )
     )
 

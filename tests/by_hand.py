@@ -7,8 +7,11 @@ from tiny_models import IMAGE
 def by_hand(model, given, config):
     """Logits of one row and the visual tokens that each decision keeps, ``{layer: [places among them]}``.
 
+    Layers without an attention run on their own tokens alone; decisions before them ask the nearest layer that has one,
+    of two the later.
+
     Args:
-        model: LLaVA whose decoder attends eagerly.
+        model: vision-language model whose decoder attends eagerly.
         given: inputs of a row without padding.
         config: decisions of one pool.
     """
@@ -23,21 +26,27 @@ def by_hand(model, given, config):
     hidden, rotary = seen["hidden"].clone(), seen["position_embeddings"]
     visual = (given["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
     everything = list(range(hidden.shape[1]))
+    attending = [i for i, layer in enumerate(decoder.layers) if hasattr(layer, "self_attn")]
 
-    def call(module, rows, tokens):
+    def call(module, rows, tokens, attends=True):
         causal = torch.full((len(tokens), len(tokens)), -torch.inf).triu(1)[None, None]
         # One tensor of complex numbers, or cosine and sine.
         own = rotary[:, tokens] if torch.is_tensor(rotary) else tuple(part[:, tokens] for part in rotary)
-        return module(rows, attention_mask=causal, position_embeddings=own)
+        return module(rows, attention_mask=causal if attends else None, position_embeddings=own)
 
     active, kept = everything, {}
     for number, layer in enumerate(decoder.layers):
         if number in config.decision_layers:
-            maps = call(layer.self_attn, layer.input_layernorm(hidden), everything)[1]
-            scores = maps[0, :, -1].mean(0)[visual].tolist()
+            asked = decoder.layers[min(reversed(attending), key=lambda i: abs(i - number))]
+            pool = active if config.action == "physical_delete" else everything
+            normed = getattr(asked, "input_layernorm", None) or asked.operator_norm
+            maps = call(asked.self_attn, normed(hidden[:, pool]), pool)[1]
+            scores = dict(zip(pool, maps[0, :, -1].mean(0).tolist(), strict=True))
+            candidates = [i for i, place in enumerate(visual) if place in scores]
             count = max(1, int(len(visual) * config.keep_ratios[config.decision_layers.index(number)]))
-            kept[number] = sorted(sorted(range(len(visual)), key=lambda i: -scores[i])[:count])
+            kept[number] = sorted(sorted(candidates, key=lambda i: -scores[visual[i]])[:count])
             active = [i for i in everything if i not in visual or visual.index(i) in kept[number]]
-        output = call(layer, hidden[:, active], active)
+        output = call(layer, hidden[:, active], active, number in attending)
         hidden[:, active] = output[0] if isinstance(output, tuple) else output
-    return model.lm_head(decoder.norm(hidden)), kept
+    norm = getattr(decoder, "norm", None) or decoder.embedding_norm
+    return model.lm_head(norm(hidden)), kept

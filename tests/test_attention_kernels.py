@@ -132,7 +132,7 @@ def test_the_first_kernel_that_can(asked, case):
     assert targets(module)[-1] is operator.getitem
     assert all(params.query.device == GPU for params in asked)
     with FakeTensorMode():
-        (made,) = module(*(torch.empty_like(given, device=GPU) for given in inputs))
+        (made,) = module(*(torch.empty(given.shape, dtype=given.dtype, device=GPU) for given in inputs))
     assert (made.shape, made.device) == (expected[0].shape, GPU)
     (found,) = Stand(module).run(*inputs)
     torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=1e-5)

@@ -15,7 +15,14 @@ from PIL import Image
 from suite_tiers import share
 
 import reroute_fx
-from reroute_fx import BackendUnavailableError, ConfigError, InputError, ParityError, UnsupportedModelError
+from reroute_fx import (
+    BackendUnavailableError,
+    ConfigError,
+    InputError,
+    ParityError,
+    RoutingConfig,
+    UnsupportedModelError,
+)
 from reroute_fx.benchmarking import (
     MEASURES,
     ContenderResult,
@@ -30,6 +37,7 @@ from reroute_fx.benchmarking.parity import Computed, Parity, check_parity
 from reroute_fx.benchmarking.workload import needed_bytes, read_workload
 from reroute_fx.common.json_files import write_json
 from reroute_fx.common.plot_files import check_plot
+from reroute_fx.lowering import lower
 from reroute_fx.runtime import RoutedCache
 from reroute_fx.selection.row_plan import plan_rows
 from reroute_fx.selection.selection_result import Routing
@@ -597,3 +605,14 @@ def test_missing_matplotlib_is_told(result, tmp_path, monkeypatch):
 
 def test_measures_are_those_of_the_schema():
     assert set(MEASURES) == set(SCHEMA["$defs"]["contender"]["properties"]["seconds"]["required"])
+
+
+def test_the_decoding_benchmark_takes_a_step(benchmark_module, monkeypatch):
+    decode = benchmark_module("decode")
+    monkeypatch.setattr(decode, "lower", lambda program, name: lower(program, "eager", name=name))
+    config = RoutingConfig((1,), (0.5,))
+    for full, places in ((True, decode.VISUAL), (False, decode.VISUAL // 2)):
+        step = decode.Step(decode.build(64, 2), config, batch=2, full=full)
+        step()
+        assert step.cache.get_seq_length() == decode.LENGTH + 1
+        assert step.cache.rows.filled[1] == places + decode.TEXT + 1

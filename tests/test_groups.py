@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from artifacts import without_its_class
 from conversations import expect_same_answers
 from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
@@ -24,6 +25,7 @@ from transformers.models.gemma3 import modeling_gemma3
 
 import reroute_fx
 from reroute_fx import InputError, RoutingConfig, UnsupportedModelError
+from reroute_fx.capture.prompt_groups import PromptGroups, find_groups
 
 WINDOW, CHUNK = 8, 8
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -249,3 +251,49 @@ def test_compiled(family):
     config, given = RoutingConfig(DECISIONS, (0.5, 0.25)), prompts(family)
     compiled, eager = reroute_fx.compile(built(family), config=config), routed_model(family, config)
     expect_same_answers(compiled, eager, given, 1e-4, **GREEDY)
+
+
+def test_groups_follow_from_the_ids():
+    is_visual = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0, 0, 1]]).bool()
+    is_token = torch.tensor([[1] * 8, [0] + [1] * 7]).bool()
+    pictures, prompt = PromptGroups("pictures"), PromptGroups("prompt")
+    assert pictures(is_visual, is_token).tolist() == [[0, 0, 1, 1, 0, 2, 2, 2], [0, 1, 1, 0, 0, 0, 0, 2]]
+    assert torch.equal(prompt(is_visual, is_token), is_token.long())
+    pictures.check_types(is_visual.long(), is_visual, is_token)
+    padded = torch.zeros_like(is_visual).long()
+    padded[1, 0] = 1
+    prompt.check_types(padded, is_visual, is_token)
+    for types in (torch.zeros(2, 8), torch.zeros(2, 7)):
+        with pytest.raises(InputError, match=r"token_type_ids.*those of each picture.*Leave it out"):
+            pictures.check_types(types.long(), is_visual, is_token)
+
+
+def test_groups_are_those_of_the_models_own_masks(monkeypatch):
+    models = {family: built(family) for family in BUILD}
+    assert find_groups(models["Gemma 3"]) == PromptGroups("pictures")
+    assert find_groups(models["PaliGemma"]) == PromptGroups("prompt")
+    assert find_groups(models["Llama 4"]) is None
+    own = models["Gemma 3"].create_masks_for_generate
+
+    def with_one_more(**given):
+        masks = own(**given)
+        masks["full_attention"][:, :, 0, 1] = 0
+        return masks
+
+    monkeypatch.setattr(models["Gemma 3"], "create_masks_for_generate", with_one_more)
+    with pytest.raises(
+        UnsupportedModelError, match=r"lets other tokens see each other.*use reroute_fx.compile"
+    ):
+        find_groups(models["Gemma 3"])
+
+
+@pytest.mark.parametrize("family", share(["Gemma 3", "PaliGemma"], ["Gemma 3"], "6 s each"))
+def test_a_model_without_its_class_sees_the_same(family):
+    routed, given = routed_model(family, ROUTING), prompts(family)
+    loaded = without_its_class(routed)
+    real, expected = given["attention_mask"].bool(), routed(**given).logits
+    for more in ({}, {"token_type_ids": None}):
+        assert (loaded(**{**given, **more}).logits - expected)[real].abs().max() < TOLERANCE
+    assert torch.equal(loaded.generate(**given, **GREEDY), routed.generate(**given, **GREEDY))
+    with pytest.raises(InputError, match=r"token_type_ids.*say that other tokens see each other"):
+        loaded(**{**given, "token_type_ids": 1 - given["token_type_ids"]})

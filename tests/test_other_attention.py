@@ -147,6 +147,8 @@ def test_of_several_masks_each_is_looked_at(kinds):
             read_masks({**masks, kind: wrong}, call, 4, reaches)
     with pytest.raises(UnsupportedModelError, match="in which token 1 sees token 0"):
         read_masks({"sliding": right["full"]}, call, 4, reaches)
+    # No layer reads what has another name.
+    assert read_masks({**right, "chunked": wrong}, call, 4, reaches) is None
 
 
 @pytest.mark.parametrize("place", [0, 1])

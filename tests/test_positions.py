@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from suite_tiers import one
 
 from reroute_fx.capture.positions import GridPositions, find_positions
-from reroute_fx.errors import UnsupportedModelError
+from reroute_fx.errors import InputError, UnsupportedModelError
 
 TEXT = st.integers(1, 6).map(lambda count: ("text", count))
 IMAGES = st.tuples(st.just(1), st.integers(1, 5), st.integers(1, 5)).map(lambda grid: ("image", grid))
@@ -119,3 +119,33 @@ def test_a_model_that_counts_in_another_way_is_refused(monkeypatch):
         monkeypatch.setattr(model.model, "get_rope_index", other)
         with pytest.raises(UnsupportedModelError, match="other rotary positions"):
             find_positions(model, 3)
+
+
+def test_what_follows_a_video_may_start_behind_its_frames():
+    """Three frames of 2 x 1 tokens, two positions apart."""
+    ids, grids = torch.tensor([[5, *[VIDEO] * 6, 5]]), {VIDEO: torch.tensor([[3, 4, 2]])}
+    is_token, seconds = torch.ones_like(ids).bool(), torch.tensor([2.0])
+    for behind_all, last in ((True, 6), (False, 3)):
+        positions = GridPositions(2, 1.0, behind_all=behind_all)(ids, is_token, grids, VIDEO, seconds)
+        assert positions[:, 0].tolist() == [
+            [0, 1, 1, 3, 3, 5, 5, last],
+            [0, 1, 2, 1, 2, 1, 2, last],
+            [0, 1, 1, 1, 1, 1, 1, last],
+        ]
+    exact = GridPositions(2, 1.0, whole=False)
+    assert torch.equal(exact(ids, is_token, grids, VIDEO, seconds)[0, 0, 3:5], torch.tensor([3, 3]))
+    with pytest.raises(InputError, match=r"1\.25 s apart.*expected a whole number of positions"):
+        exact(ids, is_token, grids, VIDEO, torch.tensor([1.25]))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Qwen2.5-Omni", {"tokens_per_second": 25, "behind_all": True}),
+        ("Qwen3-Omni", {"tokens_per_second": 25, "behind_all": True, "whole": False}),
+        ("GLM-4.1V", {"tokens_per_second": None, "single_frames": True}),
+    ],
+)
+def test_families_count_as_their_code_does(benchmark_module, name, expected):
+    model = benchmark_module("tiny_families").FAMILIES[name].build()
+    assert find_positions(model, 3) == GridPositions(2, **expected)

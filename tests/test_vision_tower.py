@@ -11,7 +11,13 @@ from suite_tiers import one, share
 from tiny_models import llava_config, qwen2_vl
 from transformers import LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from reroute_fx.capture.image_layout import FixedImages, GridImages
+from reroute_fx.capture.image_layout import (
+    FixedImages,
+    GridImages,
+    SizedImages,
+    TiledImages,
+    encode,
+)
 from reroute_fx.capture.segments import attend_in_segments, segments
 from reroute_fx.capture.vision_tower import capture_vision_tower
 from reroute_fx.errors import CaptureError, InputError, UnsupportedModelError
@@ -229,3 +235,72 @@ def test_grids_have_to_fit(pixels, grid, match):
     images = GridImages(values=96, merge=2, patch=4, window=16)
     with pytest.raises(InputError, match=match):
         images.check(torch.zeros(pixels), None if grid is None else torch.tensor(grid))
+
+
+def pictures_of(name):
+    """Others than those that the tower was traced with: arguments of the model's `get_image_features`."""
+    if name == "GLM-4.1V":
+        grid = torch.tensor([[1, 4, 6], [1, 6, 2], [1, 2, 2]])
+        return {"pixel_values": torch.randn(int(grid.prod(dim=-1).sum()), 96), "image_grid_thw": grid}
+    if name == "Mistral 3":
+        sizes = torch.tensor([[16, 24], [32, 16], [16, 16]])
+        return {"pixel_values": torch.randn(3, 3, 32, 24), "image_sizes": sizes}
+    tiles = torch.randn(3, 2, 3, 16, 16)
+    tiles[1, 1] = tiles[2] = 0
+    return {"pixel_values": tiles}
+
+
+EXPECTED_IMAGES = {
+    "GLM-4.1V": GridImages(values=96, merge=2, patch=4, window=None, table=8, stretch="bicubic"),
+    "Mistral 3": SizedImages(3, 8),
+    "SmolVLM": TiledImages(3, 16, 16, tokens=4),
+}
+
+
+@pytest.mark.parametrize("name", share(EXPECTED_IMAGES, ["Mistral 3"], "3 s each to capture a tower"))
+def test_towers_that_know_more_than_patches(benchmark_module, name):
+    torch.manual_seed(5)
+    model, given = benchmark_module("tiny_families").FAMILIES[name].build(), pictures_of(name)
+    captured = capture_vision_tower(model)
+    assert captured.images == EXPECTED_IMAGES[name]
+    pixels, grid = given["pixel_values"], given.get("image_grid_thw", given.get("image_sizes"))
+    captured.images.check(pixels, grid)
+    found = encode(captured.program.module(), captured.images, pixels, grid)["features"]
+    expected = [part.flatten(0, -2) for part in model.get_image_features(**given).pooler_output if len(part)]
+    assert captured.images.sizes(pixels, grid) == [*map(len, expected), *([0] if name == "SmolVLM" else [])]
+    # Weights are ten times what is usual, and roundings grow with them.
+    off = (found - torch.cat(expected)).abs().max() / torch.cat(expected).abs().max()
+    assert off <= 100 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "match"),
+    [
+        ((2, 16, 16), [[16, 16], [16, 16]], r"expected \[pictures, 3, height, width\]"),
+        ((2, 4, 16, 16), [[16, 16], [16, 16]], r"expected \[pictures, 3, height, width\]"),
+        ((2, 3, 16, 16), None, "image_sizes has shape None"),
+        ((2, 3, 16, 16), [[16, 16]], r"image_sizes has shape \[1, 2\]"),
+        ((1, 3, 16, 16), [[16, 12]], "multiples of 8"),
+        ((1, 3, 16, 16), [[8, 16]], "multiples of 8, two or more"),
+        ((1, 3, 16, 16), [[16, 24]], r"within the \[16, 16\]"),
+    ],
+)
+def test_sizes_have_to_fit(shape, sizes, match):
+    with pytest.raises(InputError, match=match):
+        SizedImages(3, 8).check(torch.zeros(shape), None if sizes is None else torch.tensor(sizes))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_sizes_and_tiles_are_repeated_with_their_row(times):
+    sizes = torch.tensor([[16, 16], [16, 24], [32, 16]])
+    given = {"pixel_values": torch.arange(3.0)[:, None], "image_sizes": sizes}
+    repeated = SizedImages(3, 8).repeat(given, list(given), [10, 0, 8], times)
+    order = [*[0, 1] * times, *[2] * times]
+    assert repeated["pixel_values"].flatten().tolist() == order
+    assert torch.equal(repeated["image_sizes"], sizes[order])
+    tiles = TiledImages(3, 8, 8, tokens=4)
+    rows = tiles.repeat({"pixel_values": torch.arange(2.0)[:, None]}, ["pixel_values"], [4, 4], times)
+    assert rows["pixel_values"].flatten().tolist() == [*[0] * times, *[1] * times]
+    for wrong in (torch.ones(2, 3, 8, 8), torch.ones(2, 1, 3, 8, 16), torch.zeros(2, 1, 3, 8, 8)):
+        with pytest.raises(InputError, match=r"expected \[batch, tiles, 3, 8, 8\], not all of them zeros"):
+            tiles.check(wrong, None)

@@ -1,8 +1,11 @@
 """Ask an artifact before it is handed out."""
 
+from typing import Any
+
 import torch
 from torch.export import ExportedProgram
 
+from ..capture.image_layout import encode
 from ..errors import CaptureError
 from ..runtime import LoadedModel, RoutedModel
 
@@ -18,9 +21,10 @@ def check_pictures(program: ExportedProgram, loaded: LoadedModel) -> None:
     images = loaded._parts.images
     pixels, grid = images.sample()
     pixels = pixels.to(loaded.device, loaded.dtype)
-    inputs, computed = images.inputs(pixels, grid), program.module()
-    all_found, all_expected = loaded._parts.programs["images"](**inputs), computed(**inputs)
-    moved = computed(**images.inputs(_rounded_once_more(pixels), grid))
+    computed = program.module()
+    all_found = encode(loaded._parts.programs["images"], images, pixels, grid)
+    all_expected = encode(computed, images, pixels, grid)
+    moved = encode(computed, images, _rounded_once_more(pixels), grid)
     found, expected = all_found["features"], all_expected["features"]
     stays, wanted = (features.isfinite().all(dim=1) for features in (found, expected))
     if stays.sum() != wanted.sum():
@@ -38,25 +42,46 @@ def check_pictures(program: ExportedProgram, loaded: LoadedModel) -> None:
 
 @torch.no_grad()
 def check_answers(routed: RoutedModel, loaded: LoadedModel) -> None:
-    """Raise CaptureError unless a text prompt and a token behind it have the logits that the model's own code gives.
+    """Raise CaptureError unless a text prompt and what follows it have the logits that the model's own code gives.
 
     That is all of an artifact but selection, whose ties rounding may break, and pictures.
     """
     rows, length = min(_ROWS, loaded.limits.batch), min(_LENGTH, loaded.limits.length - 1)
     prompt = _text(routed, rows, length)
+    if loaded._parts.groups is not None:
+        prompt["token_type_ids"] = torch.zeros_like(prompt["input_ids"])
     expected, found = routed(**prompt), loaded(**prompt)
     is_token = prompt["attention_mask"].bool()
-    mask = prompt["attention_mask"]
-    step = {
-        "input_ids": prompt["input_ids"][:, -1:],
-        "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
-    }
-    following = [
-        model(**step, past_key_values=output.past_key_values).logits
-        for model, output in ((loaded, found), (routed, expected))
-    ]
-    for ours, theirs in ((found.logits[is_token], expected.logits[is_token]), following):
+    for ours, theirs in (
+        (found.logits[is_token], expected.logits[is_token]),
+        (_following(loaded, prompt), _following(routed, prompt)),
+    ):
         _compare(ours, theirs, "logits")
+
+
+def _following(model: Any, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits ``[B, 2, vocabulary]`` of the next token, and of the one behind a token that is always the same.
+
+    By `generate`: not every model finds the positions of a token on a cache itself.
+    """
+    output = model.generate(
+        **prompt,
+        max_new_tokens=2,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        eos_token_id=None,
+        pad_token_id=0,
+        logits_processor=[_always_the_first_token],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(output.logits, dim=1)
+
+
+def _always_the_first_token(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    others = torch.arange(scores.shape[1], device=scores.device) > 0
+    return scores.masked_fill(others, -torch.inf)
 
 
 def _rounded_once_more(values: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,13 @@ from torch.export import ExportedProgram
 
 from .._compat import package_version
 from ..capture import find_visual_token_ids, text_decoder
-from ..capture.image_layout import FixedImages, GridImages
+from ..capture.image_layout import AnyImages
 from ..capture.positions import GridPositions, find_positions
+from ..capture.prompt_groups import PromptGroups, find_groups
 from ..capture.vision_tower import capture_vision_tower
 from ..capture.vocabulary import capture_embeddings, capture_head
 from ..config.limits import Limits
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from ..loading.models_by_name import name_of
 from ..lowering import check_tensorrt
 from ..lowering.inductor.aot_regions import check_compiler
@@ -125,6 +126,12 @@ def _check_arguments(routed: Any, limits: Any, processor: Any) -> None:
         raise ConfigError(
             f"routed is a {type(routed).__name__}; expected what reroute_fx.compile returned. Compile the model first."
         )
+    if any(reach.state for reach in routed.report.reaches):
+        raise UnsupportedModelError(
+            f"Layers of {type(routed).__name__} know earlier tokens by a state (linear attention, convolutions), whose "
+            f"operators run in this process only; expected attention in all of them. It can't be exported; use "
+            f"reroute_fx.compile."
+        )
     if limits is not None and not isinstance(limits, Limits):
         raise ConfigError(f"limits is a {type(limits).__name__}; expected reroute_fx.Limits.")
     if processor is not None and not hasattr(processor, "save_pretrained"):
@@ -138,8 +145,9 @@ class Traced:
     """The programs of a model before they are compiled, and how it takes its inputs."""
 
     programs: Mapping[str, ExportedProgram]
-    images: FixedImages | GridImages
+    images: AnyImages
     positions: GridPositions | None
+    groups: PromptGroups | None
 
 
 def trace(routed: RoutedModel) -> Traced:
@@ -152,7 +160,7 @@ def trace(routed: RoutedModel) -> Traced:
         "head": capture_head(routed),
     }
     positions = find_positions(routed, text_decoder(routed).position_rank)
-    return Traced(programs, tower.images, positions)
+    return Traced(programs, tower.images, positions, find_groups(routed))
 
 
 def _write(
@@ -190,6 +198,7 @@ def _write(
         images=traced.images,
         positions=traced.positions,
         layer_features=text_decoder(routed).layer_features,
+        groups=traced.groups,
         visual_ids=find_visual_token_ids(routed.config),
         requirements=None if format == "onnx" else Requirements.of(routed.device),
         versions={name: found for name in _PACKAGES if (found := package_version(name))},

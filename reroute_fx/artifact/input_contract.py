@@ -1,6 +1,6 @@
 """The contract of a call: names, kinds and sizes of its inputs."""
 
-from ..capture.image_layout import FixedImages, GridImages
+from ..capture.image_layout import AnyImages, FixedImages, SizedImages, TiledImages
 from .manifest import InputSpec
 
 _TEXT = {
@@ -9,11 +9,17 @@ _TEXT = {
 }
 
 
-def input_contract(images: FixedImages | GridImages, dtype: str) -> dict[str, InputSpec]:
+def input_contract(images: AnyImages, dtype: str) -> dict[str, InputSpec]:
     """Inputs of a model that takes such pictures and has weights of such a dtype."""
-    if isinstance(images, FixedImages):
+    if isinstance(images, (FixedImages, TiledImages)):
         size = images.channels, images.height, images.width
-        return {**_TEXT, "pixel_values": InputSpec(dtype, ("pictures", *size), required=True)}
+        count = ("pictures",) if isinstance(images, FixedImages) else ("batch", "tiles")
+        return {**_TEXT, "pixel_values": InputSpec(dtype, (*count, *size), required=True)}
+    if isinstance(images, SizedImages):
+        return _TEXT | {
+            "pixel_values": InputSpec(dtype, ("pictures", images.channels, "height", "width"), required=True),
+            "image_sizes": InputSpec("int64", ("pictures", 2), required=True),
+        }
     return _TEXT | {
         "pixel_values": InputSpec(dtype, ("patches", images.values), required=False),
         "image_grid_thw": InputSpec("int64", ("pictures", 3), required=False),

@@ -81,6 +81,7 @@ def read_model(
         images=manifest.images,
         positions=manifest.positions,
         layer_features=manifest.layer_features,
+        groups=manifest.groups,
         visual_ids=manifest.visual_ids,
         programs=programs,
         asked=manifest.asked,

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..capture.image_layout import FixedImages, GridImages
+from ..capture.image_layout import AnyImages
 from ..capture.layer_features import LayerFeatures
 from ..capture.positions import GridPositions
+from ..capture.prompt_groups import PromptGroups
 from ..config.limits import Limits
 from ..config.routing_config import RoutingConfig
 from ..errors import ArtifactError
@@ -74,6 +75,7 @@ class Manifest:
         images: how it takes pictures.
         positions: how rotary positions follow from a prompt; None if they count its tokens.
         layer_features: visual features that are added inside the decoder; None if there are none.
+        groups: which tokens of a prompt see each other; None if none sees later ones.
         visual_ids: placeholders of visual features.
         requirements: what its code was compiled for; None if it runs anywhere.
         versions: of the packages that made it.
@@ -91,7 +93,7 @@ class Manifest:
     routing: RoutingConfig
     limits: Limits
     inputs: dict[str, InputSpec]
-    images: Annotated[FixedImages | GridImages, Field(discriminator="kind")]
+    images: Annotated[AnyImages, Field(discriminator="kind")]
     positions: GridPositions | None
     visual_ids: tuple[int, ...]
     requirements: Requirements | None
@@ -100,6 +102,7 @@ class Manifest:
     files: dict[str, FileEntry]
     asked: tuple[str, ...] = ()
     layer_features: LayerFeatures | None = None
+    groups: PromptGroups | None = None
 
     @property
     def weight_bytes(self) -> int:

@@ -18,6 +18,7 @@ from .attention_forms import implementation_for
 from .copies import copy_sharing_weights
 from .fingerprint import Fingerprint
 from .layer_features import LayerFeatures, adding_features, find_layer_features
+from .opaque_recurrences import use_operators
 from .packed_weights import with_plain_weights
 from .structure import structure_of, with_weights, without_weights
 from .tracing import outputs, quiet, without_writes
@@ -199,6 +200,7 @@ def _export(decoder: PreTrainedModel, features: LayerFeatures | None, has_masks:
     traced = copy_sharing_weights(decoder)
     if features is not None:
         adding_features(traced, features)
+    use_operators(traced)
     traced.config._attn_implementation = implementation_for(traced)
     # What is asked for besides comes from programs of its own.
     traced.config.output_attentions = traced.config.output_hidden_states = False

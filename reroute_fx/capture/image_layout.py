@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal, Protocol
@@ -22,9 +22,11 @@ from .segments import segments
 
 
 class Images(Protocol):
-    """How a model takes pictures: ``"fixed"`` or ``"grid"``."""
+    """How a model takes pictures."""
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """``"fixed"``, ``"tiled"``, ``"grid"`` or ``"sized"``."""
 
     @property
     def shapes(self) -> dict[str, dict[int, Any]]:
@@ -32,6 +34,11 @@ class Images(Protocol):
 
     def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Inputs of the program that `capture_vision_tower` returns; `grid` is on the host."""
+
+    def apart(
+        self, pixel_values: torch.Tensor, grid: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Pictures that run together, and their grid."""
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Two pictures, of different sizes if they may have any: `pixel_values` in float32, and their grid."""
@@ -55,6 +62,26 @@ class Images(Protocol):
         """
 
 
+def encode(
+    program: Callable[..., dict[str, torch.Tensor]],
+    images: Images,
+    pixel_values: torch.Tensor,
+    grid: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """What a tower makes of pictures, those of all of them in order.
+
+    Args:
+        program: takes what `Images.inputs` returns.
+        images: how it takes pictures.
+        pixel_values: of the pictures.
+        grid: of the pictures, on the host.
+    """
+    made = [program(**images.inputs(*part)) for part in images.apart(pixel_values, grid)]
+    if len(made) == 1:
+        return made[0]
+    return {name: torch.cat([each[name] for each in made], dim=-2) for name in made[0]}
+
+
 @dataclass(frozen=True)
 class FixedImages:
     """Pictures of one size, ``pixel_values [n, channels, height, width]``.
@@ -75,6 +102,11 @@ class FixedImages:
 
     def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
         return {"pixel_values": pixel_values}
+
+    def apart(
+        self, pixel_values: torch.Tensor, grid: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        yield pixel_values, grid
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return _pixels(2, self.channels, self.height, self.width), None
@@ -99,6 +131,59 @@ class FixedImages:
 
 
 @dataclass(frozen=True)
+class TiledImages:
+    """Tiles of one size, those of each row of a prompt apart, ``pixel_values [B, tiles, channels, height, width]``.
+
+    Tiles of zeros fill up rows that have fewer.
+
+    Attributes:
+        tokens: features of each tile.
+    """
+
+    channels: int
+    height: int
+    width: int
+    tokens: int
+    kind: Literal["tiled"] = "tiled"
+
+    @property
+    def shapes(self) -> dict[str, dict[int, Any]]:
+        return {"pixel_values": {0: Dim.DYNAMIC}}
+
+    def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        return {"pixel_values": pixel_values}
+
+    def apart(
+        self, pixel_values: torch.Tensor, grid: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        tiles = pixel_values.flatten(0, 1)
+        yield tiles[tiles.flatten(1).any(dim=1)], None
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        pixels = _pixels(2, 2, self.channels, self.height, self.width)
+        pixels[1, 1] = 0
+        return pixels, None
+
+    def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
+        expected = self.channels, self.height, self.width
+        if pixel_values.ndim != 5 or tuple(pixel_values.shape[2:]) != expected or not pixel_values.any():
+            raise InputError(
+                f"pixel_values has shape {list(pixel_values.shape)}; expected [batch, tiles, "
+                f"{', '.join(map(str, expected))}], not all of them zeros. Pass what the model's processor returns, "
+                f"with tiles of that size."
+            )
+
+    def sizes(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> list[int]:
+        tiles: list[int] = pixel_values.flatten(2).any(dim=2).sum(dim=1).tolist()
+        return [count * self.tokens for count in tiles]
+
+    def repeat(
+        self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
+    ) -> dict[str, torch.Tensor]:
+        return {name: given[name].repeat_interleave(times, dim=0) for name in names if name in given}
+
+
+@dataclass(frozen=True)
 class GridImages:
     """Pictures and videos of any size as patches, ``pixel_values [patches, values]``, with a grid ``[n, 3]`` of each.
 
@@ -109,6 +194,7 @@ class GridImages:
         window: pixels along the edge of an attention window; None if every layer sees whole frames.
         table: places along the edge of the learned table of positions, which is stretched over each picture; None if
             there is none.
+        stretch: how: ``"bilinear"`` from corner to corner, or ``"bicubic"`` from edge to edge.
         share: of each picture's features that stay; then the program is told the features of each frame, and how many
             of them stay. None if all do.
     """
@@ -118,6 +204,7 @@ class GridImages:
     patch: int
     window: int | None
     table: int | None = None
+    stretch: Literal["bilinear", "bicubic"] = "bilinear"
     share: float | None = None
     kind: Literal["grid"] = "grid"
 
@@ -142,7 +229,11 @@ class GridImages:
         given = {"position_ids": get_vision_position_ids(grid, self.merge), "frames": segments(bounds)}
         if self.table is not None:
             places, weights = get_vision_interpolation_indices_and_weights(
-                grid, self.table, align_corners=True, spatial_merge_size=self.merge
+                grid,
+                self.table,
+                mode=self.stretch,
+                align_corners=self.stretch == "bilinear",
+                spatial_merge_size=self.merge,
             )
             given |= {"table_places": places, "table_weights": weights}
         if self.window is not None:
@@ -154,6 +245,11 @@ class GridImages:
             given["feature_counts"] = torch.tensor([entering(n, self.share) for n in ends.diff().tolist()])
         placed = {name: tensor.to(pixel_values.device) for name, tensor in given.items()}
         return {"pixel_values": pixel_values, **placed}
+
+    def apart(
+        self, pixel_values: torch.Tensor, grid: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        yield pixel_values, grid
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         grid = torch.tensor([[1, 4 * self.merge, 5 * self.merge], [2, 2 * self.merge, 3 * self.merge]])
@@ -193,6 +289,73 @@ class GridImages:
         pixels = given[names[0]].split(patches)
         rest = {name: given[name][order] for name in names[1:] if name in given}
         return {names[0]: torch.cat([pixels[i] for i in order]), **rest}
+
+
+@dataclass(frozen=True)
+class SizedImages:
+    """Pictures of any size, ``pixel_values [n, channels, height, width]``, padded to that of the largest.
+
+    Their ``image_sizes [n, 2]``, height and width in pixels, stand for a grid. Each runs by itself.
+
+    Attributes:
+        unit: pixels along the edge of what becomes one feature.
+    """
+
+    channels: int
+    unit: int
+    kind: Literal["sized"] = "sized"
+
+    @property
+    def shapes(self) -> dict[str, dict[int, Any]]:
+        return {"pixel_values": {2: self.unit * Dim("rows", min=2), 3: self.unit * Dim("columns", min=2)}}
+
+    def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        return {"pixel_values": pixel_values}
+
+    def apart(
+        self, pixel_values: torch.Tensor, grid: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        assert grid is not None
+        for picture, (height, width) in zip(pixel_values, grid.tolist(), strict=True):
+            yield picture[None, :, :height, :width].contiguous(), None
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        grid = torch.tensor([[3 * self.unit, 4 * self.unit], [2 * self.unit, 3 * self.unit]])
+        return _pixels(2, self.channels, 3 * self.unit, 4 * self.unit), grid
+
+    def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.channels:
+            raise InputError(
+                f"pixel_values has shape {list(pixel_values.shape)}; expected [pictures, {self.channels}, height, "
+                f"width]. Pass what the model's processor returns."
+            )
+        if grid is None or grid.shape != (len(pixel_values), 2):
+            given = None if grid is None else list(grid.shape)
+            raise InputError(
+                f"image_sizes has shape {given}; expected [{len(pixel_values)}, 2], height and width of each picture. "
+                f"Pass what the model's processor returns."
+            )
+        largest = torch.tensor(pixel_values.shape[2:])
+        if (grid < 2 * self.unit).any() or (grid % self.unit).any() or (grid > largest).any():
+            raise InputError(
+                f"image_sizes are {grid.tolist()}; expected heights and widths in multiples of {self.unit}, two or "
+                f"more, within the {largest.tolist()} of pixel_values. Pass what the model's processor returns."
+            )
+
+    def sizes(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> list[int]:
+        assert grid is not None
+        found: list[int] = (grid // self.unit).prod(dim=-1).tolist()
+        return found
+
+    def repeat(
+        self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
+    ) -> dict[str, torch.Tensor]:
+        sizes = self.sizes(given[names[0]], given[names[1]])
+        order = _repeated(_per_row(tokens, sizes), times)
+        return {name: given[name][order] for name in names if name in given}
+
+
+AnyImages = FixedImages | TiledImages | GridImages | SizedImages
 
 
 def _pixels(*shape: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Rotary positions of prompts with pictures, without the model's code."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,17 @@ class GridPositions:
         tokens_per_second: positions for a second of a video; None if a frame is one position.
         whole_seconds: whether seconds between frames are cut to whole ones, as early versions of transformers do.
         single_frames: whether each frame of a video is a picture of its own, with text in between (Qwen3-VL).
+        behind_all: whether what follows a picture goes on behind its frames, too, not only behind its longer edge
+            (Qwen2.5-Omni, arXiv 2503.20215).
+        whole: whether a fraction of a position is cut off; otherwise frames may lie only whole positions apart.
     """
 
     merge: int
     tokens_per_second: float | None
     whole_seconds: bool = False
     single_frames: bool = False
+    behind_all: bool = False
+    whole: bool = True
 
     def __call__(
         self,
@@ -45,6 +51,9 @@ class GridPositions:
             grids: for each placeholder the patches of its pictures in time, height and width, ``[n, 3]``.
             video_token: placeholder of videos.
             seconds: between the frames of each video, ``[n]``; None for 1.
+
+        Raises:
+            InputError: frames lie a fraction of a position apart, and the model doesn't cut it off.
         """
         left = {token: iter(self._pictures(grid.tolist())) for token, grid in grids.items()}
         spacing = iter(seconds.tolist() if seconds is not None else [])
@@ -74,9 +83,10 @@ class GridPositions:
                 time, height, width = next(left[token])
                 height, width = height // self.merge, width // self.merge
                 step = self._step(next(spacing, 1.0)) if token == video_token else 1
-                yield start + _block(time, height, width, step)
+                block = _block(time, height, width, step)
+                yield start + block
                 place += time * height * width
-                start += max(height, width)
+                start += int(block.max()) + 1 if self.behind_all else max(height, width)
             else:
                 end = next((i for i in range(place, len(ids)) if ids[i] in left), len(ids))
                 yield torch.arange(start, start + end - place).expand(3, -1)
@@ -84,7 +94,13 @@ class GridPositions:
                 place = end
 
     def _step(self, seconds: float) -> float:
-        return (self.tokens_per_second or 1) * (int(seconds) if self.whole_seconds else seconds)
+        step = (self.tokens_per_second or 1) * (int(seconds) if self.whole_seconds else seconds)
+        if not self.whole and step != int(step):
+            raise InputError(
+                f"The frames of a video lie {seconds} s apart, which is {step} positions; expected a whole number of "
+                f"positions. Sample frames at another rate."
+            )
+        return step
 
 
 def _block(time: int, height: int, width: int, step: float) -> torch.Tensor:
@@ -103,31 +119,40 @@ def find_positions(model: PreTrainedModel, rank: int) -> GridPositions | None:
     if rank == 2:
         return None
     vision = model.config.vision_config
-    rate = getattr(vision, "tokens_per_second", None)
     merge = getattr(vision, "spatial_merge_size", None)
-    candidates = [
-        GridPositions(merge, rate, whole, single)
-        for whole, single in ((False, False), (True, False), (False, True))
-        if merge is not None
-    ]
+    rate = getattr(vision, "tokens_per_second", getattr(model.config, "position_id_per_seconds", None))
+    candidates = [GridPositions(merge, rate, **kind) for kind in _KINDS if merge is not None]
     found = next((positions for positions in candidates if _agrees(model, positions)), None)
     if found is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} gives its prompts other rotary positions than Qwen2.5-VL and Qwen3-VL do; "
-            f"expected those. It can't be exported; use reroute_fx.compile."
+            f"{type(model).__name__} gives its prompts other rotary positions than Qwen2.5-VL, Qwen3-VL and "
+            f"Qwen2.5-Omni do; expected those. It can't be exported; use reroute_fx.compile."
         )
     return found
 
 
-def _agrees(model: PreTrainedModel, positions: GridPositions) -> bool:
+_KINDS: tuple[dict[str, bool], ...] = (
+    {},
+    {"whole_seconds": True},
+    {"single_frames": True},
+    {"behind_all": True},
+    {"behind_all": True, "whole": False},
+)
+"""Ways to count, in the order in which they are tried."""
+
+
+def _agrees(model: Any, positions: GridPositions) -> bool:
     """Whether the model has the same positions for text, two pictures and a video in two padded rows."""
     config, edge = model.config, positions.merge
     image, video = config.image_token_id, config.video_token_id
     text = next(i for i in range(8) if i not in (image, video))
+    # Some look for what stands around a picture.
+    around = (getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end"))
+    start, end = (text if token is None else token for token in around)
     clip = ([video] * 6 + [text]) * 3 if positions.single_frames else [video] * 18
     rows = [
-        [text] * 3 + [image] * 6 + [text] + [image] * 20 + [text] * 2,
-        [text] * 2 + clip + [text] * 4 + [image] * 4 + [text],
+        [text] * 3 + [start, *[image] * 6, end, start, *[image] * 20, end] + [text] * 2,
+        [text] * 2 + [start, *clip, end] + [text] * 4 + [start, *[image] * 4, end] + [text],
     ]
     grids = {
         "image_grid_thw": torch.tensor(
@@ -135,23 +160,33 @@ def _agrees(model: PreTrainedModel, positions: GridPositions) -> bool:
         ),
         "video_grid_thw": torch.tensor([[3, 3 * edge, 2 * edge]]),
     }
-    seconds = torch.tensor([1.5])
+    seconds = torch.tensor([1.5 if positions.whole else 2.0])
     width = max(map(len, rows)) + 1
     ids = torch.tensor([row + [text] * (width - len(row)) for row in rows])
     is_token = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    given = {
+        "mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int(),
+        "attention_mask": is_token.long(),
+        **grids,
+    }
     try:
-        expected: Any = model.base_model.get_rope_index(
-            ids,
-            mm_token_type_ids=(ids == image).int() + 2 * (ids == video).int(),
-            second_per_grid_ts=seconds,
-            attention_mask=is_token.long(),
-            **grids,
-        )[0]
-    except (
-        RuntimeError,
-        StopIteration,
-        TypeError,
-    ):  # Its videos lie in the row in another way, or it wants more.
+        expected = _own_positions(model, ids, given, seconds)
+    # Its videos lie in the row in another way, or it wants more.
+    except (AttributeError, IndexError, RuntimeError, StopIteration, TypeError, ValueError):
         return False
     by_token = {image: grids["image_grid_thw"], video: grids["video_grid_thw"]}
-    return torch.equal(positions(ids, is_token, by_token, video, seconds), expected)
+    found = positions(ids, is_token, by_token, video, seconds)
+    return torch.equal(found[:, is_token].double(), expected[:, is_token].double())
+
+
+def _own_positions(
+    model: Any, ids: torch.Tensor, given: Mapping[str, torch.Tensor], seconds: torch.Tensor
+) -> torch.Tensor:
+    """Positions by the model's own code, ``[3, B, S]``."""
+    count = getattr(model.base_model, "get_rope_index", None) or model.get_rope_index
+    taken = inspect.signature(count).parameters
+    name = "second_per_grids" if "second_per_grids" in taken else "second_per_grid_ts"
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    given = {key: value for key, value in {**given, name: seconds}.items() if takes_all or key in taken}
+    positions: torch.Tensor = count(ids, **given)[0]
+    return positions

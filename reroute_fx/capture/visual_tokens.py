@@ -23,6 +23,11 @@ def _placeholder(config: Any, fields: tuple[str, ...]) -> int | None:
     return next((token for name in fields if (token := getattr(config, name, None)) is not None), None)
 
 
+def placeholder_of(config: Any, kind: str) -> int | None:
+    """Id of the placeholder of features of an ``"image"`` or a ``"video"``; None if a model takes none."""
+    return _placeholder(config, {"image": _IMAGE_FIELDS, "video": _VIDEO_FIELDS}[kind])
+
+
 def find_visual_token_ids(config: Any) -> tuple[int, ...]:
     """Ids of the placeholders of visual features, from a model's config.
 

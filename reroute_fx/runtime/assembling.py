@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..lowering import Executable, TensorRTProgram
 from ..passes import Reach
 from ..selection.asked_inputs import asked_inputs
+from .masks import UNNAMED
 from .prompt import PromptReader
 from .prompt_reduction import ReducedFeatures
 from .routed_decoder import RoutedDecoder
@@ -54,6 +55,7 @@ def make_routed_model(
     inner.position_rank = position_rank
     inner.layer_features = layer_features
     inner.kinds = _kinds(inner.config, report.reaches)
+    inner.stateful = tuple(i for i, reach in enumerate(report.reaches) if reach.state)
     inner.lets_all_see_all = any(getattr(part, "is_causal", True) is False for part in inner.modules())
     inner.owner = owner
     inner.uses_buckets = prefill.cuda_graphs is not None
@@ -89,10 +91,10 @@ def make_routed_model(
 
 def _kinds(config: Any, reaches: Sequence[Reach]) -> dict[str, list[Reach]]:
     """What tokens see, by the names that a decoder gives its kinds of layers and their masks."""
-    names = getattr(config, "layer_types", None) or [""] * len(reaches)
+    names = getattr(config, "layer_types", None) or [UNNAMED] * len(reaches)
     kinds: dict[str, list[Reach]] = {name: [] for name in names}
     for name, reach in zip(names, reaches, strict=True):
-        if reach not in kinds[name]:
+        if reach not in kinds[name] and not reach.state:
             kinds[name].append(reach)
     return kinds
 

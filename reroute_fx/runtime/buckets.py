@@ -51,7 +51,9 @@ def pad_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return padded
 
 
-def cut_outputs(values: Mapping[str, torch.Tensor], plan: RowPlan, places: int) -> dict[str, torch.Tensor]:
+def cut_outputs(
+    values: Mapping[str, torch.Tensor], plan: RowPlan, places: int, stateful: tuple[int, ...] = ()
+) -> dict[str, torch.Tensor]:
     """What a program exposes, in the sizes of the prompt that was padded.
 
     Args:
@@ -59,11 +61,14 @@ def cut_outputs(values: Mapping[str, torch.Tensor], plan: RowPlan, places: int) 
             ``scores.<layer>`` and ``kept.<layer>`` ``[B, N]``, ``stream.<layer>`` ``[B, S, d]``.
         plan: of the prompt.
         places: S of the prompt.
+        stateful: layers whose keys and values are states, which have no places.
     """
     tokens, cut = plan.inputs[VISUAL_INDEX].shape[1], {}
     for name, tensor in values.items():
         kind, layer = read_output_name(name)
-        if kind in CACHED:
+        if kind in CACHED and layer in stateful:
+            cut[name] = tensor
+        elif kind in CACHED:
             cut[name] = tensor[:, :, : plan.slots(layer, places)]
         elif kind == "index":
             cut[name] = tensor[:, : plan.slots(layer, places)]

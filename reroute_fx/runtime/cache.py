@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
-from ..passes.tensor_names import cache_input, cached_input, index_cache_input
+from ..passes.tensor_names import cache_input, cached_input, index_cache_input, output_name
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ class RoutedCache(DynamicCache):
         rows: None as long as nothing was routed.
         indices: for each stage with windows, by its first layer, which token of its row each place holds, ``[B, C]``
             int64.
+        stateful: layers whose keys and values are states of fixed size, ``[B, ...]``; no values where they have one.
     """
 
     max_length: int | None = None
     expected_length: int | None = None
     rows: CachedRows | None = None
     indices: dict[int, torch.Tensor]
+    stateful: tuple[int, ...] = ()
 
     def __init__(self, max_length: int | None = None) -> None:
         super().__init__()
@@ -89,17 +91,18 @@ class RoutedCache(DynamicCache):
         self,
         rows: CachedRows,
         keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor | None],
         indices: Mapping[int, torch.Tensor] = MappingProxyType({}),
+        stateful: tuple[int, ...] = (),
     ) -> None:
         """Take the keys and values of a prompt, ``[B, Hkv, S', D]`` for each layer, and indices ``[B, S']``."""
         layers = []
-        for key, value in zip(keys, values, strict=True):
-            layer = DynamicLayer()
+        for key, given in zip(keys, values, strict=True):
+            layer, value = DynamicLayer(), key[:, :0] if given is None else given
             layer.lazy_initialization(key, value)
             layer.keys, layer.values = key, value
             layers.append(layer)
-        self.layers, self.rows, self.indices = layers, rows, dict(indices)
+        self.layers, self.rows, self.indices, self.stateful = layers, rows, dict(indices), stateful
 
     def check_room(self, columns: int) -> None:
         """Raise unless a row may grow to `columns` places."""
@@ -115,14 +118,19 @@ class RoutedCache(DynamicCache):
         self.check_room(rows.columns + new)
         wanted = max(self.expected_length or 0, self.max_length or 0)
         for start, end in self._stages():
-            keys, needed = self.layers[start].keys, rows.filled[start] + new
+            growing = [
+                layer for i, layer in enumerate(self.layers[start:end], start) if i not in self.stateful
+            ]
+            if not growing:
+                continue
+            keys, needed = growing[0].keys, rows.filled[start] + new
             capacity = keys.shape[2]
             if needed > capacity:
                 announced = rows.filled[start] + wanted - rows.columns
                 capacity = announced if announced >= needed else max(needed, 2 * capacity)
             elif _is_buffer(keys):
                 continue  # the layers of a stage are allocated together
-            for layer in self.layers[start:end]:
+            for layer in growing:
                 layer.keys, layer.values = _fit(layer.keys, capacity), _fit(layer.values, capacity)
             if start in self.indices:
                 self.indices[start] = _fit(self.indices[start][:, None, :, None], capacity)[:, 0, :, 0]
@@ -132,12 +140,20 @@ class RoutedCache(DynamicCache):
         given = {cached_input(start): tokens for start, tokens in self._routed().tokens.items()}
         given |= {index_cache_input(start): index for start, index in self.indices.items()}
         for i, layer in enumerate(self.layers):
-            given |= {cache_input("key", i): layer.keys, cache_input("value", i): layer.values}
+            given[cache_input("key", i)] = layer.keys
+            if layer.values.numel() or i not in self.stateful:
+                given[cache_input("value", i)] = layer.values
         return given
 
-    def advance(self, columns: int, tokens: torch.Tensor) -> None:
-        """Count what a program wrote: `tokens` ``[B]`` of `columns` new places in each row."""
+    def advance(
+        self, columns: int, tokens: torch.Tensor, states: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> None:
+        """Count what a program wrote: `tokens` ``[B]`` of `columns` new places in each row; and take its states."""
         rows = self._routed()
+        for i in self.stateful:
+            layer = self.layers[i]
+            layer.keys = states[output_name("key", i)]
+            layer.values = states.get(output_name("value", i), layer.values)
         self.rows = replace(
             rows.map_rows(lambda counts: counts + tokens),
             gone=rows.gone,
@@ -187,6 +203,7 @@ class RoutedCache(DynamicCache):
         super().reset()
         if self.rows:
             self.layers, self.layer_class_to_replicate, self.rows = [], DynamicLayer, None
+            self.stateful = ()
             self.indices = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -11,15 +11,18 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..capture.image_layout import FixedImages, GridImages
+from ..capture.image_layout import AnyImages, encode
 from ..capture.layer_features import LayerFeatures
 from ..capture.positions import GridPositions
+from ..capture.prompt_groups import PromptGroups
+from ..capture.visual_tokens import name_videos, placeholder_of
 from ..config.limits import Limits
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
 from ..lowering import HIDDEN, as_executable
-from .prompt import PromptReader
-from .routed_decoder import RoutedDecoder
+from ..passes.tensor_names import GROUPS
+from .prompt import Prompt, PromptReader
+from .routed_decoder import RoutedDecoder, current_call
 from .routed_model import RoutedModel
 
 Program = Callable[..., dict[str, torch.Tensor]]
@@ -50,6 +53,7 @@ class Parts:
         visual_ids: placeholders of visual features.
         programs: by the names in `PROGRAMS`.
         asked: inputs that the program for prompts takes because rules ask for them.
+        groups: which tokens of a prompt see each other; None if none sees later ones.
     """
 
     config: Any
@@ -58,12 +62,13 @@ class Parts:
     limits: Limits
     dtype: torch.dtype
     device: torch.device
-    images: FixedImages | GridImages
+    images: AnyImages
     positions: GridPositions | None
     layer_features: LayerFeatures | None
     visual_ids: tuple[int, ...]
     programs: Mapping[str, Program]
     asked: tuple[str, ...] = ()
+    groups: PromptGroups | None = None
 
 
 def _signature_of(template: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -148,8 +153,12 @@ class LoadedModel(RoutedModel, GenerationMixin):
         pixel_values_videos: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
         second_per_grid_ts: torch.Tensor | None = None,
+        video_second_per_grid: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
@@ -166,8 +175,14 @@ class LoadedModel(RoutedModel, GenerationMixin):
             pixel_values_videos: of videos.
             image_grid_thw: patches of each image in time, height and width, ``[n, 3]`` int64.
             video_grid_thw: those of each video.
+            image_sizes: height and width of each image in pixels, ``[n, 2]`` int64, of models that are told them.
+            pixel_attention_mask: 0 for pixels that are padding, ``[B, tiles, height, width]``: none in tiles that hold
+                any others.
             second_per_grid_ts: seconds between the frames of each video; None for 1.
-            mm_token_type_ids: taken because processors return it; the ids tell what it says.
+            video_second_per_grid: the same, as processors of Qwen-Omni call it.
+            mm_token_type_ids: 0 for text, 1 for images, 2 for videos, ``[B, S]``; only models whose videos have the
+                placeholder of images need it.
+            token_type_ids: taken because processors return it; the ids tell what it says.
             use_cache: whether to return a cache; None for what the config says.
             return_dict: False for a tuple.
             output_attentions: refused if True.
@@ -184,8 +199,11 @@ class LoadedModel(RoutedModel, GenerationMixin):
         layers = self._parts.layer_features
         addends = layers.none(embeds) if layers else {}
         grids: dict[int, torch.Tensor] = {}
+        _refuse_padded_tiles(pixel_values, pixel_attention_mask)
+        videos = {"pixel_values_videos": pixel_values_videos, "mm_token_type_ids": mm_token_type_ids}
+        named_ids = name_videos(self.config, input_ids, videos)
         for kind, pixels, grid in (
-            ("image", pixel_values, image_grid_thw),
+            ("image", pixel_values, image_grid_thw if image_sizes is None else image_sizes),
             ("video", pixel_values_videos, video_grid_thw),
         ):
             if pixels is not None:
@@ -193,13 +211,15 @@ class LoadedModel(RoutedModel, GenerationMixin):
                 if grid is not None:
                     grids[token] = grid.cpu()
                 streams = self._put_features(
-                    [embeds, *addends.values()], input_ids == token, pixels, grids.get(token)
+                    [embeds, *addends.values()], named_ids == token, pixels, grids.get(token)
                 )
                 embeds, addends = streams[0], dict(zip(addends, streams[1:], strict=True))
+        seconds = second_per_grid_ts if video_second_per_grid is None else video_second_per_grid
+        addends |= self._groups(input_ids, attention_mask, token_type_ids)
         output = self._decoder.routed_forward(
             _no_other_program,
             inputs_embeds=embeds,
-            position_ids=self._positions(input_ids, attention_mask, grids, second_per_grid_ts),
+            position_ids=self._positions(named_ids, attention_mask, grids, seconds),
             past_key_values=past_key_values,
             use_cache=use_cache,
             addends=addends,
@@ -229,8 +249,7 @@ class LoadedModel(RoutedModel, GenerationMixin):
         """
         images = self._parts.images
         images.check(pixels, grid)
-        inputs = images.inputs(pixels.to(self.dtype).contiguous(), grid)
-        found = self._parts.programs["images"](**inputs)
+        found = encode(self._parts.programs["images"], images, pixels.to(self.dtype).contiguous(), grid)
         features = found["features"]
         places = is_here[..., None].expand_as(streams[0])
         if (tokens := int(is_here.sum())) != len(features):
@@ -255,8 +274,21 @@ class LoadedModel(RoutedModel, GenerationMixin):
         if positions is None or not grids:
             return None
         is_token = torch.ones_like(ids) if mask is None else mask
-        video = getattr(self.config, "video_token_id", None)
+        video = placeholder_of(self.config, "video")
         return positions(ids.cpu(), is_token.cpu().bool(), grids, video, seconds).to(self.device)
+
+    def _groups(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, types: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """The input of that name, in the columns of the batch, if it is a prompt whose tokens see each other."""
+        groups = self._parts.groups
+        if groups is None or not isinstance(current_call.get(), Prompt):
+            return {}
+        is_token = torch.ones_like(ids).bool() if mask is None else mask.bool()
+        is_visual = self._reader.is_visual(ids) & is_token
+        if types is not None:
+            groups.check_types(types, is_visual, is_token)
+        return {GROUPS: groups(is_visual, is_token)}
 
     def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> None:
         """Called by `generate` before anything runs."""
@@ -284,17 +316,28 @@ class LoadedModel(RoutedModel, GenerationMixin):
 
 
 PICTURES = {
-    "image": ("pixel_values", "image_grid_thw"),
-    "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
+    "image": ("pixel_values", "image_grid_thw", "image_sizes"),
+    "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "video_second_per_grid"),
 }
 """Inputs of each kind of pictures: pixels, grids and what else has an entry for each."""
 
 
+def _refuse_padded_tiles(pixels: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    if pixels is None or mask is None:
+        return
+    holds_any = pixels.flatten(2).any(dim=2)
+    if mask.shape[:2] != pixels.shape[:2] or not mask[holds_any].all():
+        raise InputError(
+            f"pixel_attention_mask, {list(mask.shape)}, has padding inside a tile of pixel_values, "
+            f"{list(pixels.shape)}; expected whole tiles. Let the processor split pictures (do_image_splitting)."
+        )
+
+
 def _placeholder(config: Any, kind: str) -> int:
-    token = getattr(config, f"{kind}_token_id", None)
+    token = placeholder_of(config, kind)
     if token is None:
         raise InputError(f"The call has {kind}s, but the model takes none. Leave them out.")
-    return int(token)
+    return token
 
 
 def _routed(program: Program) -> Callable[..., Any]:

@@ -11,6 +11,9 @@ from ..passes.model_graph import CAUSAL, Reach
 from ..passes.tensor_names import LENGTHS
 from .prompt import Prompt, TokensOnCache
 
+UNNAMED = ""
+"""The kind of the layers of a decoder that has one kind only."""
+
 
 def read_masks(
     mask: Any, call: Prompt | TokensOnCache, columns: int, kinds: Mapping[str, Sequence[Reach]]
@@ -48,7 +51,9 @@ def _named(mask: Any, kinds: Mapping[str, Sequence[Reach]]) -> Iterator[tuple[An
     everything = [*dict.fromkeys(reach for reaches in kinds.values() for reach in reaches)] or [CAUSAL]
     if isinstance(mask, Mapping):
         for name, one in mask.items():
-            yield one, kinds.get(name, everything)
+            # A decoder whose layers have names looks up the masks of those only.
+            if name in kinds or UNNAMED in kinds or not kinds:
+                yield one, kinds.get(name, everything)
     else:
         yield mask, everything
 

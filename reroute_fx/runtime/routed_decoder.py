@@ -14,10 +14,10 @@ from ..config.routing_config import RoutingConfig
 from ..errors import InputError, UnsupportedModelError
 from ..passes import Reach
 from ..passes.tensor_names import (
-    CACHED,
     GROUPS,
     INPUTS_EMBEDS,
     LENGTHS,
+    NEW_TOKENS,
     POSITION_IDS,
     VISUAL_INDEX,
     output_name,
@@ -70,6 +70,7 @@ class RoutedDecoder(torch.nn.Module):
         position_rank: 2 for positions ``[B, S]``, 3 for ``[3, B, S]``.
         layer_features: visual features that are added inside the decoder; None if there are none.
         kinds: what the tokens of the layers with each name of a mask see.
+        stateful: layers that know earlier tokens by a state, not by attention.
         lets_all_see_all: whether the decoder's tokens see later ones where it gets no mask.
         owner: identity of the model, kept with the caches that it makes.
         uses_buckets: whether prompts run in rounded sizes, for CUDA graphs.
@@ -83,6 +84,7 @@ class RoutedDecoder(torch.nn.Module):
     position_rank: int
     layer_features: LayerFeatures | None
     kinds: Mapping[str, Sequence[Reach]] = MappingProxyType({})
+    stateful: tuple[int, ...] = ()
     lets_all_see_all: bool = False
     owner: str
     uses_buckets: bool
@@ -183,9 +185,10 @@ class RoutedDecoder(torch.nn.Module):
         )
         if cache is not None:
             held = self._cached_rows(prompt, positions, inputs_embeds.shape[1], entered)
-            keys, states = ([values[output_name(kind, i)] for i in layers] for kind in CACHED)
+            keys = [values[output_name("key", i)] for i in layers]
+            states = [values.get(output_name("value", i)) for i in layers]
             indices = {i: index for i in layers if (index := values.get(output_name("index", i))) is not None}
-            prompt.commit = lambda: cache.fill(held, keys, states, indices)
+            prompt.commit = lambda: cache.fill(held, keys, states, indices, self.stateful)
         return _output(hidden, cache, places, values, wanted)
 
     def _wanted_states(self, given: Mapping[str, Any]) -> tuple[int, ...]:
@@ -227,7 +230,7 @@ class RoutedDecoder(torch.nn.Module):
         hidden, values = result["output"].last_hidden_state, result["routing"]
         if self.uses_buckets:
             hidden = hidden[:, : embeds.shape[1]]
-            values = cut_outputs(values, plan, embeds.shape[1])
+            values = cut_outputs(values, plan, embeds.shape[1], self.stateful)
         return hidden, values
 
     def _cache(self, given: Any, use_cache: bool | None) -> RoutedCache | None:
@@ -307,17 +310,19 @@ class RoutedDecoder(torch.nn.Module):
         wanted = self._wanted_states(given)
         program = self._program("continuation", wanted)
         cache.reserve(new)
+        tokens = (
+            torch.full_like(rows.next_position, new) if call.is_token is None else call.is_token.sum(dim=1)
+        )
         result = program(
             inputs_embeds=embeds.contiguous(),
             position_ids=positions.contiguous(),
             **addends,
             **self._stage_positions(rows, new),
             **cache.inputs(),
+            **({NEW_TOKENS: tokens} if self.stateful else {}),
         )
-        tokens = (
-            torch.full_like(rows.next_position, new) if call.is_token is None else call.is_token.sum(dim=1)
-        )
-        call.commit = lambda: cache.advance(new, tokens)
+        states = result.get("routing", {})
+        call.commit = lambda: cache.advance(new, tokens, states)
         return _output(result["output"].last_hidden_state, cache, places, result.get("routing", {}), wanted)
 
     def _stage_positions(self, rows: CachedRows, new: int) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Conversations that decode together, on caches of fixed memory in whose rows prompts come and go."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class SlotPool:
 
     Raises:
         ConfigError: a number that is no whole number above 0, or beyond the limits of an artifact.
-        UnsupportedModelError: layers with windows or chunks, whose caches hold which token each place has.
+        UnsupportedModelError: layers with windows or chunks, whose caches hold which token each place has, or with a
+            state.
     """
 
     def __init__(self, model: RoutedModel, rows: int, capacity: int, visual_tokens: int = 0) -> None:
@@ -360,7 +362,9 @@ class _StepCache(RoutedCache):
     def reserve(self, new: int) -> None:
         pass
 
-    def advance(self, columns: int, tokens: torch.Tensor) -> None:
+    def advance(
+        self, columns: int, tokens: torch.Tensor, states: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> None:
         pass
 
 
@@ -380,6 +384,12 @@ def _doubled(needed: int, most: int) -> int:
 
 
 def _refuse_windows(model: RoutedModel) -> None:
+    if any(reach.state for reach in getattr(model.report, "reaches", ())):
+        raise UnsupportedModelError(
+            f"Layers of {type(model).__name__} know earlier tokens by a state (linear attention, convolutions); "
+            f"expected attention in all of them, which is what a pool has caches for. Use a RoutedCache for each "
+            f"conversation."
+        )
     program = getattr(getattr(model, "programs", {}).get("continuation"), "program", None)
     taken = program.graph_signature.user_inputs if program is not None else ()
     if any(index_cache_input(start) in taken for start in (0, *model.routing_config.decision_layers)):

@@ -88,7 +88,8 @@ def _choose_once(module: fx.GraphModule, compiled: Mapping[Any, "_CompiledRegion
     """Check sizes once for all calls of a region that are of equal sizes, and pause before each call.
 
     Before: ``%a = region_1(%x, ...)``, ``%b = region_1(%a, ...)``
-    After:  ``%chosen = choose(%x, ...)``, ``pause()``, ``%a = %chosen(%x, ...)``, ``pause()``, ``%b = %chosen(%a, ...)``
+    After:  ``%chosen = choose(%x, ...)``, ``pause()``, ``%a = %chosen(%x, ...)``, ``pause()``,
+            ``%b = %chosen(%a, ...)``
     """
     chosen: dict[Any, fx.Node] = {}
     for call in [n for n in module.graph.nodes if n.target in compiled]:

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch.export import Dim, ExportedProgram
 
 from ..._compat import unequal_sizes
-from ...errors import BackendUnavailableError, CaptureError
+from ...errors import BackendUnavailableError, CaptureError, first_line
 from ..call_schedule import as_executable, by_name
 from ..example_sizes import ExampleSizes
 from ..executable import written_inputs
@@ -135,7 +135,13 @@ def _convert(program: ExportedProgram, name: str) -> Any:
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
-        raise CaptureError(f"The program {name!r} can't be written as ONNX: {error}") from error
+        # The exporter's own error is a page on how to report it.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise CaptureError(
+            f"The program {name!r} can't be written as ONNX: {first_line(cause)}. Use format='aot'."
+        ) from error
     _simplify(converted.model)
     return converted.model
 
