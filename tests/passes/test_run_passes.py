@@ -54,6 +54,7 @@ def test_results_name_the_passes(exported):
         "InsertSelection",
         "RouteStages",
         "RestoreInPlace",
+        "CarryStates",
         "ExposeOutputs",
     ]
     assert all(result.seconds > 0 for result in report.passes)
