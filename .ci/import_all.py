@@ -19,6 +19,7 @@ EXTRAS = {
     "reroute_fx.serving.metrics": ("serve", "prometheus_client"),
     "reroute_fx.serving.picture_urls": ("serve", "httpcore"),
     "reroute_fx.serving.preparing": ("serve", "httpcore"),
+    "reroute_fx.serving.ray_app": ("ray", "prometheus_client"),
     "reroute_fx.serving.start": ("serve", "prometheus_client"),
     "reroute_fx.visualizing.drawing": ("bench", "matplotlib"),
     "reroute_fx.visualizing.page": ("bench", "matplotlib"),

@@ -361,9 +361,10 @@ def spoiled(program, name, factor=1.05):
     """A routed model in which one program multiplies with another weight, and the model that it came from."""
     model = build("llava")
     routed = reroute_fx.compile(model, config=routed_model("llava").routing_config, backend="eager")
-    state = routed.programs[program]._state
-    key = next(key for key in state if key.endswith(name))
-    state[key] = state[key] * factor
+    executable = routed.programs[program]
+    specs = executable.program.graph_signature.input_specs
+    place = next(i for i, spec in enumerate(specs) if str(spec.target).endswith(name))
+    executable._weights[place] = executable._weights[place] * factor
     return model, routed
 
 

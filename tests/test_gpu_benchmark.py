@@ -68,7 +68,7 @@ ORDER = ["checks", *TITLES[:2], "kernels", "attention", *TITLES[2:], "artifacts"
     [
         (700, SECTIONS, []),
         (540, SECTIONS, ["artifacts"]),
-        (240, SECTIONS, ["models llava-1.5-7b, batch 1", *TITLES[2:], "artifacts"]),
+        (240, SECTIONS, ["models llava-1.5-7b, batch 1", "attention", *TITLES[2:], "artifacts"]),
         (41, ["checks", "kernels"], ["kernels"]),
         (81, ["kernels", "models"], TITLES),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import math
 import re
 from collections import Counter
@@ -99,6 +100,7 @@ def capture_vision_tower(model: PreTrainedModel) -> CapturedTower:
     _check_sizes(program, shapes)
     _drop_assertions(program)
     _mark_layers(program)
+    _drop_unread(program)
     with torch.no_grad():
         _compare(encode(program.module(), images, **sample), expected)
     return CapturedTower(program, images)
@@ -403,11 +405,10 @@ def _check_sizes(program: ExportedProgram, shapes: dict[str, dict[int, Any]]) ->
 
 
 def _drop_assertions(program: ExportedProgram) -> None:
-    """What was asserted of dtypes while it was traced holds for all sizes; what nobody reads may bind sizes."""
+    """What was asserted of dtypes while it was traced holds for all sizes."""
     assertion = torch.ops.aten._assert_tensor_metadata.default
     for node in program.graph.find_nodes(op="call_function", target=assertion):
         program.graph.erase_node(node)
-    program.graph.eliminate_dead_code()
     program.graph_module.recompile()
 
 
@@ -423,6 +424,15 @@ def _mark_layers(program: ExportedProgram) -> None:
     for node, (name, number) in layers.items():
         if name == longest[0][0]:
             node.meta["region"] = f"layer.{number}"
+
+
+def _drop_unread(program: ExportedProgram) -> None:
+    """What nobody reads in front of the layers may bind sizes. Behind them it keeps the last layer as it is."""
+    in_front = list(itertools.takewhile(lambda node: "region" not in node.meta, program.graph.nodes))
+    for node in reversed(in_front):
+        if node.op == "call_function" and not node.users and not node.is_impure():
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def _compare(computed: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -61,7 +61,7 @@ class SlotPool:
 
     def __init__(self, model: RoutedModel, rows: int, capacity: int, visual_tokens: int = 0) -> None:
         _check_numbers(model, rows, capacity, visual_tokens)
-        _refuse_windows(model)
+        _refuse_other_layers(model)
         self.rows, self.capacity, self._visual_tokens = rows, capacity, visual_tokens
         self._model, config = model, model.routing_config
         layers, heads, width = cache_sizes(model.config)
@@ -383,19 +383,19 @@ def _doubled(needed: int, most: int) -> int:
     return min(capacity, most)
 
 
-def _refuse_windows(model: RoutedModel) -> None:
-    if any(reach.state for reach in getattr(model.report, "reaches", ())):
-        raise UnsupportedModelError(
-            f"Layers of {type(model).__name__} know earlier tokens by a state (linear attention, convolutions); "
-            f"expected attention in all of them, which is what a pool has caches for. Use a RoutedCache for each "
-            f"conversation."
-        )
+def _refuse_other_layers(model: RoutedModel) -> None:
     program = getattr(getattr(model, "programs", {}).get("continuation"), "program", None)
     taken = program.graph_signature.user_inputs if program is not None else ()
     if any(index_cache_input(start) in taken for start in (0, *model.routing_config.decision_layers)):
         raise UnsupportedModelError(
             f"Layers of {type(model).__name__} see windows or chunks of tokens; expected layers that see all earlier "
             f"tokens, which is what a pool has caches for. Use a RoutedCache for each conversation."
+        )
+    if any(reach.state for reach in getattr(model.report, "reaches", ())):
+        raise UnsupportedModelError(
+            f"Layers of {type(model).__name__} know earlier tokens by a state (linear attention, convolutions); "
+            f"expected attention in all of them, which is what a pool has caches for. Use a RoutedCache for each "
+            f"conversation."
         )
 
 
