@@ -83,18 +83,13 @@ def encode(
 
 
 @dataclass(frozen=True)
-class FixedImages:
-    """Pictures of one size, ``pixel_values [n, channels, height, width]``.
-
-    Attributes:
-        tokens: features of each.
-    """
+class _OneSize:
+    """What a program takes ``[n, channels, height, width]`` of, with `tokens` features of each."""
 
     channels: int
     height: int
     width: int
     tokens: int
-    kind: Literal["fixed"] = "fixed"
 
     @property
     def shapes(self) -> dict[str, dict[int, Any]]:
@@ -102,6 +97,17 @@ class FixedImages:
 
     def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
         return {"pixel_values": pixel_values}
+
+
+@dataclass(frozen=True)
+class FixedImages(_OneSize):
+    """Pictures of one size, ``pixel_values [n, channels, height, width]``.
+
+    Attributes:
+        tokens: features of each.
+    """
+
+    kind: Literal["fixed"] = "fixed"
 
     def apart(
         self, pixel_values: torch.Tensor, grid: torch.Tensor | None
@@ -131,7 +137,7 @@ class FixedImages:
 
 
 @dataclass(frozen=True)
-class TiledImages:
+class TiledImages(_OneSize):
     """Tiles of one size, those of each row of a prompt apart, ``pixel_values [B, tiles, channels, height, width]``.
 
     Tiles of zeros fill up rows that have fewer.
@@ -140,18 +146,7 @@ class TiledImages:
         tokens: features of each tile.
     """
 
-    channels: int
-    height: int
-    width: int
-    tokens: int
     kind: Literal["tiled"] = "tiled"
-
-    @property
-    def shapes(self) -> dict[str, dict[int, Any]]:
-        return {"pixel_values": {0: Dim.DYNAMIC}}
-
-    def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        return {"pixel_values": pixel_values}
 
     def apart(
         self, pixel_values: torch.Tensor, grid: torch.Tensor | None
