@@ -1,13 +1,15 @@
 """Seconds until a 32-layer decoder has answered for the first time: from an empty compiler cache, and from a full one.
 
-    python benchmarks/compile_time.py [--repeats 3] [--layers 32] [--output-json compile_time_cpu.json]
+    python benchmarks/compile_time.py [--repeats 3] [--layers 32] [--before CHECKOUT] [--output-json FILE]
 
 Each sample is a process of its own that compiles a LLaVA and a Qwen2.5-VL for a tier, or without routing, and
 generates two tokens: a prefill and a decoding step. The cold ones start with an empty cache directory, the warm ones
 with the directory that a cold one left. ``torch.compile`` is the Hugging Face decoder, which is unrolled. How
-wide the layers are makes no difference to the compiler; they are narrow here.
+wide the layers are makes no difference to the compiler; they are narrow here. An earlier version, in a checkout with a
+.venv of its own, takes turns with this one.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -63,10 +66,10 @@ def first_answer(contender: str, family: str, width: int, layers: int) -> dict[s
     return phases
 
 
-def sample(cache: str, *arguments: str) -> dict[str, float]:
+def sample(python: str, script: str, cache: str, *arguments: str) -> dict[str, float]:
     """Phases of one process with a cache directory."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-    command = [sys.executable, __file__, "--sample", ",".join(arguments)]
+    command = [python, script, "--sample", ",".join(arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     phases: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return phases
@@ -76,6 +79,9 @@ def main(
     repeats: Annotated[int, typer.Option(help="cold and warm processes; one of torch.compile")] = 3,
     width: Annotated[int, typer.Option(help="hidden size")] = 256,
     layers: Annotated[int, typer.Option(help="decoder layers")] = 32,
+    before: Annotated[
+        Path | None, typer.Option(help="checkout of an earlier version, with its .venv")
+    ] = None,
     output_json: OutputJson = RESULTS / "compile_time_cpu.json",
     sample_of: Annotated[str, typer.Option("--sample", hidden=True)] = "",
 ) -> None:
@@ -86,18 +92,34 @@ def main(
         return
     samples: dict[str, dict[str, list[dict[str, float]]]] = {}
     kinds = [(contender, family) for family in FAMILIES for contender in CONTENDERS]
+    versions = {"": (sys.executable, __file__)}
+    if before:
+        versions[", before"] = (str(before / ".venv/bin/python"), str(before / "benchmarks/compile_time.py"))
     for number in track(range(repeats), description="processes"):
-        for contender, family in kinds:
-            if contender == "torch.compile" and number:
+        for (contender, family), version in itertools.product(kinds, versions):
+            if contender == "torch.compile" and (number or version):
                 continue  # minutes each
             with tempfile.TemporaryDirectory(prefix="compile_time_") as cache:
-                found = samples.setdefault(f"{contender}, {family}", {"cold": [], "warm": []})
+                found = samples.setdefault(f"{contender}, {family}{version}", {"cold": [], "warm": []})
                 for state in found:
-                    found[state].append(sample(cache, contender, family, str(width), str(layers)))
+                    sizes = (str(width), str(layers))
+                    found[state].append(sample(*versions[version], cache, contender, family, *sizes))
     rows = {name: {state: _medians(runs) for state, runs in found.items()} for name, found in samples.items()}
     setting = {"width": width, "layers": layers, "visual_tokens": VISUAL, "text_tokens": TEXT}
-    path = save(output_json, {"setting": setting, "median_seconds": rows, "seconds": samples})
+    path = save(
+        output_json,
+        {
+            "setting": setting | {"before": before and _commit(before)},
+            "median_seconds": rows,
+            "seconds": samples,
+        },
+    )
     Console(width=120).print(_table(rows), f"written to {path}", sep="\n")
+
+
+def _commit(checkout: Path) -> str:
+    asked = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, float]:

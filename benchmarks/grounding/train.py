@@ -12,7 +12,11 @@ and numbers, about one thing, then about a few, then about as many as there are 
 nor a tower, so both can be trained at the same time. Then the projector learns to say it, from what the frozen tower
 sees, and projector and decoder learn on from that, as in LLaVA-1.5.
 
-A run that was stopped goes on where it saved its state when it is started again with the same words.
+A run that was stopped goes on where it saved its state when it is started again with the same words. `keep` writes a
+state small enough for a repository: put back as `state.pt` in a run's folder, it goes on with fresh optimizers.
+
+    python benchmarks/grounding/train.py tower runs/tower --start reroute_fx/grounding/model --steps 0  # a trained one
+    python benchmarks/grounding/train.py keep runs/small unfinished/small.pt
 """
 
 import math
@@ -116,8 +120,9 @@ class Phase:
 
     def take_up(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        if "optimizers" in state:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
 
 
 def _optimizers(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[torch.optim.Optimizer]:
@@ -168,6 +173,8 @@ class Run:
                 self._show(task, phase, shown())
             if phase.step % _SAVE_EVERY == 0 or phase.step == phase.recipe.steps:
                 self._save(phase)
+        if phase.name not in self.phases:
+            self._save(phase)
 
     def _show(self, task: Any, phase: Phase, shown: str) -> None:
         self.progress.update(task, shown=shown)
@@ -326,6 +333,16 @@ def decoder_phase(
     return Phase(name, recipe, model, modules, batches, loss)
 
 
+def kept_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A run's state in bfloat16, without what optimizers remember."""
+    modules = {
+        name: {key: value.bfloat16() if value.is_floating_point() else value for key, value in module.items()}
+        for name, module in state.items()
+        if name != "phases"
+    }
+    return modules | {"phases": {name: {"step": phase["step"]} for name, phase in state["phases"].items()}}
+
+
 app = typer.Typer(help=__doc__)
 Folder = Annotated[Path, typer.Argument(help="where the state of the run and what comes of it are written")]
 _LESSONS = "lessons.pt"
@@ -401,6 +418,15 @@ def decoder(
                     grow(model, SHALLOW)
             run.train(decoder_phase(name, model, tokenizer, recipe, seen(model, recipe, lessons, seed)))
     write_model(model, processor, folder / "model")
+
+
+@app.command()
+def keep(
+    folder: Folder, file: Annotated[Path, typer.Argument(help="where the smaller state is written")]
+) -> None:
+    """Write what a run has learnt so far, without what its optimizers remember."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(kept_state(torch.load(folder / "state.pt")), file)
 
 
 def take_tower(model: Any, folder: Path) -> Lessons:

@@ -14,11 +14,13 @@ from tower import TowerHeads, tower_labels
 from train import (
     SHALLOW,
     Described,
+    Phase,
     Recipe,
     Run,
     decoder,
     decoder_logits,
     decoder_phase,
+    keep,
     seen,
     take_tower,
     told,
@@ -178,6 +180,33 @@ def test_a_tower_that_has_seen_nothing_is_refused(tmp_path, model):
         ConfigError, match=r"has no lessons\.pt; expected a folder of `train.py tower`, run to its end"
     ):
         take_tower(model, tmp_path)
+
+
+def test_what_a_run_has_learnt_is_kept_without_its_optimizers(tmp_path):
+    """A phase goes on at its step, from weights as exact as bfloat16, and one of no steps is done."""
+    layer, recipe = nn.Linear(4, 4), Recipe(3, 1, 1e-2)
+
+    def phase(name, learner, recipe):
+        def loss(number):
+            return learner(torch.ones(4)).square().sum() * number, lambda: ""
+
+        return Phase(name, recipe, learner, [learner], lambda start: range(start + 1, recipe.steps + 1), loss)
+
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run", {"layer": layer}, Progress(disable=True))
+    run.train(phase("nothing", layer, Recipe(0, 1, 1e-2)))
+    run.train(phase("half", layer, Recipe(2, 1, 1e-2)))
+    keep(tmp_path / "run", tmp_path / "kept" / "small.pt")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "kept" / "small.pt").rename(tmp_path / "again" / "state.pt")
+    again = nn.Linear(4, 4)
+    taken = Run(tmp_path / "again", {"layer": again}, Progress(disable=True))
+    assert torch.equal(again.weight, layer.weight.bfloat16().float())
+    assert {name: state["step"] for name, state in taken.phases.items()} == {"nothing": 0, "half": 2}
+    went_on = phase("half", again, recipe)
+    taken.train(went_on)
+    assert went_on.step == 3
+    assert not torch.equal(again.weight, layer.weight.bfloat16().float())
 
 
 @pytest.mark.parametrize("grown", [False, True])
