@@ -202,41 +202,50 @@ def _is_like(node: fx.Node, stream: fx.Node) -> bool:
 
 
 def _measure(graph: ModelGraph, start: fx.Node, block: fx.Node, nodes: Sequence[fx.Node]) -> LayerSizes:
+    constants = _constants(graph, nodes)
+    weights = {node for node in constants if is_tensor(node) and len(shape(node)) > 1}
+    uncounted = {
+        str(node.target)
+        for node in nodes
+        if node not in constants
+        and weights.intersection(node.all_input_nodes)
+        and _weight(node, weights) is None
+    }
     if is_op(block, *RECURRENCES):
-        names = {str(node.target) for node in recurrences(nodes)}.union(_uncounted(graph, nodes))
-        return LayerSizes(_multiply_adds(nodes), 0, 0, 0, 0, tuple(sorted(names)))
+        names = uncounted.union(str(node.target) for node in recurrences(nodes))
+        return LayerSizes(_multiply_adds(nodes, weights), 0, 0, 0, 0, tuple(sorted(names)))
     given = attention_arguments(block)
     query, key = shape(given.query), shape(given.key)
     inside = set(nodes)
     return LayerSizes(
-        linear=_multiply_adds(nodes),
-        query=_multiply_adds(ancestors([given.query], stop=start) & inside),
-        key=_multiply_adds(ancestors([given.key], stop=start) & inside),
+        linear=_multiply_adds(nodes, weights),
+        query=_multiply_adds(ancestors([given.query], stop=start) & inside, weights),
+        key=_multiply_adds(ancestors([given.key], stop=start) & inside, weights),
         attention_width=int(query[1]) * int(query[3]),
         kv_width=int(key[1]) * int(key[3]),
-        uncounted=_uncounted(graph, nodes),
+        uncounted=tuple(sorted(uncounted)),
     )
 
 
-def _multiply_adds(nodes: Iterable[fx.Node]) -> int:
-    """Of the linear maps among `nodes`, for one token."""
-    weights = [shape(n.args[1]) for n in nodes if is_op(n, aten.linear)]
-    return sum(int(rows) * int(columns) for rows, columns in weights)
-
-
-def _uncounted(graph: ModelGraph, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
-    """Operators other than a linear map that read a weight matrix, as mixtures of experts have."""
-    matrices: set[fx.Node] = set()
-    names = set()
+def _constants(graph: ModelGraph, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Parameters that `nodes` read, and what is computed from parameters alone, as packed weights are."""
+    constants = {n for node in nodes for n in node.all_input_nodes if n.name in graph.parameters}
     for node in nodes:
-        matrices |= {n for n in node.all_input_nodes if n.name in graph.parameters and len(shape(n)) > 1}
-        if not matrices.intersection(node.all_input_nodes) or is_op(node, aten.linear):
-            continue
-        if is_op(node, aten.transpose, aten.permute, aten.t):
-            matrices.add(node)
-        else:
-            names.add(str(node.target))
-    return tuple(sorted(names))
+        if node.all_input_nodes and constants.issuperset(node.all_input_nodes):
+            constants.add(node)
+    return constants
+
+
+def _weight(node: fx.Node, weights: set[fx.Node]) -> fx.Node | None:
+    """The matrix of a linear map."""
+    is_map = is_op(node, aten.linear) or (is_op(node, aten.mm) and node.args[1] in weights)
+    return node.args[1] if is_map else None  # type: ignore[return-value]
+
+
+def _multiply_adds(nodes: Iterable[fx.Node], weights: set[fx.Node]) -> int:
+    """Of the linear maps among `nodes`, for one token."""
+    maps = (weight for node in nodes if (weight := _weight(node, weights)) is not None)
+    return sum(int(rows) * int(columns) for rows, columns in map(shape, maps))
 
 
 def _between(start: fx.Node, end: fx.Node) -> set[fx.Node]:

@@ -103,6 +103,7 @@ def test_what_torch_compile_returned_is_refused(model):
 )
 def test_weights_packed_by_torchao_run(model, inputs, config, backend):
     plain = model(**inputs).logits
+    unpacked = reroute_fx.inspect(model, config=RoutingConfig((1,), (0.5,)))
     quantize_(model.model.language_model, config())
     routed = reroute_fx.compile(model, config=EVERYTHING, backend=backend)
     expected = model(**inputs).logits
@@ -110,6 +111,7 @@ def test_weights_packed_by_torchao_run(model, inputs, config, backend):
     assert (expected - plain).abs().max() > 10 * NOISE
     half = reroute_fx.compile(model, config=RoutingConfig((1,), (0.5,)), backend="eager")
     assert half.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+    assert (half.report.uncounted, half.report.layers) == ((), unpacked.layers)
 
 
 @pytest.mark.full("3 s")
