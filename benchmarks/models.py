@@ -7,11 +7,15 @@ import torch
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from reroute_fx.loading.models_by_name import CHECKPOINT
@@ -84,6 +88,77 @@ def build_qwen(width: int, layers: int) -> Qwen2_5_VLForConditionalGeneration:
         vision_end_token_id=996,
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def build_qwen3(width: int, layers: int) -> Qwen3VLForConditionalGeneration:
+    """A Qwen3-VL with random weights: four heads to a key, features added behind its first three layers."""
+    torch.manual_seed(0)
+    heads = width // 64
+    text = {
+        "hidden_size": width,
+        "intermediate_size": width * 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4,
+        "head_dim": 64,
+        "vocab_size": 1000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10]},
+    }
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": width,
+        "deepstack_visual_indexes": [0, 1, 2],
+    }
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=999,
+        video_token_id=998,
+        vision_start_token_id=997,
+        vision_end_token_id=996,
+    )
+    return Qwen3VLForConditionalGeneration(config).eval()
+
+
+def build_gemma(width: int, layers: int) -> Gemma3ForConditionalGeneration:
+    """A Gemma 3 with random weights: of six layers five see a window, which is narrower than a prompt of 576 tokens.
+
+    A picture has 144 visual tokens, which see each other.
+    """
+    torch.manual_seed(0)
+    heads = width // 64
+    text = {
+        "hidden_size": width,
+        "intermediate_size": width * 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 256,
+        "vocab_size": 1000,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 168,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=144,
+        image_token_index=999,
+        boi_token_index=998,
+        eoi_token_index=997,
+    )
+    return Gemma3ForConditionalGeneration(config).eval()
 
 
 def llava_prompts(

@@ -1,6 +1,10 @@
-"""Prefill of a 32-layer LLaVA decoder: eager, compiled, and routed at each tier, alternating in one run.
+"""Prefill of a 32-layer decoder: eager, compiled, and routed at each tier, alternating in one run.
 
-    python benchmarks/prefill.py [--num-iters 15] [--width 1024] [--weights bfloat16] [--output-json prefill_cpu.json]
+    python benchmarks/prefill.py [--decoder gemma-3] [--num-iters 15] [--width 1024] [--weights bfloat16]
+
+The decoder is a LLaVA's, a Qwen3-VL's with interleaved multimodal positions and features that are added behind its
+first three layers, or a Gemma 3's of five layers with a window of 256 tokens to one without, on four pictures of which
+the tokens see each other.
 
 Baselines: the Hugging Face decoder in eager mode, the same decoder under `torch.compile`, and the captured
 decoder through this project's compiler without routing. All fill a key-value cache. The routing efficiency is
@@ -14,6 +18,7 @@ its own.
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from decoders import Floor, Prefill, Prompts
-from models import build
+from models import build, build_gemma, build_qwen3
 from record import (
     RESULTS,
     NumIters,
@@ -37,13 +42,13 @@ from record import (
 from rich.console import Console
 from rich.table import Table
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from reroute_fx import RoutingConfig, Savings
 from reroute_fx._compat import settle_cpu_math
 from reroute_fx.capture import capture_decoder
 
-VISUAL, TEXT = 576, 40
+TEXT = 40
 TIERS = (192, 128, 64)
 COMPILED = ("torch.compile", "compiled unrouted")
 SWITCHED = 128
@@ -54,7 +59,22 @@ SAVINGS = {
 }
 
 
-def with_weights(model: LlavaForConditionalGeneration, weights: str) -> LlavaForConditionalGeneration:
+@dataclass(frozen=True)
+class Decoder:
+    """How a model is built, by width and layers, and the visual tokens of the pictures of a prompt."""
+
+    build: Callable[[int, int], PreTrainedModel]
+    pictures: tuple[int, ...]
+
+
+DECODERS = {
+    "llava": Decoder(build, (576,)),
+    "qwen3-vl": Decoder(build_qwen3, (576,)),
+    "gemma-3": Decoder(build_gemma, (144,) * 4),
+}
+
+
+def with_weights(model: PreTrainedModel, weights: str) -> PreTrainedModel:
     """The model with another kind of weights; changed in place."""
     model = model.to(DTYPES[weights])
     if weights == "int8":
@@ -62,13 +82,15 @@ def with_weights(model: LlavaForConditionalGeneration, weights: str) -> LlavaFor
     return model
 
 
-def contenders(model: LlavaForConditionalGeneration) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+def contenders(
+    model: PreTrainedModel, pictures: tuple[int, ...]
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     """What is measured, and the report of each routed contender."""
-    prompts = Prompts.random(1, VISUAL, TEXT, model.config.text_config.hidden_size, model.dtype)
     decoder, captured = model.model.language_model, capture_decoder(model)
+    prompts = Prompts.of(model, captured, 1, pictures, TEXT)
 
     def hugging_face(run: Callable[..., Any]) -> Callable[[], Any]:
-        given = {"inputs_embeds": prompts.embeds, "position_ids": prompts.positions}
+        given = {"inputs_embeds": prompts.embeds, "position_ids": prompts.positions, **prompts.of_decoder}
         return torch.no_grad()(lambda: run(**given, use_cache=True))
 
     prefills = {"compiled unrouted": Prefill(captured, None)}
@@ -83,7 +105,7 @@ def contenders(model: LlavaForConditionalGeneration) -> tuple[dict[str, Callable
     runs = {"eager": hugging_face(decoder), "torch.compile": hugging_face(torch.compile(decoder))}
     runs |= {name: partial(prefill, prompts) for name, prefill in prefills.items()}
     reports = {
-        name: prefill.report.at(visual_tokens=VISUAL, text_tokens=TEXT)
+        name: prefill.report.at(visual_tokens=prompts.visual, text_tokens=TEXT)
         for name, prefill in prefills.items()
         if prefill.config
     }
@@ -92,6 +114,7 @@ def contenders(model: LlavaForConditionalGeneration) -> tuple[dict[str, Callable
 
 def main(
     num_iters: NumIters = 15,
+    decoder: Annotated[str, typer.Option(help=", ".join(DECODERS))] = "llava",
     width: Annotated[int, typer.Option(help="hidden size")] = 1024,
     layers: Annotated[int, typer.Option(help="decoder layers")] = 32,
     weights: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
@@ -100,25 +123,25 @@ def main(
         typer.Option(
             metavar="FILE",
             help="for what was measured",
-            show_default="benchmarks/results/prefill_cpu.json, or prefill_cpu_bfloat16.json",
+            show_default="benchmarks/results/prefill_cpu.json, or prefill_gemma-3_cpu_bfloat16.json, say",
         ),
     ] = None,
     memory: Annotated[bool, typer.Option(help="measure peak memory too")] = True,
     memory_of: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure, and write what was measured."""
-    if weights not in DTYPES:
-        raise typer.BadParameter(f"--weights is {weights!r}; expected one of {list(DTYPES)}")
+    for option, chosen, known in (("weights", weights, DTYPES), ("decoder", decoder, DECODERS)):
+        if chosen not in known:
+            raise typer.BadParameter(f"--{option} is {chosen!r}; expected one of {list(known)}")
     if output_json is None:
-        output_json = RESULTS / (
-            "prefill_cpu.json" if weights == "float32" else f"prefill_cpu_{weights}.json"
-        )
+        output_json = RESULTS / _file_name(decoder, weights)
     if not memory_of:
         # An empty cache, so that first calls are cold; the processes that measure memory inherit it.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="prefill_")
     settle_cpu_math()
     torch._logging.set_logs(all=40)
-    runs, reports = contenders(with_weights(build(width, layers), weights))
+    measured = DECODERS[decoder]
+    runs, reports = contenders(with_weights(measured.build(width, layers), weights), measured.pictures)
     if memory_of:
         print(measure_memory(runs[memory_of]))
         return
@@ -140,13 +163,15 @@ def main(
             row["above_floor"] = ratio(samples[name], samples[floor])
         if memory and not name.startswith("floor") and "," not in name:
             arguments = ["--width", str(width), "--layers", str(layers), "--weights", weights]
-            arguments += ["--memory-of", name]
+            arguments += ["--decoder", decoder, "--memory-of", name]
             row["peak_memory_mib"] = peak_memory(__file__, arguments) / 2**20
         rows[name] = row
     setting = {
+        "decoder": decoder,
         "width": width,
         "layers": layers,
-        "visual_tokens": VISUAL,
+        "pictures": measured.pictures,
+        "visual_tokens": sum(measured.pictures),
         "text_tokens": TEXT,
         "weights": weights,
         "dtype": str(DTYPES[weights]).removeprefix("torch."),
@@ -154,6 +179,11 @@ def main(
     record = {"setting": setting, "compiled_baseline": baseline, "rows": rows, "seconds": samples}
     path = save(output_json, record)
     Console(width=120).print(_table(rows), f"compiled baseline: {baseline}", f"written to {path}", sep="\n")
+
+
+def _file_name(decoder: str, weights: str) -> str:
+    parts = ["prefill", *([decoder] if decoder != "llava" else []), "cpu"]
+    return "_".join([*parts, *([weights] if weights != "float32" else [])]) + ".json"
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> Table:

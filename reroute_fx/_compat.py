@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -132,9 +133,32 @@ def dynamo_export(
     except (ImportError, AttributeError, TypeError) as error:
         raise _other_transformers(f"the exporter is another one ({error})") from error
     program: ExportedProgram
-    with torch.no_grad():
+    with torch.no_grad(), _patches_of_loaded_models():
         if hasattr(exporter, "export_program"):
             program, _ = exporter.export_program(model, inputs, config)
         else:
             program = exporter.export(model, inputs, config)
     return program
+
+
+@contextmanager
+def _patches_of_loaded_models() -> Iterator[None]:
+    """Leave out patches of models whose code nobody imported, which can't run: to find them, it is imported."""
+    # Early versions of transformers keep them elsewhere, and import what they patch.
+    exporting = sys.modules.get("transformers.exporters.utils")
+    patches: dict[str, list[Any]] = getattr(exporting, "_PATCHES", {})
+    before = patches.get("dynamo")
+    if before is None:
+        yield
+        return
+    patches["dynamo"] = [patch for patch in before if _is_loaded(patch[0])]
+    try:
+        yield
+    finally:
+        patches["dynamo"] = before
+
+
+def _is_loaded(place: Any) -> bool:
+    """Whether there is something to patch at ``transformers.models.<name>.<module>...``; true of other places."""
+    parts = place.split(".") if isinstance(place, str) else []
+    return parts[:2] != ["transformers", "models"] or ".".join(parts[:4]) in sys.modules

@@ -14,6 +14,7 @@ from .capture.captured_decoder import CapturedDecoder
 from .capture.image_layout import AnyImages, FixedImages, GridImages
 from .capture.structure import with_weights_of
 from .capture.vision_tower import CapturedTower
+from .common.collecting import without_collecting
 from .config.choosing import read_config
 from .config.routing_config import RoutingConfig
 from .config.savings import Savings
@@ -244,6 +245,7 @@ class _Programs:
         self.prompt = lru_cache(_KEPT)(self._prompt)
         self.following = lru_cache(_KEPT)(self._following)
 
+    @without_collecting()
     def _prompt(
         self, config: RoutingConfig, method: int, savings: Savings, streams: bool, groups: bool
     ) -> tuple[ExportedProgram, RoutingReport]:
@@ -251,6 +253,7 @@ class _Programs:
         results = edit_graph(graph, _prompt_passes(config, savings, streams, groups))
         return to_program(graph, self._trace), make_report(graph, (*self._found, *results), config)
 
+    @without_collecting()
     def _following(self, stage_starts: tuple[int, ...], positions: str, streams: bool) -> ExportedProgram:
         graph = self._graph.copy()
         edit_graph(graph, _following_passes(graph, stage_starts, positions, streams))

@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
 from .._compat import dynamo_export
+from ..common.collecting import without_collecting
 from ..common.turns import one_at_a_time
 from ..errors import CaptureError, RerouteError, UnsupportedModelError, first_line
 from .attention_forms import implementation_for
@@ -21,7 +22,7 @@ from .layer_features import LayerFeatures, adding_features, find_layer_features
 from .opaque_recurrences import use_operators
 from .packed_weights import with_plain_weights
 from .structure import structure_of, with_weights, without_weights
-from .tracing import outputs, quiet, without_writes
+from .tracing import keeping_grad_mode, outputs, quiet, without_writes
 from .unsupported_parts import refuse_unsupported_parts
 from .visual_tokens import find_visual_token_ids
 
@@ -129,6 +130,7 @@ def _runs_its_class(module: torch.nn.Module) -> bool:
 
 
 @one_at_a_time
+@without_collecting()
 def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
     """Export the text decoder of `model`; once, as long as its parts and its config stay what they are.
 
@@ -200,6 +202,7 @@ def _export(decoder: PreTrainedModel, features: LayerFeatures | None, has_masks:
     traced = copy_sharing_weights(decoder)
     if features is not None:
         adding_features(traced, features)
+    keeping_grad_mode(traced)
     use_operators(traced)
     traced.config._attn_implementation = implementation_for(traced)
     # What is asked for besides comes from programs of its own.

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 
@@ -18,6 +20,29 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+class GradModeStays(TorchFunctionMode):
+    """Inside, nothing is recorded of switches of the gradient mode to what it is already.
+
+    torch.export would cut the program at each of them and put it together again.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch._C._set_grad_enabled and args[0] == torch.is_grad_enabled():
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+def keeping_grad_mode(module: torch.nn.Module) -> None:
+    """Let a module run inside `GradModeStays`."""
+    base: Any = type(module)
+
+    def forward(self: Any, **given: Any) -> Any:
+        with GradModeStays():
+            return base.forward(self, **given)
+
+    module.__class__ = type(base.__name__, (base,), {"forward": forward})
 
 
 def without_writes(program: ExportedProgram) -> ExportedProgram:

@@ -18,6 +18,7 @@ from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import standalone_compile
 
+from ...common.collecting import without_collecting
 from ...common.pauses import pause
 from ..attention_kernels import pin_attention
 from ..implementations import use_implementations
@@ -58,6 +59,7 @@ _counting = Compilations()
 """Of the program that runs. Regions don't know which one calls them."""
 
 
+@without_collecting()
 def lower(module: fx.GraphModule, device: torch.device, dynamic: bool) -> tuple[Regions, tuple[str, ...]]:
     """Graph module whose regions are compiled for `device` at their first call, by whichever program.
 
@@ -130,6 +132,7 @@ class _CompiledRegion:
             _counting.on_region()
         return self.choose(*inputs)
 
+    @without_collecting()
     def _compile(self, inputs: tuple[Any, ...]) -> tuple[Sizes, Callable[..., Any]]:
         wait_for_answer()
         sizes = Sizes(self.values, inputs, self.dynamic)
