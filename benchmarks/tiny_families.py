@@ -12,7 +12,7 @@ from transformers.models.exaone4_5 import modeling_exaone4_5 as exaone
 from transformers.models.qwen3_omni_moe import configuration_qwen3_omni_moe as qwen3_omni_config
 from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as qwen3_omni
 
-IMAGE, VIDEO, START, END, VIDEO_START, VIDEO_END = range(50, 44, -1)
+IMAGE, VIDEO, START, END, VIDEO_START, VIDEO_END, AUDIO_TOKEN = range(50, 43, -1)
 LAYERS = 4
 SIZES = {
     "vocab_size": 64,
@@ -100,6 +100,19 @@ GLM_VISION = {**GRIDS, "image_size": 32}
 OVIS = {**VISION, "hidden_stride": 2, "vocab_size": 20, "num_visual_indicator_tokens": 5}
 GOT = {**VISION, "output_channels": 8, "mlp_dim": 32, "global_attn_indexes": [1], "window_size": 2}
 DEEPSTACK = {**GRIDS, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+GEMMA_4 = {
+    **HEADS,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "global_head_dim": 16,
+}
+GEMMA_4_VISION = {
+    **{name: size for name, size in VISION.items() if name != "image_size"},
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 16,
+}
 AUDIO = {
     "d_model": 16,
     "encoder_layers": 1,
@@ -135,6 +148,16 @@ def crops(count: int) -> dict[str, torch.Tensor]:
 
 def tiles(count: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(count, 1, 3, 16, 16)}
+
+
+def patches(count: int, edge: int = 6) -> dict[str, torch.Tensor]:
+    """So many patches along each edge, with their places."""
+    rows, columns = torch.meshgrid(torch.arange(edge), torch.arange(edge), indexing="ij")
+    places = torch.stack([columns.flatten(), rows.flatten()], dim=-1)
+    return {
+        "pixel_values": torch.rand(count, edge * edge, 3 * 4 * 4),
+        "image_position_ids": places.repeat(count, 1, 1),
+    }
 
 
 def sized(count: int) -> dict[str, torch.Tensor]:
@@ -472,6 +495,34 @@ FAMILIES: dict[str, Family] = {
     ),
     "Gemma 3": Family(
         "Gemma3", {**HEADS, "sliding_window": 8}, {"vision_config": SIGLIP, "mm_tokens_per_image": 4}
+    ),
+    "Gemma 4": Family(
+        "Gemma4",
+        {
+            **GEMMA_4,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 64,
+        },
+        {"vision_config": GEMMA_4_VISION, "audio_token_id": AUDIO_TOKEN},
+        patches,
+    ),
+    "Gemma 4 with experts": Family(
+        "Gemma4",
+        {
+            **GEMMA_4,
+            "use_bidirectional_attention": "vision",
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 16,
+        },
+        {"vision_config": GEMMA_4_VISION, "audio_token_id": AUDIO_TOKEN},
+        patches,
     ),
     "PaliGemma": Family(
         "PaliGemma",

@@ -7,7 +7,8 @@ After:  ``%keys = index_put_(%key_cache_7, [row, :, slot], %key)``, the same for
 Layers of a stage cache the same tokens; stages differ. Inputs that are added, for each stage and named after
 its first layer: ``cached_7 [B]`` int64, the tokens that each row has in the cache; for each layer:
 ``key_cache_7`` and ``value_cache_7`` ``[B, Hkv, C, D]``, which the program writes into. New tokens go behind
-those of their row, so C has to be at least Q more than ``cached_7``. What lies behind them is never read.
+those of their row, so C has to be at least Q more than ``cached_7``. What lies behind them is never read. Layers of a
+stage that share keys and values have one cache, that of the first of them.
 
 Where layers have windows, slots have to be told apart by which tokens they hold. In the layers before the first stage
 that is the slot's number. A later stage gets ``index_cache_7 [B, C]`` int64 as well, the places of its tokens among all
@@ -49,6 +50,7 @@ from .graph_edit import (
 from .model_graph import Layer, ModelGraph, Reach
 from .reach_masks import emit_mask
 from .recurrences import carry, recurrences
+from .shared_caches import cache_owners, sources
 from .tensor_names import (
     CACHED,
     NEW_TOKENS,
@@ -94,7 +96,8 @@ class AttendToCache(Pass):
         ends = (*self.starts[1:], found)
         stages = [graph.layers[a:b] for a, b in zip(self.starts, ends, strict=True)]
         _carry_states(graph)
-        inputs = [_add_inputs(graph, stage) for stage in stages]
+        owners = cache_owners(sources(graph.layers), self.starts)
+        inputs = [_add_inputs(graph, stage, owners) for stage in stages]
         stream = graph.layers[0].start
         before = graph.inputs[-1] if stream.op == "placeholder" else stream
         for stage, given in zip(stages, inputs, strict=True):
@@ -104,9 +107,13 @@ class AttendToCache(Pass):
                     if given.caches
                     else None
                 )
-            for layer, caches in zip(_attending(graph, stage), given.caches, strict=True):
+            held: dict[int, tuple[fx.Node, fx.Node]] = {}
+            for layer in _attending(graph, stage):
                 assert slots is not None
-                _attend(graph, layer, caches, slots)
+                own = given.caches.get(layer.index)
+                if own is not None:
+                    held[owners[layer.index]] = _write(graph, layer, own, slots)
+                _attend(graph, layer, held[owners[layer.index]], slots)
             _join_regions(graph, stage)
         return PassResult(self.name, matched=found, rewritten=found, detail=f"{len(stages)} stages")
 
@@ -174,31 +181,31 @@ class _Inputs:
     Attributes:
         cached: ``[B]``.
         index: ``[B, C]``; None where a slot's number tells which token it holds, or none asks.
-        caches: keys and values of each layer with an attention, ``[B, Hkv, C, D]``.
+        caches: keys and values of each layer that has a cache, ``[B, Hkv, C, D]``.
     """
 
     cached: fx.Node
     index: fx.Node | None
-    caches: tuple[tuple[fx.Node, ...], ...]
+    caches: dict[int, tuple[fx.Node, ...]]
 
 
-def _add_inputs(graph: ModelGraph, stage: Sequence[Layer]) -> _Inputs:
+def _add_inputs(graph: ModelGraph, stage: Sequence[Layer], owners: Sequence[int]) -> _Inputs:
     first = stage[0].index
     batch = shape(stage[0].start)[0]
     cached = add_input(graph, cached_input(first), (batch,), torch.int64)
     index = None
     if first and any(reach.counts_tokens for reach in _reaches(graph, stage)):
         index = add_input(graph, index_cache_input(first), (batch, capacity_size(first)), torch.int64)
-    caches = []
-    for layer in _attending(graph, stage):
+    caches = {}
+    for layer in (layer for layer in _attending(graph, stage) if owners[layer.index] == layer.index):
         given = attention_arguments(layer.attention)
         pair = []
         for kind, new in zip(CACHED, (given.key, given.value), strict=True):
             batch, heads, _, width = shape(new)
             size = (batch, heads, capacity_size(first), width)
             pair.append(add_input(graph, cache_input(kind, layer.index), size, value(new).dtype))
-        caches.append(tuple(pair))
-    return _Inputs(cached, index, tuple(caches))
+        caches[layer.index] = tuple(pair)
+    return _Inputs(cached, index, caches)
 
 
 def _reaches(graph: ModelGraph, stage: Sequence[Layer]) -> tuple[Reach, ...]:
@@ -233,7 +240,7 @@ class _Slots:
 
         self.row, new = unsqueeze(count(edit.size(stream, 0)), 1), count(edit.size(stream, 1))
         self.slot = edit.call(aten.add.Tensor, unsqueeze(inputs.cached, 1), new)
-        slots = count(edit.size(inputs.caches[0][0], 2))
+        slots = count(edit.size(next(iter(inputs.caches.values()))[0], 2))
         earlier = edit.call(aten.le.Tensor, slots, unsqueeze(unsqueeze(self.slot, 1), 3))  # [B, 1, Q, C]
         keys, queries = unsqueeze(slots, 0), self.slot
         if inputs.index is not None:
@@ -243,7 +250,10 @@ class _Slots:
         self.masks = {reach: emit_mask(edit, reach, keys, queries, earlier) for reach in reaches}
 
 
-def _attend(graph: ModelGraph, layer: Layer, caches: tuple[fx.Node, ...], slots: _Slots) -> None:
+def _write(
+    graph: ModelGraph, layer: Layer, caches: tuple[fx.Node, ...], slots: _Slots
+) -> tuple[fx.Node, fx.Node]:
+    """Caches with the new keys and values of a layer."""
     given = attention_arguments(layer.attention)
     with edit_after(graph, layer.attention.prev, region=f"layer.{layer.index}") as edit:
         keys, values = (
@@ -255,5 +265,10 @@ def _attend(graph: ModelGraph, layer: Layer, caches: tuple[fx.Node, ...], slots:
             )
             for cache, new in zip(caches, (given.key, given.value), strict=True)
         )
+    return keys, values
+
+
+def _attend(graph: ModelGraph, layer: Layer, held: tuple[fx.Node, fx.Node], slots: _Slots) -> None:
+    keys, values = held
     mask = slots.masks[graph.reaches[layer.index]]
     change_attention(layer.attention, key=keys, value=values, mask=mask, is_causal=False)

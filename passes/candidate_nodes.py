@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .base_errors import MatchError
 from .canonicalize_attention import attention_arguments
 from .emit_traced import Later
 from .graph_edit import (
@@ -105,6 +106,12 @@ def projections(
         return ChosenTokens(index, edit.size(index, 1), {} if rotary else asked.unrotated(layer))
 
     def everything(rotary: bool) -> TokenSet:
+        if layer.source is not None and not rotary:
+            raise MatchError(
+                f"The ranking rule asks for keys of layer {layer.index} without rotary positions, but that layer "
+                f"attends with the rotated ones of layer {layer.source}; expected a rule that takes them as they are, "
+                f"or a decision before a layer with keys of its own."
+            )
         return AllRows({} if rotary else asked.unrotated(layer))
 
     found = {

@@ -4,6 +4,7 @@ Before: ``return (%hidden,)``
 After:  ``return (%hidden, key.0, value.0, ..., scores.7, kept.7, ...)``; the names are in
         `ModelGraph.outputs`. Keys are rotated, [B, Hkv, S', D], with the rows that ran through
         the layer. Of a layer with states these are ``key.3`` and ``value.3``, one for each of its recurrences.
+        A layer that reads the cache of another one of its stage has none.
         ``index.7 [B, S']`` of a stage with windows says which tokens of the prompt these are.
 """
 
@@ -15,6 +16,7 @@ from .canonicalize_attention import attention_arguments, attentions
 from .graph_edit import edit_after
 from .model_graph import ModelGraph
 from .recurrences import recurrences, state_behind
+from .shared_caches import cache_owners, sources
 from .tensor_names import CACHED, output_name
 
 
@@ -32,11 +34,13 @@ class ExposeOutputs(Pass):
                 f"pass replaced is still read. This is a bug of reroute_fx; please report it."
             )
         found: dict[int, tuple[fx.Node, ...]] = {}
+        owners = cache_owners(sources(graph.layers), [decision.layer for decision in graph.decisions])
         for layer, node in zip(attending, blocks, strict=True):
             given = attention_arguments(node)
-            found[layer] = given.key, given.value
+            if owners[layer] == layer:
+                found[layer] = given.key, given.value
         found |= expose_states(graph)
-        for layer in range(len(graph.layers)):
+        for layer in sorted(found):
             for kind, node in zip(CACHED, found[layer], strict=False):
                 graph.outputs[output_name(kind, layer)] = node
         for stage, index in graph.stage_indices.items():

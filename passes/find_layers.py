@@ -7,13 +7,18 @@ After:  the same graph; `ModelGraph.layers` holds a `Layer` for each attention a
 The residual stream is found by dataflow. A value that every path from the stream's source to the
 output runs through is a *cut*. A cut that adds something to an earlier cut is a residual update. A
 layer reaches from the last residual update before its attention to the last one before the next
-attention. What is added between two layers, visual features say, belongs to the first of them. Inside a
-layer nothing may be read from outside, tokens may see each other in the attention only, and that must
-read its query, keys and values from its own layer. Where a layer has recurrences (a causal convolution, linear
-attention) in the place of an attention, the last of them stands for it.
+attention. What is added between two layers, visual features say, belongs to the first of them, and so does a
+number that the stream is multiplied with. Inside a layer nothing may be read from outside, tokens may see
+each other in the attention only, and that must read its query, keys and values from its own layer, or keys
+and values from one earlier layer, which shares them. Where a layer has recurrences (a causal convolution,
+linear attention) in the place of an attention, the last of them stands for it.
+
+What several layers read of the embeddings beside the stream, embeddings for each layer say, is no part of
+any layer: it is a sequence tensor, as cos and sin are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import fx
 
@@ -53,19 +58,21 @@ class FindLayers(Pass):
         expected = f"{self.num_layers} decoder layers" if self.num_layers else "at least one decoder layer"
         if not blocks:
             raise refuse("No attention was found", expected, ())
-        stream = _residual_stream(graph, blocks)
-        if stream is None:
+        sharing = sharing_attentions(blocks)
+        paths = _residual_stream(graph, blocks, sharing)
+        if paths is None:
             raise refuse(
                 f"{len(blocks)} attentions were found but no residual stream runs around them",
                 expected,
                 (_why_no_stream(graph, blocks),),
             )
+        stream, aside = paths
         _refuse_fixed_length(stream[0])
         mixers = _mixers(graph, stream, blocks)
-        layers, rejected = _split(graph, stream, mixers)
+        layers, rejected = _split(graph, stream, mixers, aside, sharing)
         if layers:
             mixing = TokenMixing(graph.fx_graph.nodes, layers[0].start)
-            rejected += [r for layer in layers if (r := _why_not_closed(layer, mixing)) is not None]
+            rejected += [r for layer in layers if (r := _why_not_closed(layer, mixing, sharing)) is not None]
         if rejected or (self.num_layers is not None and len(layers) != self.num_layers):
             rejected += _longest(layers) if not rejected else []
             raise refuse(f"{len(layers)} decoder layers were found", expected, tuple(rejected))
@@ -104,45 +111,83 @@ def _mixers(graph: ModelGraph, cuts: Sequence[fx.Node], blocks: Sequence[fx.Node
     ]
 
 
-def _residual_stream(graph: ModelGraph, blocks: Sequence[fx.Node]) -> list[fx.Node] | None:
-    """Cuts of the stream that all attentions hang on, from its source to the output."""
+def sharing_attentions(blocks: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Canonical attentions, in graph order, that read the keys and values of an earlier one; and which that is."""
+    first: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+    for block in blocks:
+        first.setdefault(_shared_states(block), block)
+    sources = {block: first[_shared_states(block)] for block in blocks}
+    return {block: source for block, source in sources.items() if source is not block}
+
+
+def _residual_stream(
+    graph: ModelGraph, blocks: Sequence[fx.Node], sharing: Mapping[fx.Node, fx.Node]
+) -> tuple[list[fx.Node], set[fx.Node]] | None:
+    """Cuts of the stream that all attentions hang on, from its source to the output; and what is beside it.
+
+    Beside it is what is computed of the source, but neither for the first attention or recurrence nor behind it.
+    """
     output = graph.fx_graph.output_node()
+    order = {node: i for i, node in enumerate(graph.fx_graph.nodes)}
+    first = min([*blocks, *recurrences(graph.fx_graph.nodes)], key=order.__getitem__)
+    leading, behind = ancestors([first]), descendants(first)
     for source in graph.fx_graph.nodes:
         is_source = source in graph.inputs or is_op(source, aten.embedding)
         if not is_source or not is_tensor(source) or not value(source).is_floating_point():
             continue
-        cuts = _cuts(graph, source, output)
         reached = descendants(source)
+        aside = reached - leading - behind if source in leading else set()
+        cuts = _cuts(graph, source, output, aside, sharing)
         if _updates(cuts) and any(attention_arguments(b).value in reached for b in blocks):
-            return cuts
+            return cuts, aside
     return None
 
 
-def _cuts(graph: ModelGraph, source: fx.Node, output: fx.Node) -> list[fx.Node]:
+def _cuts(
+    graph: ModelGraph,
+    source: fx.Node,
+    output: fx.Node,
+    aside: Collection[fx.Node] = (),
+    sharing: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
+) -> list[fx.Node]:
     """Nodes that every path from `source` to `output` runs through, in graph order.
 
-    In topological order these are the nodes that no edge spans.
+    In topological order these are the nodes that no edge spans. Paths by what is `aside`, and by keys and values that
+    attentions share, don't count.
     """
-    between = descendants(source) & ancestors([output])
+    between = (descendants(source) & ancestors([output])).difference(aside)
     ordered = [n for n in graph.fx_graph.nodes if n in between]
     place = {n: i for i, n in enumerate(ordered)}
+    shared = {block: set(_shared_states(block)) for block in sharing}
     cuts, reach = [], 0
     for i, node in enumerate(ordered):
         if reach <= i and node.op != "output":
             cuts.append(node)
-        reach = max([reach, *(place[u] for u in node.users if u in place)])
+        reach = max([reach, *(place[u] for u in node.users if u in place and node not in shared.get(u, ()))])
     return cuts
 
 
+def _shared_states(block: fx.Node) -> tuple[fx.Node, fx.Node]:
+    given = attention_arguments(block)
+    return given.key, given.value
+
+
 def _updates(cuts: Sequence[fx.Node]) -> list[fx.Node]:
-    """Cuts that add something to an earlier cut."""
+    """Cuts that add something to an earlier cut, or multiply such a sum with what is the same for all tokens."""
     earlier: set[fx.Node] = set()
-    updates = []
+    updates: list[fx.Node] = []
     for cut in cuts:
-        if _adds_to(cut, earlier):
+        if _adds_to(cut, earlier) or (updates and _scales(cut, updates[-1])):
             updates.append(cut)
         earlier.add(cut)
     return updates
+
+
+def _scales(node: fx.Node, update: fx.Node) -> bool:
+    if not is_op(node, aten.mul.Tensor) or update not in node.args:
+        return False
+    others = [a for a in node.args if a is not update and is_tensor(a)]
+    return all(isinstance(size, int) for other in others for size in shape(other))
 
 
 def _adds_to(node: fx.Node, earlier: set[fx.Node]) -> bool:
@@ -154,7 +199,11 @@ def _adds_to(node: fx.Node, earlier: set[fx.Node]) -> bool:
 
 
 def _split(
-    graph: ModelGraph, cuts: Sequence[fx.Node], blocks: Sequence[fx.Node]
+    graph: ModelGraph,
+    cuts: Sequence[fx.Node],
+    blocks: Sequence[fx.Node],
+    aside: Collection[fx.Node],
+    sharing: Mapping[fx.Node, fx.Node],
 ) -> tuple[list[Layer], list[Rejection]]:
     """Assign to each attention the stretch of the stream that it updates."""
     updates = _updates(cuts)
@@ -175,12 +224,13 @@ def _split(
         if not inside:
             rejected.append(_why_no_update(block, cuts[0], limit, order))
             continue
-        nodes = _between(start, inside[-1]) - masks
+        end = inside[-1]
+        elsewhere = ancestors([graph.fx_graph.output_node()], stop=end).intersection(aside)
+        nodes = _between(start, end) - masks - elsewhere
         ordered = tuple(sorted(nodes, key=order.__getitem__))
         sizes = _measure(graph, start, block, ordered)
-        layers.append(
-            Layer(len(layers), start, inside[-1], block, ordered, sizes, _addends(start, inside[-1]))
-        )
+        source = blocks.index(sharing[block]) if block in sharing else None
+        layers.append(Layer(len(layers), start, end, block, ordered, sizes, _addends(start, end), source))
     return layers, rejected
 
 
@@ -280,9 +330,15 @@ def _why_no_update(block: fx.Node, source: fx.Node, limit: int, order: dict[fx.N
     return Rejection(block.name, "its result is not added to the residual stream")
 
 
-def _why_not_closed(layer: Layer, mixing: TokenMixing) -> Rejection | None:
+def _why_not_closed(
+    layer: Layer, mixing: TokenMixing, sharing: Mapping[fx.Node, fx.Node]
+) -> Rejection | None:
     """What keeps the region from being moved to another token set."""
+    if len(shape(layer.start)) != 3:
+        form = list(shape(layer.start))
+        return Rejection(layer.start.name, f"the stream before layer {layer.index} is {form}, not [B, S, d]")
     nodes, stream = set(layer.nodes), descendants(layer.start)
+    lent = {block: _shared_states(block) for block, source in sharing.items() if source is layer.attention}
     for name, source in _sources(layer):
         if source not in nodes or source not in stream:
             reason = f"its {name} %{source.name} come from outside the residual stream (cross-attention?)"
@@ -295,7 +351,7 @@ def _why_not_closed(layer: Layer, mixing: TokenMixing) -> Rejection | None:
             return Rejection(
                 node.name, f"in layer {layer.index} it attends along another dimension than the tokens"
             )
-        outside = [u for u in node.users if u not in nodes]
+        outside = [u for u in node.users if u not in nodes and node not in lent.get(u, ())]
         if node is not layer.end and outside:
             reason = f"it is inside layer {layer.index} and also read outside, by %{outside[0].name}"
             return Rejection(node.name, reason)
@@ -315,7 +371,8 @@ def _sources(layer: Layer) -> list[tuple[str, fx.Node]]:
     if found:
         return [("inputs", source) for node in found for source, _ in token_arguments(node)]
     given = attention_arguments(layer.attention)
-    return [("query", given.query), ("keys", given.key), ("values", given.value)]
+    own = [("keys", given.key), ("values", given.value)] if layer.source is None else []
+    return [("query", given.query), *own]
 
 
 def _why_no_stream(graph: ModelGraph, blocks: Sequence[fx.Node]) -> Rejection:

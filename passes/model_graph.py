@@ -80,6 +80,7 @@ class Layer:
             `start` is not among them.
         sizes: what the layer's cost follows from.
         addends: what `end` adds to the stream last that does not come from it, ``[B, S, d]`` each, in order.
+        source: earlier layer with whose keys and values it attends; None if it has its own.
     """
 
     index: int
@@ -89,6 +90,7 @@ class Layer:
     nodes: tuple[fx.Node, ...]
     sizes: LayerSizes
     addends: tuple[fx.Node, ...] = ()
+    source: int | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from .graph_edit import (
     value,
 )
 from .model_graph import Layer
+from .shared_caches import shared_states
 
 
 class TokenSet(Protocol):
@@ -42,6 +43,9 @@ class TokenSet(Protocol):
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
         """Rows of a sequence tensor that runs over the stream in dimension `dim`."""
 
+    def shared(self, edit: Editor, states: fx.Node) -> fx.Node:
+        """Those of keys or values ``[B, Hkv, S, D]`` that an earlier layer shares."""
+
 
 class ChosenTokens:
     """Some tokens of each row.
@@ -59,6 +63,9 @@ class ChosenTokens:
 
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
         return compact(edit, [self.instead.get(tensor, tensor)], self.positions, [dim])[0]
+
+    def shared(self, edit: Editor, states: fx.Node) -> fx.Node:
+        return compact_heads(edit, states, self.positions)
 
 
 def last_tokens(edit: Editor, lengths: fx.Node, instead: Mapping[fx.Node, fx.Node]) -> ChosenTokens:
@@ -84,10 +91,19 @@ class AllRows:
     def rows(self, edit: Editor, tensor: fx.Node, dim: int) -> fx.Node:
         return self.instead.get(tensor, tensor)
 
+    def shared(self, edit: Editor, states: fx.Node) -> fx.Node:
+        return states
+
 
 def compact(edit: Editor, tensors: list[fx.Node], positions: fx.Node, dims: list[int]) -> list[fx.Node]:
     """Rows of sequence tensors at `positions`."""
     return edit.unpack(edit.call(torch.ops.reroute.compact_tokens.default, tensors, positions, dims))
+
+
+def compact_heads(edit: Editor, states: fx.Node, positions: fx.Node) -> fx.Node:
+    """Rows of keys or values ``[B, Hkv, S, D]`` at `positions`."""
+    (rows,) = compact(edit, [edit.call(aten.transpose.int, states, 1, 2)], positions, [1])
+    return edit.call(aten.transpose.int, rows, 1, 2)
 
 
 def is_sequence_tensor(node: fx.Node, length: sympy.Expr, batch: sympy.Expr) -> bool:
@@ -100,13 +116,14 @@ def is_sequence_tensor(node: fx.Node, length: sympy.Expr, batch: sympy.Expr) -> 
 
 
 def sequence_inputs(layers: Iterable[Layer]) -> list[fx.Node]:
-    """Sequence tensors that `layers` read besides the residual stream, in graph order."""
+    """Sequence tensors that `layers` read besides the residual stream and shared keys and values, in graph order."""
     layers = list(layers)
+    shared = {states for layer in layers for states in shared_states(layer)}
     batch, length = (expression(size) for size in shape(layers[0].start)[:2])
     streams = {layer.start for layer in layers}
     inside = {node for layer in layers for node in layer.nodes}
     found: dict[fx.Node, None] = {}
-    stack = [n for node in inside for n in node.all_input_nodes if n not in inside | streams]
+    stack = [n for node in inside for n in node.all_input_nodes if n not in inside | streams | shared]
     while stack:
         node = stack.pop()
         if not is_tensor(node) or not sequence_dims(node, length):
@@ -144,6 +161,7 @@ class Replay:
         self.batch = batch
         self.counterparts: dict[fx.Node, Any] = dict(mapping)
         self.given = frozenset(mapping)
+        self.shared = frozenset(states for layer in edit.graph.layers for states in shared_states(layer))
         self.sizes: dict[sympy.Expr, Any] = {}
 
     def run(self, nodes: Iterable[fx.Node]) -> None:
@@ -190,6 +208,8 @@ class Replay:
     def _outside(self, node: fx.Node) -> Any:
         if isinstance(self.tokens, AllRows):
             return self.tokens.instead.get(node, node)
+        if node in self.shared:
+            return self.tokens.shared(self.edit, node)
         if not is_tensor(node):
             return self._size(node)
         if node in self.tokens.masks:

@@ -18,6 +18,10 @@ a token that is 9 tokens back stays out of a window of 8 when those between wait
 
 Where the scoring layer of the next decision lies inside a stage, the input of that layer is restored as well, and on
 demand that of every layer, for `ExposeStreams`.
+
+A layer that attends with keys and values of an earlier one has those of its own stage's rows. Where that earlier layer
+lies in an earlier stage, they are made of its restored input for all rows, and gathered: of tokens that waited there,
+from the residual value that they waited with. What was deleted is in no later stage.
 """
 
 import operator
@@ -28,11 +32,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from .base_errors import MatchError
 from .base_pass import Pass, PassResult
 from .canonicalize_attention import attention_arguments
 from .graph_edit import (
     NO_TOKEN,
     Editor,
+    ancestors,
     aten,
     descendants,
     edit_after,
@@ -42,7 +48,8 @@ from .graph_edit import (
 )
 from .model_graph import Decision, Layer, ModelGraph
 from .number_stages import position_input
-from .replay import Replay, compact, sequence_inputs
+from .replay import AllRows, Replay, compact, compact_heads, sequence_inputs
+from .shared_caches import lent_states, shared_states
 
 ACTIONS = ("physical_delete", "compact_route", "compact_route_stagewise")
 POSITIONS = ("original", "contiguous")
@@ -62,6 +69,7 @@ class ActiveRows:
         length: S'.
         fakes: see `TokenSet`.
         masks: see `TokenSet`.
+        lent: keys and values that layers share, and what stands for them on these rows.
     """
 
     def __init__(
@@ -85,6 +93,9 @@ class ActiveRows:
         self.gathered = dict(zip(tensors, rows, strict=True))
         for tensor in (tensor for tensor in sequence_inputs(layers) if tensor in renumbered):
             self.rows(edit, tensor, sequence_dims(tensor, length)[0])
+        self.lent: dict[fx.Node, fx.Node] = {}
+        for states in (states for layer in layers for states in _from_before(layer, layers[0])):
+            self.shared(edit, states)
         self.masks: dict[fx.Node, fx.Node] = {}
         if edit.graph.token_index in self.gathered:
             self._make_masks(edit, decision, layers, edit.size(stream, 1))
@@ -117,6 +128,18 @@ class ActiveRows:
             self.gathered[tensor] = rows
         return self.gathered[tensor]
 
+    def shared(self, edit: Editor, states: fx.Node) -> fx.Node:
+        if states not in self.lent:
+            outer = self.source.shared(edit, states) if self.source else states
+            self.lent[states] = compact_heads(edit, outer, self.positions)
+        return self.lent[states]
+
+
+def _from_before(layer: Layer, first: Layer) -> tuple[fx.Node, ...]:
+    """Keys and values of a layer before `first` with which `layer` attends."""
+    is_before = layer.source is not None and layer.source < first.index
+    return shared_states(layer) if is_before else ()
+
 
 class RouteStages(Pass):
     """Args:
@@ -134,6 +157,8 @@ class RouteStages(Pass):
 
     def apply(self, graph: ModelGraph) -> PassResult:
         renumbered = descendants(position_input(graph)) if self.positions == "contiguous" else set()
+        if renumbered:
+            _refuse_shared_positions(graph)
         if self.action == "physical_delete":
             streams = _delete(graph, renumbered, self.keep_streams)
         else:
@@ -143,6 +168,18 @@ class RouteStages(Pass):
             graph.streams = tuple(streams.get(layer.start, layer.start) for layer in graph.layers)
         routed = len(graph.layers) - graph.decisions[0].layer
         return PassResult(self.name, matched=len(graph.decisions), rewritten=routed, detail=self.action)
+
+
+def _refuse_shared_positions(graph: ModelGraph) -> None:
+    """Keys that are rotated once can't be counted anew in each stage that reads them."""
+    for _, layers in _stages(graph):
+        crossing = next((layer for layer in layers if _from_before(layer, layers[0])), None)
+        if crossing is not None:
+            raise MatchError(
+                f"Layer {crossing.index} attends with keys of layer {crossing.source}, which lies in an earlier stage "
+                f"and rotated them by its positions; expected positions 'original' for a decoder whose layers share "
+                f"their caches."
+            )
 
 
 def _stages(graph: ModelGraph) -> list[tuple[Decision, tuple[Layer, ...]]]:
@@ -157,6 +194,8 @@ def _route(
     restored = {}
     wanted = {layer.start for layer in graph.layers if keep_streams}
     wanted |= {decision.scoring_layer.start for decision in graph.decisions}
+    lent = _lent_to_later_stages(graph)
+    wanted |= {graph.layers[index].start for index in lent}
     for decision, layers in _stages(graph):
         tokens: ActiveRows | None = None
         for group in [layers] if stagewise else [(layer,) for layer in layers]:
@@ -172,10 +211,30 @@ def _route(
                     if layer.start in wanted:
                         passed = group[: layer.index - group[0].index]
                         restored[layer.start] = _restore(edit, _waiting(edit, start, passed), rows, tokens)
+                for layer in (layer for layer in group if layer.index in lent):
+                    restored |= _lend(edit, layer, lent[layer.index], restored.get(layer.start, start))
                 restored[last.end] = _restore(edit, _waiting(edit, start, group), stream, tokens)
     for original, stream in restored.items():
         original.replace_all_uses_with(stream, partial(operator.lt, stream))  # only what comes later
     return restored
+
+
+def _lent_to_later_stages(graph: ModelGraph) -> dict[int, tuple[fx.Node, ...]]:
+    """Keys and values of layers of the stages that layers of later stages read, by the number of the layer."""
+    found = {}
+    for _, layers in _stages(graph):
+        later = graph.layers[layers[-1].index + 1 :]
+        found |= {layer.index: states for layer in layers if (states := lent_states(layer, later))}
+    return found
+
+
+def _lend(edit: Editor, layer: Layer, states: tuple[fx.Node, ...], stream: fx.Node) -> dict[fx.Node, fx.Node]:
+    """Keys and values of a layer for all rows of its input `stream`, by what they are in the graph."""
+    needed = ancestors(states, stop=layer.start)
+    batch, length = (expression(size) for size in shape(layer.start)[:2])
+    replay = Replay(edit, AllRows({}), length, batch, {layer.start: stream})
+    replay.run(node for node in layer.nodes if node in needed)
+    return {node: replay(node) for node in states}
 
 
 def _waiting(edit: Editor, stream: fx.Node, layers: Sequence[Layer]) -> fx.Node:
@@ -220,7 +279,9 @@ def _run_layers(edit: Editor, layers: Sequence[Layer], stream: fx.Node, tokens: 
     streams = [stream]
     for layer in layers:
         edit.region = f"layer.{layer.index}"
-        streams.append(_replay(edit, layer, layer.nodes, {layer.start: streams[-1]}, tokens)(layer.end))
+        replay = _replay(edit, layer, layer.nodes, {layer.start: streams[-1]}, tokens)
+        tokens.lent |= {states: replay(states) for states in lent_states(layer, edit.graph.layers)}
+        streams.append(replay(layer.end))
     edit.region = f"restore.{layers[-1].index}"
     return streams
 

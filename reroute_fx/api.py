@@ -14,6 +14,7 @@ from ._compat import settle_cpu_math
 from .analysis.routing_report import RoutingReport
 from .capture import CapturedDecoder, capture_decoder, find_visual_token_ids, text_decoder
 from .capture.cells import has_cells
+from .capture.layer_configs import layer_config
 from .capture.vision_tower import capture_vision_tower, tower_facts
 from .capture.visual_tokens import has_grids
 from .capture.wrappers import unwrap
@@ -165,6 +166,7 @@ def compile(
         report=_named(report, model, source, backend, captured.seconds),
         position_rank=captured.position_rank,
         layer_features=captured.layer_features,
+        token_inputs=captured.token_inputs,
         visual_ids=find_visual_token_ids(model.config),
         limits=limits,
         tower=tower,
@@ -248,9 +250,9 @@ def check_rules(model: Any, decoder: Any, config: RoutingConfig) -> None:
         ConfigError: a head that is not there.
         UnsupportedModelError: it is not known where visual tokens lie in their pictures.
     """
-    text = decoder.config
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     for layer, rank in zip(config.decision_layers, config.ranks, strict=True):
+        text = layer_config(decoder.config, layer)
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         asked = fields_asked(rank, text.num_attention_heads, kv_heads) & set(CELLS)
         if asked and not has_cells(model.config):
             raise UnsupportedModelError(

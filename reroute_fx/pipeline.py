@@ -47,6 +47,7 @@ from .passes import (
     to_program,
 )
 from .passes.graph_edit import value
+from .passes.shared_caches import sources
 
 
 def route(
@@ -90,11 +91,11 @@ def route(
 
 
 def _prompt_passes(
-    config: RoutingConfig, savings: Savings, streams: bool, groups: bool = False
+    config: RoutingConfig, savings: Savings, streams: bool, groups: tuple[int, ...] = ()
 ) -> list[Pass]:
     stages = _stage_passes(config, savings, streams)
     return [
-        *([SeeGroups()] if groups else []),
+        *([SeeGroups(groups)] if groups else []),
         *stages,
         CarryStates(),
         ExposeOutputs(),
@@ -159,7 +160,14 @@ def find_passes(num_layers: int | None) -> list[Pass]:
 def make_report(graph: ModelGraph, results: tuple[PassResult, ...], config: RoutingConfig) -> RoutingReport:
     layers = tuple(LayerCost.of(layer.sizes) for layer in graph.layers)
     stream = graph.layers[0].start.meta["val"]
-    return RoutingReport(config, results, layers, stream.element_size(), reaches=graph.reaches)
+    return RoutingReport(
+        config,
+        results,
+        layers,
+        stream.element_size(),
+        reaches=graph.reaches,
+        sources=sources(graph.layers),
+    )
 
 
 def continuation(
@@ -226,7 +234,7 @@ class DecoderPrograms:
         # Configurations are equal by the names of their methods, which don't say what the methods are. As long as one
         # is kept its method is, so that no other has its number.
         method = id(config.definition) if config.decision_layers and not config.rules else 0
-        groups = self._captured.makes_masks
+        groups = self._captured.grouped_layers
         program, report = self._made.prompt(config, method, savings or Savings(), streams, groups)
         return with_weights_of(program, self._captured.program), report
 
@@ -247,7 +255,7 @@ class _Programs:
 
     @without_collecting()
     def _prompt(
-        self, config: RoutingConfig, method: int, savings: Savings, streams: bool, groups: bool
+        self, config: RoutingConfig, method: int, savings: Savings, streams: bool, groups: tuple[int, ...]
     ) -> tuple[ExportedProgram, RoutingReport]:
         graph = self._graph.copy()
         results = edit_graph(graph, _prompt_passes(config, savings, streams, groups))

@@ -23,16 +23,25 @@ def by_hand(model, given, config):
     hook = decoder.layers[0].register_forward_pre_hook(look, with_kwargs=True)
     model(**given)
     hook.remove()
-    hidden, rotary = seen["hidden"].clone(), seen["position_embeddings"]
+    hidden, rotary, types = (
+        seen["hidden"].clone(),
+        seen["position_embeddings"],
+        seen.get("moe_mm_token_type_ids"),
+    )
     visual = (given["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
     everything = list(range(hidden.shape[1]))
     attending = [i for i, layer in enumerate(decoder.layers) if hasattr(layer, "self_attn")]
 
     def call(module, rows, tokens, attends=True):
         causal = torch.full((len(tokens), len(tokens)), -torch.inf).triu(1)[None, None]
+        more = (
+            {"moe_mm_token_type_ids": types[:, tokens]}
+            if module in decoder.layers and types is not None
+            else {}
+        )
         # One tensor of complex numbers, or cosine and sine.
         own = rotary[:, tokens] if torch.is_tensor(rotary) else tuple(part[:, tokens] for part in rotary)
-        return module(rows, attention_mask=causal if attends else None, position_embeddings=own)
+        return module(rows, attention_mask=causal if attends else None, position_embeddings=own, **more)
 
     active, kept = everything, {}
     for number, layer in enumerate(decoder.layers):

@@ -25,7 +25,7 @@ from transformers.models.gemma3 import modeling_gemma3
 
 import reroute_fx
 from reroute_fx import InputError, RoutingConfig, UnsupportedModelError
-from reroute_fx.capture.prompt_groups import PromptGroups, find_groups
+from reroute_fx.capture.prompt_groups import PromptGroups, find_groups, grouped_layers
 
 WINDOW, CHUNK = 8, 8
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -273,6 +273,8 @@ def test_groups_are_those_of_the_models_own_masks(monkeypatch):
     assert find_groups(models["Gemma 3"]) == PromptGroups("pictures")
     assert find_groups(models["PaliGemma"]) == PromptGroups("prompt")
     assert find_groups(models["Llama 4"]) is None
+    for family, layers in {"Gemma 3": (0, 1, 2), "PaliGemma": (0, 1, 2), "Llama 4": ()}.items():
+        assert grouped_layers(models[family], KINDS) == layers
     own = models["Gemma 3"].create_masks_for_generate
 
     def with_one_more(**given):
@@ -285,6 +287,16 @@ def test_groups_are_those_of_the_models_own_masks(monkeypatch):
         UnsupportedModelError, match=r"lets other tokens see each other.*use reroute_fx.compile"
     ):
         find_groups(models["Gemma 3"])
+
+
+def test_groups_in_some_layers_only(benchmark_module):
+    """Of Gemma 4 those with a window; the smaller models have none."""
+    tiny = benchmark_module("tiny_families")
+    models = {name: tiny.FAMILIES[name].build() for name in ("Gemma 4 with experts", "Gemma 4")}
+    kinds = models["Gemma 4"].config.text_config.layer_types
+    assert [grouped_layers(model, kinds) for model in models.values()] == [(0, 2), ()]
+    assert [find_groups(model) for model in models.values()] == [PromptGroups("pictures"), None]
+    assert grouped_layers(models["Gemma 4"].to("meta"), kinds) == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize("family", share(["Gemma 3", "PaliGemma"], ["Gemma 3"], "6 s each"))

@@ -7,6 +7,7 @@ import torch
 from tiny_models import IMAGE, TEXT, VIDEO, VISION
 from transformers import (
     CLIPVisionConfig,
+    Gemma3nTextConfig,
     Llama4Config,
     Llama4ForConditionalGeneration,
     LlamaConfig,
@@ -122,7 +123,21 @@ def llava(**rope):
     )
 
 
+def gemma_3n():
+    sizes = {"intermediate_size": 64, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 2}
+    small = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0}
+    text = Gemma3nTextConfig(**TEXT | sizes | small, num_hidden_layers=2, head_dim=8)
+    vision = CLIPVisionConfig(**VISION)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    )
+
+
 REFUSED = {
+    "several streams": (
+        gemma_3n,
+        r"several residual streams, which each of its layers mixes \(layers\.0\.altup\)",
+    ),
     "cross-attention": (mllama, r"reads pictures by cross-attention \(layers\.1\.cross_attn\)"),
     "a head inside the decoder": (llama_4, r"text decoder \(Llama4ForCausalLM\) with a head of its own"),
     "dynamic NTK": (

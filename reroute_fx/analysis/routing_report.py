@@ -35,6 +35,7 @@ class RoutingReport:
         seconds: wall-clock seconds by phase; what another model has, too, took them when it was made.
         compilations: how often calls of each program compiled a region so far. Programs have regions in common.
         reaches: what the tokens of each layer see; empty if not known.
+        sources: for each layer the one with whose keys and values it attends; empty if not known.
     """
 
     config: RoutingConfig
@@ -51,6 +52,7 @@ class RoutingReport:
     seconds: dict[str, float] = field(default_factory=dict)
     compilations: dict[str, int] = field(default_factory=dict)
     reaches: tuple[Reach, ...] = ()
+    sources: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -91,6 +93,7 @@ class RoutingReport:
             visual_tokens=self.visual_tokens,
             text_tokens=self.text_tokens,
             element_bytes=self.element_bytes,
+            sources=self.sources,
         )
 
     def at(self, *, visual_tokens: int, text_tokens: int) -> "RoutingReport":

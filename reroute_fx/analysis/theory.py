@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..config.routing_config import RoutingConfig
 from ..methods.tiers import REFERENCE_TOKENS
 from ..passes import LayerSizes, Rank, by_attention
+from ..passes.shared_caches import cache_owners
 from ..rules import RULES, AttentionRule, UnionRule, ValueRule
 
 REFERENCE_TEXT = 40
@@ -94,8 +95,12 @@ def prefill_cost(
     visual_tokens: int = REFERENCE_TOKENS,
     text_tokens: int = REFERENCE_TEXT,
     element_bytes: int = 2,
+    sources: Sequence[int] = (),
 ) -> PrefillCost:
-    """Cost of a prefill, routed by `config` or (None) unrouted."""
+    """Cost of a prefill, routed by `config` or (None) unrouted.
+
+    `sources` says for each layer with whose keys and values it attends; empty if each has its own.
+    """
     count = len(layers)
     tokens = config.tokens_per_layer(count, visual_tokens) if config else (visual_tokens,) * count
     rows = [t + text_tokens for t in tokens]
@@ -104,8 +109,10 @@ def prefill_cost(
         for index, rank in zip(config.decision_layers, config.ranks, strict=True):
             pool = tokens[index - 1] if config.action == "physical_delete" else visual_tokens
             scoring += ranking_flops(rank, layers[index], pool, text_tokens)
+    starts = config.decision_layers if config else ()
+    owners = cache_owners(sources or range(count), starts)
     return PrefillCost(
         layer_flops=sum(layer.flops(r) for layer, r in zip(layers, rows, strict=True)),
         scoring_flops=scoring,
-        kv_bytes=sum(layer.kv_bytes(r, element_bytes) for layer, r in zip(layers, rows, strict=True)),
+        kv_bytes=sum(layers[i].kv_bytes(rows[i], element_bytes) for i in set(owners)),
     )

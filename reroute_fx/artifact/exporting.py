@@ -132,6 +132,12 @@ def _check_arguments(routed: Any, limits: Any, processor: Any) -> None:
             f"operators run in this process only; expected attention in all of them. It can't be exported; use "
             f"reroute_fx.compile."
         )
+    if token_inputs := text_decoder(routed).token_inputs:
+        raise UnsupportedModelError(
+            f"The decoder of {type(routed).__name__} takes {token_inputs[0].name} for each token; expected one that "
+            f"takes embeddings and positions only, which is what an artifact makes of a prompt. It can't be exported; "
+            f"use reroute_fx.compile."
+        )
     if limits is not None and not isinstance(limits, Limits):
         raise ConfigError(f"limits is a {type(limits).__name__}; expected reroute_fx.Limits.")
     if processor is not None and not hasattr(processor, "save_pretrained"):

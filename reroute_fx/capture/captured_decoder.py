@@ -19,9 +19,12 @@ from .attention_forms import implementation_for
 from .copies import copy_sharing_weights
 from .fingerprint import Fingerprint
 from .layer_features import LayerFeatures, adding_features, find_layer_features
+from .modal_experts import run_all_experts
 from .opaque_recurrences import use_operators
 from .packed_weights import with_plain_weights
+from .prompt_groups import grouped_layers
 from .structure import structure_of, with_weights, without_weights
+from .token_inputs import TokenInput, find_token_inputs
 from .tracing import keeping_grad_mode, outputs, quiet, without_writes
 from .unsupported_parts import refuse_unsupported_parts
 from .visual_tokens import find_visual_token_ids
@@ -37,12 +40,14 @@ class CapturedDecoder:
     """An exported decoder.
 
     Attributes:
-        program: from ``inputs_embeds [B, S, d]``, ``attention_mask [B, S]``, ``position_ids`` and the addends of
-            `layer_features` to hidden states, B and S symbolic, no cache.
+        program: from ``inputs_embeds [B, S, d]``, ``attention_mask [B, S]``, ``position_ids``, the addends of
+            `layer_features` and `token_inputs` to hidden states, B and S symbolic, no cache.
         num_layers: layers that the config promises.
         position_rank: dimensions of ``position_ids``: 2 for ``[B, S]``, 3 for ``[3, B, S]``.
         layer_features: visual features that are added inside the decoder; None if there are none.
-        makes_masks: whether the model makes masks for its decoder, in which tokens may see later ones.
+        token_inputs: what the decoder takes for each token besides.
+        makes_masks: whether the model makes masks for its decoder.
+        grouped_layers: layers for which it makes masks in which tokens see later ones.
         seconds: wall-clock seconds of the export, or of taking that of a decoder that is alike.
         trace: the same program without weights, one for all decoders that are alike.
     """
@@ -51,7 +56,9 @@ class CapturedDecoder:
     num_layers: int
     position_rank: int
     layer_features: LayerFeatures | None
+    token_inputs: tuple[TokenInput, ...]
     makes_masks: bool
+    grouped_layers: tuple[int, ...]
     seconds: float
     trace: ExportedProgram
 
@@ -157,7 +164,7 @@ def capture_decoder(model: torch.nn.Module) -> CapturedDecoder:
     features = find_layer_features(model, decoder)  # type: ignore[arg-type]
     structure: Hashable | None = structure_of(decoder)
     if structure is not None:
-        structure = structure, features, makes_masks(model)
+        structure = structure, features, makes_masks(model), _grouped(model, decoder)
     if decoder not in _captured or not _captured[decoder].is_of(config, structure):
         _captured[decoder] = _Capture(parts, config, structure, _capture(model, decoder, features, structure))
     return _captured[decoder].decoder
@@ -168,7 +175,7 @@ def _capture(
 ) -> CapturedDecoder:
     """Take the trace of a decoder that is alike, or trace it."""
     if decoder.device.type == "meta":
-        return _export(decoder, features, makes_masks(model))
+        return _export(decoder, features, model)
     if structure in _alike:
         start, alike = time.perf_counter(), _alike[structure]
         _alike.move_to_end(structure)
@@ -182,7 +189,7 @@ def _capture(
             del _alike[structure]
         else:
             return captured
-    captured = _export(decoder, features, makes_masks(model))
+    captured = _export(decoder, features, model)
     _compare_attention(decoder, captured, model)
     if structure is not None and captured.trace is not captured.program:
         _alike[structure] = replace(captured, program=captured.trace)
@@ -196,14 +203,22 @@ def makes_masks(model: torch.nn.Module) -> bool:
     return hasattr(model, "create_masks_for_generate")
 
 
-def _export(decoder: PreTrainedModel, features: LayerFeatures | None, has_masks: bool) -> CapturedDecoder:
+def _grouped(model: Any, decoder: PreTrainedModel) -> tuple[int, ...]:
+    return grouped_layers(
+        model, getattr(decoder.config, "layer_types", None) or [""] * decoder.config.num_hidden_layers
+    )
+
+
+def _export(decoder: PreTrainedModel, features: LayerFeatures | None, model: Any) -> CapturedDecoder:
     start = time.perf_counter()
-    inputs, shapes = _sample_inputs(decoder, features)
+    more = find_token_inputs(decoder)
+    inputs, shapes = _sample_inputs(decoder, features, more)
     traced = copy_sharing_weights(decoder)
     if features is not None:
         adding_features(traced, features)
     keeping_grad_mode(traced)
     use_operators(traced)
+    run_all_experts(traced)
     traced.config._attn_implementation = implementation_for(traced)
     # What is asked for besides comes from programs of its own.
     traced.config.output_attentions = traced.config.output_hidden_states = False
@@ -224,7 +239,9 @@ def _export(decoder: PreTrainedModel, features: LayerFeatures | None, has_masks:
         decoder.config.num_hidden_layers,
         inputs["position_ids"].ndim,
         features,
-        has_masks,
+        more,
+        makes_masks(model),
+        _grouped(model, decoder),
         seconds,
         trace,
     )
@@ -243,7 +260,9 @@ def _compare_attention(decoder: PreTrainedModel, captured: CapturedDecoder, mode
         positions = positions.expand(3, 1, -1).contiguous()
     embeds = model.get_input_embeddings()(ids[None])
     inputs = {"inputs_embeds": embeds, "position_ids": positions}
-    given, addends = _visual_features(captured.layer_features, embeds)
+    given, added = _visual_features(captured.layer_features, embeds)
+    more = {each.name: _sample(each, embeds) for each in captured.token_inputs}
+    given |= more
     if captured.makes_masks:
         # Of text alone. Without them the decoder may let its tokens see later ones.
         ones = torch.ones(1, _COMPARED_TOKENS, dtype=torch.long, device=decoder.device)
@@ -252,7 +271,7 @@ def _compare_attention(decoder: PreTrainedModel, captured: CapturedDecoder, mode
         )
     expected = decoder(**inputs, **given, use_cache=False).last_hidden_state[0].double()
     mask = torch.ones(1, _COMPARED_TOKENS, dtype=torch.long, device=decoder.device)
-    found = outputs(captured.program, inputs | addends | {"attention_mask": mask})[0][0].double()
+    found = outputs(captured.program, inputs | added | more | {"attention_mask": mask})[0][0].double()
     # Half of the digits, of most tokens: now and then rounding sends one to another expert. Attention that is spelt out
     # computes its softmax in float32.
     noise = max(torch.finfo(dtype).eps for dtype in (decoder.dtype, torch.float32)) ** 0.5
@@ -279,8 +298,15 @@ def _visual_features(
     return given, features.addends(given, embeds)
 
 
+def _sample(more: TokenInput, embeds: torch.Tensor) -> torch.Tensor:
+    """Values that are not all the same, whole ones of 0 and 1."""
+    none = more.none(embeds)
+    values = torch.arange(none.numel(), device=embeds.device).view(none.shape) % 7
+    return values.to(none.dtype) / 7 if none.is_floating_point() else values.to(none.dtype) % 2
+
+
 def _sample_inputs(
-    decoder: PreTrainedModel, features: LayerFeatures | None
+    decoder: PreTrainedModel, features: LayerFeatures | None, more: tuple[TokenInput, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs to trace with and their dynamic dimensions."""
     batch, length = Dim("batch", min=1), Dim("length", min=1)
@@ -306,6 +332,8 @@ def _sample_inputs(
     if features is not None:
         inputs |= features.none(embeds)
         shapes |= dict.fromkeys(features.inputs, shapes["inputs_embeds"])
+    inputs |= {each.name: each.none(embeds) for each in more}
+    shapes |= {each.name: shapes["inputs_embeds"] for each in more}
     return inputs, shapes
 
 

@@ -1,5 +1,6 @@
 """Which tokens of a prompt see each other, without the model's code."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,16 +49,15 @@ class PromptGroups:
 
 
 def find_groups(model: PreTrainedModel) -> PromptGroups | None:
-    """Which tokens of a prompt see each other, by the masks that a model makes; None if it makes none.
+    """Which tokens of a prompt see each other, by the masks that a model makes; None if none sees later ones.
 
     Raises:
         UnsupportedModelError: others do than those of each picture, or all.
     """
-    if not hasattr(model, "create_masks_for_generate"):
+    kinds = _grouped_kinds(model)
+    if not kinds:
         return None
-    found = next(
-        (groups for of in ("pictures", "prompt") if _agrees(model, groups := PromptGroups(of))), None
-    )
+    found = next((groups for groups in _GROUPS if _agrees(model, groups, kinds)), None)
     if found is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} lets other tokens see each other than those of each picture, or of the whole "
@@ -66,28 +66,71 @@ def find_groups(model: PreTrainedModel) -> PromptGroups | None:
     return found
 
 
-@torch.no_grad()
-def _agrees(model: Any, groups: PromptGroups) -> bool:
-    """Whether in the masks of the model the tokens of groups, and no others, see later ones."""
+def grouped_layers(model: PreTrainedModel, layer_types: Sequence[str]) -> tuple[int, ...]:
+    """Layers, by the names of their kinds, for which the model makes masks in which tokens see later ones.
+
+    On the meta device, where masks can't be read, all of a model that makes masks.
+    """
+    kinds: set[str | None] = {None} if hasattr(model, "create_masks_for_generate") else set()
+    if model.device.type != "meta":
+        kinds = _grouped_kinds(model)
+    return tuple(i for i, name in enumerate(layer_types) if None in kinds or name in kinds)
+
+
+_GROUPS = PromptGroups("pictures"), PromptGroups("prompt")
+
+
+def _grouped_kinds(model: Any) -> set[str | None]:
+    """Names of masks in which some token of a prompt sees a later one; None stands for all layers."""
+    masks = [named for groups in _GROUPS for named in _masks(model, groups).items()]
+    return {name for name, mask in masks if mask is not None and (_is_unknown(mask) or _later(mask).any())}
+
+
+def _is_unknown(mask: Any) -> bool:
+    return not isinstance(mask, torch.Tensor) or mask.ndim != 4
+
+
+def _agrees(model: Any, groups: PromptGroups, kinds: Collection[str | None]) -> bool:
+    """Whether in the masks of these kinds the tokens of groups, and no others, see later ones."""
+    is_visual = _sample(model)[1]
+    numbers = groups(is_visual, torch.ones_like(is_visual))
+    expected = (numbers[:, None] == numbers[:, :, None]) & (numbers[:, None] > 0)
+    masks = [mask for name, mask in _masks(model, groups).items() if name in kinds]
+    return all(not _is_unknown(mask) and torch.equal(_later(mask), expected.triu(1)) for mask in masks)
+
+
+def _sample(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of a prompt with two pictures, and which are visual, ``[1, 9]``."""
     visual = find_visual_token_ids(model.config)[0]
     text = next(i for i in range(8) if i != visual)
     ids = torch.tensor([[text, text, *[visual] * 3, text, *[visual] * 2, text]], device=model.device)
-    is_visual, is_token = ids == visual, torch.ones_like(ids).bool()
+    return ids, ids == visual
+
+
+@torch.no_grad()
+def _masks(model: Any, groups: PromptGroups) -> dict[str | None, Any]:
+    """What a model makes for a prompt in which it is told of groups, by kinds of layers."""
+    if not hasattr(model, "create_masks_for_generate"):
+        return {}
+    ids, is_visual = _sample(model)
+    types = groups.token_types(is_visual)
     masks = model.create_masks_for_generate(
         config=model.config,
-        inputs_embeds=model.get_input_embeddings()(ids),
-        attention_mask=is_token.long(),
+        # The ids of pictures may lie behind those that have embeddings.
+        inputs_embeds=model.get_input_embeddings()(ids.masked_fill(is_visual, int(ids[0, 0]))),
+        attention_mask=torch.ones_like(ids),
         past_key_values=None,
         position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
-        token_type_ids=groups.token_types(is_visual),
+        token_type_ids=types,
+        mm_token_type_ids=types,
         is_first_iteration=True,
     )
-    numbers = groups(is_visual, is_token)
-    expected = (numbers[:, None] == numbers[:, :, None]) & (numbers[:, None] > 0)
-    return all(
-        isinstance(mask, torch.Tensor) and torch.equal(_allowed(mask)[:, 0].triu(1), expected.triu(1))
-        for mask in (masks.values() if isinstance(masks, dict) else [masks])
-    )
+    return dict(masks) if isinstance(masks, dict) else {None: masks}
+
+
+def _later(mask: torch.Tensor) -> torch.Tensor:
+    """Which later tokens are seen, ``[B, S, S]`` bool."""
+    return _allowed(mask)[:, 0].triu(1)
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from ..capture import text_decoder
 from ..capture.copies import copy_sharing_weights
 from ..capture.fingerprint import Fingerprint
 from ..capture.layer_features import LayerFeatures
+from ..capture.token_inputs import TokenInput
 from ..capture.vision_tower import CapturedTower
 from ..config.limits import Limits
 from ..errors import InputError
@@ -36,6 +37,7 @@ def make_routed_model(
     *,
     position_rank: int,
     layer_features: LayerFeatures | None = None,
+    token_inputs: tuple[TokenInput, ...] = (),
     visual_ids: tuple[int, ...],
     limits: Limits | None = None,
     tower: CapturedTower | None = None,
@@ -53,7 +55,7 @@ def make_routed_model(
     inner.prefill, inner.continuation = prefill, continuation
     inner.routing_config = report.config
     inner.position_rank = position_rank
-    inner.layer_features = layer_features
+    inner.layer_features, inner.token_inputs = layer_features, token_inputs
     inner.kinds = _kinds(inner.config, report.reaches)
     inner.stateful = tuple(i for i, reach in enumerate(report.reaches) if reach.state)
     inner.lets_all_see_all = any(getattr(part, "is_causal", True) is False for part in inner.modules())

@@ -3,7 +3,7 @@
 What is added lies behind every row's last token and holds no token: nothing sees it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +28,21 @@ _BEHIND = 2**62
 """A number behind those of all pools, blocks and places; `F.pad` takes numbers as floats, which have no 2^63 - 1."""
 
 
-def pad_inputs(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def pad_inputs(
+    inputs: Mapping[str, torch.Tensor], token_inputs: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
     """Inputs of a routed program with rounded sizes.
 
     Args:
         inputs: ``inputs_embeds [B, S, d]``, addends of layers like it, ``position_ids [..., B, S]`` and those of
             `RowPlan.inputs`.
+        token_inputs: names of others that are ``[B, S, ...]``.
     """
     places = inputs[INPUTS_EMBEDS].shape[1]
     padded = {}
     for name, tensor in inputs.items():
-        if name == INPUTS_EMBEDS or is_addend_input(name):
-            padded[name] = F.pad(tensor, (0, 0, 0, _missing(places)))
+        if name == INPUTS_EMBEDS or is_addend_input(name) or name in token_inputs:
+            padded[name] = F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, _missing(places)))
         elif name == LENGTHS:
             padded[name] = tensor
         elif name in (VISUAL_INDEX, TEXT_INDEX):

@@ -46,8 +46,8 @@ class RoutedCache(DynamicCache):
 
     `generate` and `forward` make one when none is given; a plain empty `DynamicCache` that is given becomes one in
     place. Before a prompt with visual tokens, and if none comes, it is an ordinary `DynamicCache`. After one
-    each layer has a buffer of its own length ``[B, Hkv, C, D]``. Buffers hold exactly what `generate` asked for;
-    outside `generate` they grow by doubling.
+    each layer has a buffer of its own length ``[B, Hkv, C, D]``, but for those that read the one of another layer.
+    Buffers hold exactly what `generate` asked for; outside `generate` they grow by doubling.
 
     Args:
         max_length: tokens, padding included, that a row may come to hold. A call that goes beyond is refused, and
@@ -90,17 +90,22 @@ class RoutedCache(DynamicCache):
     def fill(
         self,
         rows: CachedRows,
-        keys: Sequence[torch.Tensor],
+        keys: Sequence[torch.Tensor | None],
         values: Sequence[torch.Tensor | None],
         indices: Mapping[int, torch.Tensor] = MappingProxyType({}),
         stateful: tuple[int, ...] = (),
     ) -> None:
-        """Take the keys and values of a prompt, ``[B, Hkv, S', D]`` for each layer, and indices ``[B, S']``."""
+        """Take the keys and values of a prompt, ``[B, Hkv, S', D]`` for each layer, and indices ``[B, S']``.
+
+        A layer that reads the cache of another one has none.
+        """
         layers = []
         for key, given in zip(keys, values, strict=True):
-            layer, value = DynamicLayer(), key[:, :0] if given is None else given
-            layer.lazy_initialization(key, value)
-            layer.keys, layer.values = key, value
+            layer = DynamicLayer()
+            if key is not None:
+                value = key[:, :0] if given is None else given
+                layer.lazy_initialization(key, value)
+                layer.keys, layer.values = key, value
             layers.append(layer)
         self.layers, self.rows, self.indices, self.stateful = layers, rows, dict(indices), stateful
 
@@ -119,7 +124,9 @@ class RoutedCache(DynamicCache):
         wanted = max(self.expected_length or 0, self.max_length or 0)
         for start, end in self._stages():
             growing = [
-                layer for i, layer in enumerate(self.layers[start:end], start) if i not in self.stateful
+                layer
+                for i, layer in enumerate(self.layers[start:end], start)
+                if i not in self.stateful and layer.is_initialized
             ]
             if not growing:
                 continue
@@ -140,6 +147,8 @@ class RoutedCache(DynamicCache):
         given = {cached_input(start): tokens for start, tokens in self._routed().tokens.items()}
         given |= {index_cache_input(start): index for start, index in self.indices.items()}
         for i, layer in enumerate(self.layers):
+            if not layer.is_initialized:
+                continue
             given[cache_input("key", i)] = layer.keys
             if layer.values.numel() or i not in self.stateful:
                 given[cache_input("value", i)] = layer.values

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import Cache, StaticCache
 
+from ..capture.layer_configs import layer_config
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError
 from .cache import CachedRows, RoutedCache
@@ -116,11 +117,13 @@ def check_owner(rows: CachedRows, config: RoutingConfig, owner: str) -> None:
 
 
 def cache_sizes(model_config: Any) -> tuple[int, int, int]:
-    """Layers of the decoder, heads of its keys and values, and their width."""
+    """Layers of the decoder that have keys and values, heads of those of the first one, and their width."""
     text = model_config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_hidden_layers, heads, width
+    layers = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    first = layer_config(text, 0)
+    heads = getattr(first, "num_key_value_heads", first.num_attention_heads)
+    width = getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
+    return layers, heads, width
 
 
 def check_plain_cache(cache: Any, model_config: Any, batch: int) -> None:

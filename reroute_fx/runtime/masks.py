@@ -73,7 +73,7 @@ def _seen(mask: torch.Tensor) -> torch.Tensor:
 def _read_prompt(
     masks: Sequence[tuple[torch.Tensor, Sequence[Reach]]], is_token: torch.Tensor | None
 ) -> torch.Tensor | None:
-    first, reaches = masks[0]
+    first = next((mask for mask, reaches in masks if any(reach.groups for reach in reaches)), masks[0][0])
     if first.shape[-2] != first.shape[-1]:
         raise _refusal(f"of shape {list(first.shape)}")
     if is_token is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..capture.layer_features import LayerFeatures
+from ..capture.token_inputs import TokenInput
 from ..config.routing_config import RoutingConfig
 from ..errors import InputError, UnsupportedModelError
 from ..passes import Reach
@@ -60,6 +62,13 @@ _KNOWN = _HARMLESS | {
 }
 
 
+@dataclass
+class DecoderOutput(MoeModelOutputWithPast):
+    """With all that models read of what their decoders return; what the programs lack is None, and refused if asked."""
+
+    shared_kv_states: Any = None
+
+
 class RoutedDecoder(torch.nn.Module):
     """Mixin for a Hugging Face text decoder: prompts with visual tokens and what follows run routed programs.
 
@@ -69,6 +78,7 @@ class RoutedDecoder(torch.nn.Module):
         routing_config: what they route.
         position_rank: 2 for positions ``[B, S]``, 3 for ``[3, B, S]``.
         layer_features: visual features that are added inside the decoder; None if there are none.
+        token_inputs: what the programs take for each token besides.
         kinds: what the tokens of the layers with each name of a mask see.
         stateful: layers that know earlier tokens by a state, not by attention.
         lets_all_see_all: whether the decoder's tokens see later ones where it gets no mask.
@@ -83,6 +93,7 @@ class RoutedDecoder(torch.nn.Module):
     routing_config: RoutingConfig
     position_rank: int
     layer_features: LayerFeatures | None
+    token_inputs: tuple[TokenInput, ...] = ()
     kinds: Mapping[str, Sequence[Reach]] = MappingProxyType({})
     stateful: tuple[int, ...] = ()
     lets_all_see_all: bool = False
@@ -106,14 +117,14 @@ class RoutedDecoder(torch.nn.Module):
                 "output_attentions is True, in the call or in the config of the decoder; expected False: the programs "
                 "keep no attention maps. Use the model that was compiled."
             )
-        addends = self._take_addends(kwargs)
+        added = self._take_addends(kwargs) | self._take_token_inputs(kwargs)
         _refuse_what_the_programs_lack(**kwargs)
         mask = kwargs.get("attention_mask")
         groups = read_masks(mask, call, kwargs["inputs_embeds"].shape[1], self.kinds)
         if isinstance(call, Prompt):
             self._refuse_no_mask(mask)
-            return self._start(call, {**addends, **self._groups(groups, kwargs["inputs_embeds"])}, **kwargs)
-        return self._continue(call, addends, **kwargs)
+            return self._start(call, {**added, **self._groups(groups, kwargs["inputs_embeds"])}, **kwargs)
+        return self._continue(call, added, **kwargs)
 
     def _take_addends(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The addends of a call in the columns of the batch, instead of what `given` loses."""
@@ -127,6 +138,14 @@ class RoutedDecoder(torch.nn.Module):
         for name in (features.mask, features.features):
             given.pop(name, None)
         return addends
+
+    def _take_token_inputs(self, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Those of a call in the columns of the batch, instead of what `given` loses."""
+        embeds = given["inputs_embeds"]
+        taken = {each.name: each.take(given, embeds) for each in self.token_inputs}
+        for name in taken:
+            given.pop(name, None)
+        return taken
 
     def _groups(self, found: torch.Tensor | None, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """The input of that name, in the columns of the batch, if the program takes it."""
@@ -152,7 +171,7 @@ class RoutedDecoder(torch.nn.Module):
         use_cache: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         **given: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> DecoderOutput:
         wanted = self._wanted_states(given)
         cache = self._cache(past_key_values, use_cache)
         if cache is None and attention_mask is None:
@@ -185,7 +204,7 @@ class RoutedDecoder(torch.nn.Module):
         )
         if cache is not None:
             held = self._cached_rows(prompt, positions, inputs_embeds.shape[1], entered)
-            keys = [values[output_name("key", i)] for i in layers]
+            keys = [values.get(output_name("key", i)) for i in layers]
             states = [values.get(output_name("value", i)) for i in layers]
             indices = {i: index for i in layers if (index := values.get(output_name("index", i))) is not None}
             prompt.commit = lambda: cache.fill(held, keys, states, indices, self.stateful)
@@ -225,7 +244,7 @@ class RoutedDecoder(torch.nn.Module):
         """
         inputs = {INPUTS_EMBEDS: embeds.contiguous(), POSITION_IDS: positions, **others}
         if self.uses_buckets:
-            inputs = pad_inputs(inputs)
+            inputs = pad_inputs(inputs, [each.name for each in self.token_inputs])
         result = program(**inputs)
         hidden, values = result["output"].last_hidden_state, result["routing"]
         if self.uses_buckets:
@@ -294,15 +313,17 @@ class RoutedDecoder(torch.nn.Module):
     def _continue(
         self,
         call: TokensOnCache,
-        addends: Mapping[str, torch.Tensor],
+        added: Mapping[str, torch.Tensor],
         inputs_embeds: torch.Tensor,
         **given: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> DecoderOutput:
         cache, rows = call.cache, call.cache.rows
         assert rows is not None
         batch, new = inputs_embeds.shape[:2]
         places = Places.of(call.is_token) if call.is_token is not None and new > 1 else None
         embeds = places.to_front(inputs_embeds) if places else inputs_embeds
+        if places:
+            added = {name: places.to_front(columns) for name, columns in added.items()}
         # What the model computes from its masks counts padding or belongs to its last prompt.
         positions = rows.next_position[:, None] + torch.arange(new, device=embeds.device)
         if self.position_rank == 3:
@@ -316,7 +337,7 @@ class RoutedDecoder(torch.nn.Module):
         result = program(
             inputs_embeds=embeds.contiguous(),
             position_ids=positions.contiguous(),
-            **addends,
+            **added,
             **self._stage_positions(rows, new),
             **cache.inputs(),
             **({NEW_TOKENS: tokens} if self.stateful else {}),
@@ -340,7 +361,7 @@ def _output(
     places: Places | None,
     values: Mapping[str, torch.Tensor],
     wanted_states: tuple[int, ...],
-) -> MoeModelOutputWithPast:
+) -> DecoderOutput:
     """What the decoder returns, in the columns of the batch.
 
     Args:
@@ -361,7 +382,7 @@ def _output(
             to_columns(values[output_name("stream", i)]) if i in wanted_states else None for i in range(count)
         ]
         states = (*streams, hidden)
-    return MoeModelOutputWithPast(
+    return DecoderOutput(
         last_hidden_state=hidden,
         past_key_values=cache,
         hidden_states=states,  # type: ignore[arg-type]

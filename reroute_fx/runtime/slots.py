@@ -55,8 +55,8 @@ class SlotPool:
 
     Raises:
         ConfigError: a number that is no whole number above 0, or beyond the limits of an artifact.
-        UnsupportedModelError: layers with windows or chunks, whose caches hold which token each place has, or with a
-            state.
+        UnsupportedModelError: layers with windows or chunks, whose caches hold which token each place has, with a
+            state, or with the cache of an earlier layer.
     """
 
     def __init__(self, model: RoutedModel, rows: int, capacity: int, visual_tokens: int = 0) -> None:
@@ -390,6 +390,17 @@ def _refuse_other_layers(model: RoutedModel) -> None:
         raise UnsupportedModelError(
             f"Layers of {type(model).__name__} see windows or chunks of tokens; expected layers that see all earlier "
             f"tokens, which is what a pool has caches for. Use a RoutedCache for each conversation."
+        )
+    if len({layer.kv_width for layer in getattr(model.report, "layers", ())}) > 1:
+        raise UnsupportedModelError(
+            f"Layers of {type(model).__name__} have keys of different widths; expected one width, which is what a pool "
+            f"has caches for. Use a RoutedCache for each conversation."
+        )
+    sources = getattr(model.report, "sources", ())
+    if any(source != layer for layer, source in enumerate(sources)):
+        raise UnsupportedModelError(
+            f"Layers of {type(model).__name__} share the caches of earlier layers; expected layers with keys and "
+            f"values of their own, which is what a pool has caches for. Use a RoutedCache for each conversation."
         )
     if any(reach.state for reach in getattr(model.report, "reaches", ())):
         raise UnsupportedModelError(

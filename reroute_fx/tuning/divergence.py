@@ -18,7 +18,7 @@ from ..capture import capture_decoder, find_visual_token_ids, text_decoder
 from ..common.turns import one_at_a_time
 from ..config.routing_config import RoutingConfig
 from ..lowering import Executable, lower
-from ..passes.tensor_names import cache_input, cached_input, index_cache_input
+from ..passes.tensor_names import CACHED, Cached, cache_input, cached_input, index_cache_input
 from ..pipeline import DecoderPrograms
 from ..runtime import RoutedModel, make_routed_model
 from ..runtime.call_checks import VISUAL_INPUTS
@@ -113,7 +113,7 @@ class Router:
         self._programs = DecoderPrograms(self._captured)
         every = tuple(range(1, self._captured.num_layers))
         following = self._programs.following(RoutingConfig(every, (1.0,) * len(every)))
-        self._continuation = _AnyStages(following, self._captured.num_layers)
+        self._continuation = _AnyStages(following, unrouted.report.sources)
         self.routed = lru_cache(_KEPT)(self._routed)
 
     def _routed(self, config: RoutingConfig) -> RoutedModel:
@@ -126,6 +126,7 @@ class Router:
             report=replace(self._report, config=config),
             position_rank=self._captured.position_rank,
             layer_features=self._captured.layer_features,
+            token_inputs=self._captured.token_inputs,
             visual_ids=find_visual_token_ids(self._model.config),
         )
 
@@ -159,18 +160,30 @@ def _compare(batch: Answered, logits: torch.Tensor) -> Losses:
 
 
 class _AnyStages(Executable):
-    """A continuation in which every layer is a stage of its own, run on caches of fewer stages."""
+    """A continuation in which every layer is a stage of its own, run on caches of fewer stages.
 
-    def __init__(self, program: ExportedProgram, num_layers: int) -> None:
+    `sources` says for each layer with whose keys and values it attends.
+    """
+
+    def __init__(self, program: ExportedProgram, sources: Sequence[int]) -> None:
         super().__init__(program, "eager", "continuation")
-        self._layers, self._asked = num_layers, frozenset(program.graph_signature.user_inputs)
+        self._sources, self._asked = sources, frozenset(program.graph_signature.user_inputs)
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
         cached = inputs[cached_input(0)]
         keys = inputs[cache_input("key", 0)]
         # Before the first stage the number of a slot says which token it holds.
         index = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[0], -1).contiguous()
-        for layer in range(1, self._layers):
+        latest: dict[tuple[Cached, int], torch.Tensor] = {}
+        for layer, source in enumerate(self._sources):
+            for kind in CACHED:
+                name = cache_input(kind, layer)
+                if name in inputs:
+                    latest[kind, source] = inputs[name]
+                elif name in self._asked:
+                    # It reads that of a layer before it; the same is written into it once more.
+                    inputs[name] = latest[kind, source]
+        for layer in range(1, len(self._sources)):
             cached = inputs.setdefault(cached_input(layer), cached)
             name = index_cache_input(layer)
             index = inputs.pop(name, index)
