@@ -168,7 +168,7 @@ def lacks(answers: Mapping[str, Any], formats: Sequence[str]) -> bool:
     """Whether there is something to ask: what doesn't compile has no artifacts."""
     if answers.get("compiles") is not True:
         return "compiles" not in answers
-    return not {"identity", *formats} <= answers.keys()
+    return not {"identity", "parts", *formats} <= answers.keys()
 
 
 if __name__ == "__main__":

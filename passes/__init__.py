@@ -1,11 +1,11 @@
 """Graph passes: each takes a `ModelGraph` and returns it with a `PassResult`.
 
 They know graphs and operators, not models. In the order in which a decoder is routed:
-`RemoveNoOps`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `SeeGroups`, `PoolBlocks`,
-`InsertSelection`, `RouteStages`, `RestoreInPlace`, `CarryStates` and `ExposeOutputs`, for the tokens that follow
-`NumberStages`, `AttendToCache` and, for GPUs, `FoldHeads`; `ExposeStreams` last, where hidden states are asked for. On
-the vision tower `FindStates`, `CanonicalizeAttention`, and `ReduceFeatures` for pictures of one size, `ReduceGrids` for
-those of any.
+`RemoveNoOps`, `WriteOutComplex`, `CanonicalizeAttention`, `ProveCausal`, `FindLayers`, then for prompts `SeeGroups`,
+`PoolBlocks`, `InsertSelection`, `RouteStages`, `RestoreInPlace`, `CarryStates` and `ExposeOutputs`, for the tokens that
+follow `NumberStages`, `AttendToCache` and, for GPUs, `FoldHeads`; `ExposeStreams` last, where hidden states are asked
+for. On the vision tower `FindStates`, `CanonicalizeAttention`, and `ReduceFeatures` for pictures of one size,
+`ReduceGrids` for those of any.
 """
 
 from .. import kernels  # noqa: F401 - it registers torch.ops.reroute
@@ -32,6 +32,7 @@ from .restore_in_place import RestoreInPlace
 from .route_stages import ACTIONS, POSITIONS, RouteStages
 from .run_passes import DUMP_VARIABLE, edit_graph, run_passes, to_program
 from .see_groups import SeeGroups
+from .write_out_complex import WriteOutComplex
 
 __all__ = [
     "ACTIONS",
@@ -74,6 +75,7 @@ __all__ = [
     "RouteStages",
     "SeeGroups",
     "TowerStates",
+    "WriteOutComplex",
     "attention_scores",
     "by_attention",
     "edit_graph",

@@ -42,6 +42,7 @@ from .passes import (
     RestoreInPlace,
     RouteStages,
     SeeGroups,
+    WriteOutComplex,
     edit_graph,
     run_passes,
     to_program,
@@ -154,7 +155,13 @@ def _reduction_pass(images: AnyImages, config: RoutingConfig) -> Pass:
 
 def find_passes(num_layers: int | None) -> list[Pass]:
     """The passes that find the decoder's layers and change nothing about what it computes."""
-    return [RemoveNoOps(), CanonicalizeAttention(), ProveCausal(), FindLayers(num_layers)]
+    return [
+        RemoveNoOps(),
+        WriteOutComplex(),
+        CanonicalizeAttention(),
+        ProveCausal(),
+        FindLayers(num_layers),
+    ]
 
 
 def make_report(graph: ModelGraph, results: tuple[PassResult, ...], config: RoutingConfig) -> RoutingReport:

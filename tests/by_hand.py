@@ -4,7 +4,7 @@ import torch
 from tiny_models import IMAGE
 
 
-def by_hand(model, given, config):
+def by_hand(model, given, config, addends=()):
     """Logits of one row and the visual tokens that each decision keeps, ``{layer: [places among them]}``.
 
     Layers without an attention run on their own tokens alone; decisions before them ask the nearest layer that has one,
@@ -14,6 +14,7 @@ def by_hand(model, given, config):
         model: vision-language model whose decoder attends eagerly.
         given: inputs of a row without padding.
         config: decisions of one pool.
+        addends: what the model adds behind its first layers, ``[1, S, d]`` each; tokens that wait get it, too.
     """
     seen, decoder = {}, model.model.language_model
 
@@ -57,5 +58,7 @@ def by_hand(model, given, config):
             active = [i for i in everything if i not in visual or visual.index(i) in kept[number]]
         output = call(layer, hidden[:, active], active, number in attending)
         hidden[:, active] = output[0] if isinstance(output, tuple) else output
+        if number < len(addends):
+            hidden = hidden + addends[number]
     norm = getattr(decoder, "norm", None) or decoder.embedding_norm
     return model.lm_head(norm(hidden)), kept

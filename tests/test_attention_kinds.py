@@ -16,7 +16,8 @@ from transformers import (
 )
 
 import reroute_fx
-from reroute_fx import RoutingConfig
+from reroute_fx import InputError, RoutingConfig, UnsupportedModelError
+from reroute_fx.runtime import SlotPool
 
 EVERYTHING = RoutingConfig((1,), (1.0,))
 LATENT = {
@@ -117,6 +118,34 @@ def test_routed_as_by_hand_and_alone_as_in_a_padded_batch(model, action):
     for output in (routed(**given), routed(**prompts())):
         assert {layer: rows[0].tolist() for layer, rows in output.routing.selected.items()} == kept
         torch.testing.assert_close(output.logits[:1], logits, atol=TOLERANCE, rtol=0)
+
+
+def test_a_conversation_of_text_alone_goes_on_its_cache(model):
+    """It runs unrouted, on the cache of the model's own decoder: latent vectors are cached as one head."""
+    routed = reroute_fx.compile(model, config=EVERYTHING, backend="eager")
+    given = {"input_ids": torch.tensor([[1, 5, 17, 23, 29]])}
+    expected, found = (each.generate(**given, **GREEDY) for each in (model, routed))
+    assert torch.equal(found, expected)
+    cache = routed(**given).past_key_values
+    cache.layers.pop()
+    with pytest.raises(InputError, match=r"past_key_values holds .* layers of 1 rows with .*; expected "):
+        routed(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_latent_keys_and_values_are_refused_by_pools(model):
+    routed = reroute_fx.compile(model, config=EVERYTHING, backend="eager")
+    if hasattr(model.config.text_config, "kv_lora_rank"):
+        with pytest.raises(UnsupportedModelError, match=r"of latent vectors.*Use a RoutedCache for each"):
+            SlotPool(routed, 2, 30)
+    else:
+        assert SlotPool(routed, 2, 30).free == 2
+
+
+@pytest.mark.full("25 s each; benchmarks/results/families.json holds that their artifacts answer as they do")
+def test_an_artifact_answers_as_the_model(model, tmp_path):
+    routed = reroute_fx.compile(model, config=halves(model), backend="eager")
+    loaded = reroute_fx.load(reroute_fx.export(routed, tmp_path / "artifact", format="onnx"))
+    expect_same_answers(loaded, routed, prompts(), 1e-4, **GREEDY)
 
 
 @pytest.mark.full("4 s; the gate holds capped rankings against the decoder's own attention maps")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from artifacts import loaded_model
+from by_hand import by_hand
 from conversations import (
     BATCHES,
     DECISIONS,
@@ -20,6 +21,7 @@ from conversations import (
     routed_model,
     unrouted_model,
 )
+from suite_tiers import share
 from tiny_models import qwen3_config
 from torch.export import Dim
 from transformers import Qwen3VLForConditionalGeneration
@@ -95,6 +97,28 @@ def test_tokens_that_wait_get_what_their_stage_adds(action):
     assert not torch.equal(
         states[3][0, running], states[1][0, running] + second[0, running] + third[0, running]
     )
+
+
+@pytest.mark.parametrize(
+    "action",
+    share(
+        ["compact_route_stagewise", "compact_route", "physical_delete"],
+        ["compact_route_stagewise"],
+        "2 s each; both ways to route are the same to the bit",
+    ),
+)
+def test_routed_as_by_hand(action):
+    """Of a padded batch each row with pictures is what a loop over the row alone says."""
+    config, inputs = RoutingConfig(DECISIONS, (0.5, 0.25), action), batch(FAMILY, *MIXED)
+    output, plain = routed_model(FAMILY, config)(**inputs), build(FAMILY)
+    plain.set_attn_implementation({"text_config": "eager"})  # it returns maps
+    for number in (0, 2):
+        given = batch(FAMILY, MIXED[number])
+        logits, kept = by_hand(plain, given, config, features_of(plain, given))
+        assert {layer: rows[number].tolist() for layer, rows in output.routing.selected.items()} == kept
+        is_text = given["input_ids"][0] != IMAGE
+        found = output.logits[number, inputs["attention_mask"][number].bool()]
+        torch.testing.assert_close(found[is_text], logits[0, is_text], atol=NOISE, rtol=0)
 
 
 def test_both_actions_are_the_same_to_the_bit():

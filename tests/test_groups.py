@@ -81,7 +81,7 @@ def llama4():
 
 
 BUILD = {"Gemma 3": gemma3, "PaliGemma": paligemma, "Llama 4": llama4}
-FAMILIES = share(BUILD, ["Gemma 3"], "5 s each; groups without windows, chunks")
+FAMILIES = share(BUILD, ["Gemma 3", "Llama 4"], "5 s each; groups without windows")
 ROUTING = RoutingConfig(DECISIONS, (0.5, 0.25), "physical_delete")
 LIMITED = (0, 2)
 """Layers with a window or with chunks, in those that have them."""

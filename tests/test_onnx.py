@@ -391,6 +391,25 @@ def test_products_of_experts(ends, tmp_path):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_soft_capped_attention_of_any_length(is_causal, tmp_path):
+    """Four heads on two, exported where sizes are symbols that could be equal."""
+
+    def attend(x):
+        query, states = x.view(*x.shape[:2], 4, 2).transpose(1, 2), x[..., :4].view(*x.shape[:2], 2, 2)
+        key, value = states.transpose(1, 2), states.transpose(1, 2) / 8
+        place = torch.arange(x.shape[1])
+        mask = None if is_causal else (place[:, None] - place < 3)[None, None]
+        hidden = torch.ops.reroute.attention_with_softcap(query, key, value, 2.0, mask, is_causal, 0.1)
+        return hidden.transpose(1, 2).flatten(2)
+
+    program = OnnxProgram(write_onnx({"toy": toy(attend)}, tmp_path)["toy"])
+    for size in ((3, 4), (2, 5), (1, 1)):
+        x = torch.randn(*size, 8, generator=torch.Generator().manual_seed(0))
+        expected = Toy(attend)(x)["last_hidden_state"]
+        torch.testing.assert_close(program.run(inputs_embeds=x)["last_hidden_state"], expected)
+
+
 @pytest.mark.parametrize("name", ["onnx", "onnxscript"])
 def test_libraries_that_write_are_missed_before_anything_is_traced(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)

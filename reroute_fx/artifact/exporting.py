@@ -158,15 +158,15 @@ class Traced:
 
 def trace(routed: RoutedModel) -> Traced:
     """All programs of a model, by the names in `PROGRAMS`."""
-    tower = routed.tower or capture_vision_tower(routed)
+    tower, groups = routed.tower or capture_vision_tower(routed), find_groups(routed)
     programs = {
         "embeddings": capture_embeddings(routed),
         "images": tower.program,
         **{name: executable.program for name, executable in routed.programs.items()},
-        "head": capture_head(routed),
+        "head": capture_head(routed, takes_types=groups is not None),
     }
     positions = find_positions(routed, text_decoder(routed).position_rank)
-    return Traced(programs, tower.images, positions, find_groups(routed))
+    return Traced(programs, tower.images, positions, groups)
 
 
 def _write(

@@ -1,9 +1,13 @@
 """Export the two ends of a text decoder: token embeddings and head."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
+
+from .visual_tokens import find_visual_token_ids
 
 
 def capture_embeddings(model: PreTrainedModel) -> ExportedProgram:
@@ -12,12 +16,44 @@ def capture_embeddings(model: PreTrainedModel) -> ExportedProgram:
     return _export(_Named(model.get_input_embeddings(), "inputs_embeds"), {"given": ids})
 
 
-def capture_head(model: PreTrainedModel) -> ExportedProgram:
-    """From hidden states ``[B, Q, d]`` to ``{"logits": [B, Q, vocabulary]}``."""
-    head = model.get_output_embeddings()
-    width = model.config.get_text_config(decoder=True).hidden_size
-    hidden = torch.zeros(2, 3, width, device=model.device, dtype=model.dtype)
+def capture_head(model: PreTrainedModel, takes_types: bool = False) -> ExportedProgram:
+    """From hidden states ``[B, Q, d]`` to ``{"logits": [B, Q, vocabulary]}``, bounded if the model bounds them.
+
+    Args:
+        model: with a head.
+        takes_types: whether its prompts need ``token_type_ids``.
+    """
+    text = model.config.get_text_config(decoder=True)
+    head, bound = model.get_output_embeddings(), getattr(text, "final_logit_softcapping", None)
+    if bound is not None and _is_bounded(model, bound, takes_types):
+        head = nn.Sequential(head, _Bound(bound))
+    hidden = torch.zeros(2, 3, text.hidden_size, device=model.device, dtype=model.dtype)
     return _export(_Named(head, "logits"), {"given": hidden})
+
+
+@torch.no_grad()
+def _is_bounded(model: PreTrainedModel, bound: float, takes_types: bool) -> bool:
+    """Whether a model bounds its logits as its decoder's config says: of models around one decoder not all do."""
+    visual = find_visual_token_ids(model.config)
+    tokens = [token for token in range(3, 7 + len(visual)) if token not in visual]
+    given: dict[str, Any] = {"input_ids": torch.tensor([tokens], device=model.device)}
+    if takes_types:
+        given["token_type_ids"] = torch.zeros_like(given["input_ids"])
+    output = model(**given, output_hidden_states=True)
+    free = model.get_output_embeddings()(output.hidden_states[-1])
+    off, off_bounded = ((output.logits - logits).abs().max() for logits in (free, _Bound(bound)(free)))
+    return bool(off_bounded < off)
+
+
+class _Bound(nn.Module):
+    """Logits drawn smoothly into -bound..bound (Gemma 2, arXiv 2408.00118, section 2)."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound = bound
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(logits / self.bound) * self.bound
 
 
 class _Named(nn.Module):

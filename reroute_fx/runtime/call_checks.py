@@ -117,13 +117,24 @@ def check_owner(rows: CachedRows, config: RoutingConfig, owner: str) -> None:
 
 
 def cache_sizes(model_config: Any) -> tuple[int, int, int]:
-    """Layers of the decoder that have keys and values, heads of those of the first one, and their width."""
+    """Layers of the decoder that have keys and values, heads of those of the first one in its own cache, their width.
+
+    Latent keys and values (MLA, arXiv 2405.04434, section 2.1) are cached as one head, before they are expanded.
+    """
     text = model_config.get_text_config(decoder=True)
     layers = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", None) or 0)
+    if (latent := latent_width(model_config)) is not None:
+        return layers, 1, latent
     first = layer_config(text, 0)
-    heads = getattr(first, "num_key_value_heads", first.num_attention_heads)
+    heads = getattr(first, "num_key_value_heads", None) or first.num_attention_heads
     width = getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
     return layers, heads, width
+
+
+def latent_width(model_config: Any) -> int | None:
+    """Width of the one vector of a token that its keys and values are computed of; None if each has its own."""
+    width: int | None = getattr(model_config.get_text_config(decoder=True), "kv_lora_rank", None)
+    return width
 
 
 def check_plain_cache(cache: Any, model_config: Any, batch: int) -> None:

@@ -13,7 +13,7 @@ from ..common.turns import one_at_a_time
 from ..errors import ConfigError, InputError, UnsupportedModelError
 from ..passes.tensor_names import index_cache_input
 from .cache import CachedRows, RoutedCache
-from .call_checks import cache_sizes, check_owner, check_plain_cache, check_tensors
+from .call_checks import cache_sizes, check_owner, check_plain_cache, check_tensors, latent_width
 from .routed_model import RoutedModel
 
 LEAST_CAPACITY = 64
@@ -56,7 +56,7 @@ class SlotPool:
     Raises:
         ConfigError: a number that is no whole number above 0, or beyond the limits of an artifact.
         UnsupportedModelError: layers with windows or chunks, whose caches hold which token each place has, with a
-            state, or with the cache of an earlier layer.
+            state, with the cache of an earlier layer, or with latent keys and values.
     """
 
     def __init__(self, model: RoutedModel, rows: int, capacity: int, visual_tokens: int = 0) -> None:
@@ -407,6 +407,12 @@ def _refuse_other_layers(model: RoutedModel) -> None:
             f"Layers of {type(model).__name__} know earlier tokens by a state (linear attention, convolutions); "
             f"expected attention in all of them, which is what a pool has caches for. Use a RoutedCache for each "
             f"conversation."
+        )
+    if latent_width(model.config) is not None:
+        raise UnsupportedModelError(
+            f"Layers of {type(model).__name__} compute keys and values of latent vectors, which prompts without visual "
+            f"tokens leave in their cache, and others their keys; expected keys and values of all prompts. Use a "
+            f"RoutedCache for each conversation."
         )
 
 

@@ -148,7 +148,7 @@ def test_a_decomposed_program_is_routed(toy, saved):
     assert not torch.allclose(results[0], toy.call(without, inputs)["output"])
 
 
-def test_an_addition_that_rounds_is_refused():
+def test_an_addition_that_rounds_is_refused_and_taken_as_the_refusal_advises(toy):
     """In place it rounds to bfloat16; the ordinary addition of the two gives float32."""
 
     class Rounds(torch.nn.Module):
@@ -157,11 +157,14 @@ def test_an_addition_that_rounds_is_refused():
 
     hidden = torch.ones(2, 4, dtype=torch.bfloat16)
     sizes = {0: Dim("batch", min=1)}
-    program = torch.export.export(
-        Rounds(), (hidden, torch.ones(2, 4)), dynamic_shapes={"hidden": sizes, "other": sizes}
-    )
-    with pytest.raises(MatchError, match=r"%add_.*writes into"):
+    example = {"hidden": hidden, "other": torch.ones(2, 4)}
+    program = torch.export.export(Rounds(), (), example, dynamic_shapes={"hidden": sizes, "other": sizes})
+    with pytest.raises(MatchError, match=r"%add_.*writes into.*Call run_decompositions\(\) on it first"):
         run_passes(program, [RemoveNoOps()])
+    core = program.run_decompositions({})
+    graph, _ = run_passes(core, [RemoveNoOps()])
+    given = {"hidden": hidden / 3, "other": torch.rand(2, 4, generator=torch.Generator().manual_seed(0))}
+    assert torch.equal(toy.call(to_program(graph, core), given)["output"], Rounds()(**given))
 
 
 def test_memory_by_schema_covers_memory_by_storage(toy, exported):

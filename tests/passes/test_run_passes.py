@@ -48,6 +48,7 @@ def test_results_name_the_passes(exported):
     _, report = route(program, CONFIG)
     assert [result.name for result in report.passes] == [
         "RemoveNoOps",
+        "WriteOutComplex",
         "CanonicalizeAttention",
         "ProveCausal",
         "FindLayers",

@@ -30,7 +30,13 @@ from .onnx_operators import (
     operator_name,
     translations,
 )
+from .softcap_of_each_head import attention_with_softcap_of_each_head
 
+_SPELLED: dict[Any, Any] = {
+    torch.ops.reroute.select_tokens.default: select_tokens_by_counting,
+    torch.ops.reroute.attention_with_softcap.default: attention_with_softcap_of_each_head,
+}
+"""What stands for operators of which the reference is nothing for ONNX or TensorRT."""
 OPSET = 18
 """TensorRT's importer takes 9 to 24."""
 _PREFIX = "program."
@@ -152,9 +158,9 @@ class _Functional(torch.nn.Module):
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
         self.program = program.module(check_guards=False)
-        select = torch.ops.reroute.select_tokens.default
-        for node in self.program.graph.find_nodes(op="call_function", target=select):
-            node.target = select_tokens_by_counting
+        for operator, spelled in _SPELLED.items():
+            for node in self.program.graph.find_nodes(op="call_function", target=operator):
+                node.target = spelled
         # The other references on every device: ONNX has no place for kernels.
         use_implementations(self.program, torch.device("cpu"))
         written = written_inputs(program)
