@@ -28,6 +28,7 @@ from reroute_fx.runtime.loaded_model import Parts
 
 TIERS = (0.6, 0.5, 0.4)
 LIMITS = Limits(batch=9, length=96, image_tokens=32)
+SMALL = Limits(batch=8, length=128, image_tokens=64)
 WORDS = [f"w{i}" for i in range(64)]
 
 
@@ -101,7 +102,7 @@ def loaded_model(family):
     return without_its_class(routed_model(family))
 
 
-def without_its_class(routed):
+def without_its_class(routed, limits=SMALL):
     """See `loaded_model`."""
     traced = trace(routed)
     programs = {name: lower(program, "eager") for name, program in traced.programs.items()}
@@ -110,7 +111,7 @@ def without_its_class(routed):
             config=routed.config,
             generation_config=routed.generation_config,
             routing_config=routed.routing_config,
-            limits=Limits(batch=8, length=128, image_tokens=64),
+            limits=limits,
             dtype=routed.dtype,
             device=routed.device,
             images=traced.images,

@@ -1,6 +1,7 @@
 """Vision towers as programs: any number and any size of pictures, and what the model computes of them."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from suite_tiers import one, share
 from tiny_models import llava_config, qwen2_vl
-from transformers import LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
+from reroute_fx.capture.cropped_images import CroppedImages, averaged
 from reroute_fx.capture.image_layout import (
     FixedImages,
     GridImages,
@@ -18,7 +20,10 @@ from reroute_fx.capture.image_layout import (
     TiledImages,
     encode,
 )
+from reroute_fx.capture.known_sizes import KnownSizes
+from reroute_fx.capture.patched_images import PatchedImages
 from reroute_fx.capture.segments import attend_in_segments, segments
+from reroute_fx.capture.tile_packing import find_packing
 from reroute_fx.capture.vision_tower import capture_vision_tower
 from reroute_fx.errors import CaptureError, InputError, UnsupportedModelError
 from reroute_fx.lowering.regions import share_regions
@@ -159,15 +164,10 @@ def test_the_model_stays_as_it_was(family):
     assert torch.equal(model(**inputs).logits, wanted)
 
 
-def test_other_towers_are_refused():
-    plain = llava_config(2)
-    config = LlavaNextConfig(
-        vision_config=plain.vision_config, text_config=plain.text_config, image_token_index=50
-    )
-    with pytest.raises(
-        UnsupportedModelError, match=r"LlavaNext.*can't be exported yet.*reroute_fx.compile works"
-    ):
-        capture_vision_tower(LlavaNextForConditionalGeneration(config).eval())
+def test_other_towers_are_refused(benchmark_module):
+    model = benchmark_module("tiny_families").FAMILIES["Video-LLaMA 3"].build()
+    with pytest.raises(UnsupportedModelError, match=r"VideoLlama3.*can't be exported yet.*compile works"):
+        capture_vision_tower(model)
 
 
 def test_a_program_that_differs_from_the_model_is_refused(monkeypatch):
@@ -232,9 +232,36 @@ def test_pictures_of_a_row_are_repeated_with_it(times):
     ],
 )
 def test_grids_have_to_fit(pixels, grid, match):
-    images = GridImages(values=96, merge=2, patch=4, window=16)
-    with pytest.raises(InputError, match=match):
-        images.check(torch.zeros(pixels), None if grid is None else torch.tensor(grid))
+    for images in (GridImages(values=96, merge=2, patch=4, window=16), PatchedImages((96,), merge=2)):
+        with pytest.raises(InputError, match=match):
+            images.check(torch.zeros(pixels), None if grid is None else torch.tensor(grid))
+
+
+@pytest.mark.parametrize("grid", [[[2, 4, 4]], [[1, 2, 16]]])
+def test_pictures_that_tell_their_grid_by_their_shape(grid):
+    with pytest.raises(InputError, match=r"expected one frame, and 4 patches or more"):
+        PatchedImages((96,), merge=2).check(torch.zeros(32, 96), torch.tensor(grid))
+
+
+def test_sizes_that_are_known_count_like_a_tensor():
+    """What models make of ``image_grid_thw``: rows, products, shares, lists, and tensors where torch needs one."""
+    rows = [[1, 4, 6], [2, 8, 10]]
+    known, plain = KnownSizes(rows, torch.device("cpu")), torch.tensor(rows)
+    for count in (
+        lambda grid: grid.tolist(),
+        lambda grid: (grid.prod(-1) // 4).tolist(),
+        lambda grid: (grid[:, 0] * grid[:, 1] * grid[:, 2]).tolist(),
+        lambda grid: grid[:, 1:].prod(dim=1).tolist(),
+        lambda grid: grid[0].prod().tolist() if isinstance(grid, torch.Tensor) else grid[0].prod(),
+        lambda grid: [[int(each) for each in row] for row in grid],
+        lambda grid: (len(grid), tuple(grid.shape), grid.ndim, grid.numel()),
+        lambda grid: (2 * grid[:, 1] ** 2).tolist(),
+        lambda grid: torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist(),
+        lambda grid: torch.nn.functional.pad(grid.prod(1).cumsum(0)[:-1], (1, 0)).tolist(),
+        lambda grid: torch.split(torch.arange(184), grid.prod(1).tolist())[1].tolist(),
+        lambda grid: (torch.ones(2, dtype=torch.int64) + grid[1][0]).tolist(),
+    ):
+        assert count(known) == count(plain)
 
 
 def pictures_of(name):
@@ -242,6 +269,10 @@ def pictures_of(name):
     if name == "GLM-4.1V":
         grid = torch.tensor([[1, 4, 6], [1, 6, 2], [1, 2, 2]])
         return {"pixel_values": torch.randn(int(grid.prod(dim=-1).sum()), 96), "image_grid_thw": grid}
+    if name in ("PaddleOCR-VL", "MiniMax M3 without blocks"):
+        grid = torch.tensor([[1, 6, 14], [1, 4, 4], [1, 18, 4]])
+        shape = (3, 14, 14) if name == "PaddleOCR-VL" else (96,)
+        return {"pixel_values": torch.randn(int(grid.prod(dim=-1).sum()), *shape), "image_grid_thw": grid}
     if name == "Mistral 3":
         sizes = torch.tensor([[16, 24], [32, 16], [16, 16]])
         return {"pixel_values": torch.randn(3, 3, 32, 24), "image_sizes": sizes}
@@ -253,11 +284,15 @@ def pictures_of(name):
 EXPECTED_IMAGES = {
     "GLM-4.1V": GridImages(values=96, merge=2, patch=4, window=None, table=8, stretch="bicubic"),
     "Mistral 3": SizedImages(3, 8),
+    "PaddleOCR-VL": PatchedImages((3, 14, 14), merge=2),
+    "MiniMax M3 without blocks": PatchedImages((96,), merge=2),
     "SmolVLM": TiledImages(3, 16, 16, tokens=4),
 }
 
 
-@pytest.mark.parametrize("name", share(EXPECTED_IMAGES, ["Mistral 3"], "3 s each to capture a tower"))
+@pytest.mark.parametrize(
+    "name", share(EXPECTED_IMAGES, ["Mistral 3", "PaddleOCR-VL"], "3 s each to capture a tower")
+)
 def test_towers_that_know_more_than_patches(benchmark_module, name):
     torch.manual_seed(5)
     model, given = benchmark_module("tiny_families").FAMILIES[name].build(), pictures_of(name)
@@ -271,6 +306,116 @@ def test_towers_that_know_more_than_patches(benchmark_module, name):
     # Weights are ten times what is usual, and roundings grow with them.
     off = (found - torch.cat(expected)).abs().max() / torch.cat(expected).abs().max()
     assert off <= 100 * torch.finfo(torch.float32).eps
+
+
+RESOLUTIONS = [[16, 32], [32, 16], [32, 32], [48, 16], [64, 64]]
+TILED = {
+    "LLaVA-NeXT": CroppedImages(3, 16, 4, tuple(map(tuple, RESOLUTIONS))),
+    "LLaVA-NeXT-Video": CroppedImages(3, 16, 4, tuple(map(tuple, RESOLUTIONS))),
+    "LLaVA-OneVision": CroppedImages(3, 16, 4, tuple(map(tuple, RESOLUTIONS)), most=9, takes_videos=True),
+}
+
+
+def of_tiles(benchmark_module, name):
+    family = benchmark_module("tiny_families").FAMILIES[name]
+    return dataclasses.replace(family, more={**family.more, "image_grid_pinpoints": RESOLUTIONS}).build()
+
+
+def tiles_of(sizes, images):
+    """Pictures of such sizes, as a processor returns them: with tiles of zeros behind those of small ones."""
+    grid = torch.tensor(sizes)
+    pixels = torch.randn(len(sizes), max(images.tiles_of(grid)), 3, 16, 16)
+    for picture, count in zip(pixels, images.tiles_of(grid), strict=True):
+        picture[count:] = 0
+    return pixels, grid
+
+
+@pytest.mark.parametrize("name", share(TILED, ["LLaVA-OneVision"], "3 s each; the same rule"))
+def test_tiles_are_laid_out_as_in_their_picture(name, benchmark_module):
+    """Wide, tall, square, more cells than are kept, and less than a tile."""
+    model = of_tiles(benchmark_module, name)
+    captured = capture_vision_tower(model)
+    assert captured.images == TILED[name]
+    run = captured.program.module()
+    for sizes in ([[40, 30], [100, 100], [17, 90]], [[64, 5]], [[3, 2], [16, 32]]):
+        pixels, grid = tiles_of(sizes, captured.images)
+        captured.images.check(pixels, grid)
+        expected = model.get_image_features(pixels, image_sizes=grid).pooler_output
+        assert captured.images.sizes(pixels, grid) == [*map(len, expected)]
+        expect(encode(run, captured.images, pixels, grid)["features"], expected)
+    if captured.images.takes_videos:
+        frames = torch.randn(2, 5, 3, 16, 16)
+        expected = model.get_video_features(frames).pooler_output
+        assert captured.images.sizes(frames, None) == [*map(len, expected)] == [21, 21]
+        expect(encode(run, captured.images, frames, None)["features"], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda features: features, False),
+        (lambda features: [each.flip(0) for each in features], True),
+        (lambda features: [each[:-1] for each in features], True),
+    ],
+    ids=["same", "other order", "no last newline"],
+)
+def test_tiles_that_are_laid_out_in_another_way_are_refused(change, refused, benchmark_module, monkeypatch):
+    """The model's own code is asked, whatever it is called."""
+    model = of_tiles(benchmark_module, "LLaVA-NeXT")
+    original = type(model.model).pack_image_features
+
+    def changed(self, *args, **kwargs):
+        features, lengths = original(self, *args, **kwargs)
+        return change(features), lengths
+
+    monkeypatch.setattr(type(model.model), "pack_image_features", changed)
+    if refused:
+        with pytest.raises(UnsupportedModelError, match=r"LlavaNext.*image_newline.*in another way.*compile"):
+            find_packing(model)
+    else:
+        assert find_packing(model) == TILED["LLaVA-NeXT"]
+
+
+@given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.tuples(st.integers(1, 9), st.integers(1, 9)))
+@settings(max_examples=30, deadline=None)
+def test_averaged_cells_are_what_interpolation_makes(size, wanted):
+    values = torch.rand(size)
+    places, weights = averaged(torch.arange(values.numel()).view(size), *wanted)
+    expected = torch.nn.functional.interpolate(values[None, None], wanted, mode="bilinear")[0, 0]
+    assert ((values.flatten()[places] * weights).sum(dim=-1) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "match"),
+    [
+        ((2, 3, 16, 16), [[16, 16], [16, 16]], r"expected \[pictures, tiles, 3, 16, 16\]"),
+        ((2, 3, 3, 16, 8), [[16, 16], [16, 16]], r"expected \[pictures, tiles, 3, 16, 16\]"),
+        ((2, 3, 3, 16, 16), None, r"image_sizes are None; expected \[2, 2\]"),
+        ((2, 3, 3, 16, 16), [[16, 16]], r"expected \[2, 2\]"),
+        ((1, 3, 3, 16, 16), [[0, 16]], r"expected \[1, 2\]"),
+        ((1, 3, 3, 16, 16), [[64, 64]], r"has 3 tiles of each picture, .* have up to 17"),
+    ],
+)
+def test_tiles_have_to_fit_sizes(shape, sizes, match):
+    with pytest.raises(InputError, match=match):
+        TILED["LLaVA-NeXT"].check(torch.zeros(shape), None if sizes is None else torch.tensor(sizes))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_tiles_with_sizes_are_repeated_with_their_row(times):
+    """Rows with two pictures that came whole, none, and one that was cut."""
+    images = TILED["LLaVA-NeXT"]
+    given = {
+        "pixel_values": torch.arange(3.0).view(3, 1, 1, 1, 1),
+        "image_sizes": torch.tensor([[16, 16], [16, 24], [40, 30]]),
+        "batch_num_images": torch.tensor([2, 1]),
+    }
+    tokens = [34, 0, images.sizes(given["pixel_values"], given["image_sizes"])[2]]
+    repeated = images.repeat(given, list(given), tokens, times)
+    order = [*[0, 1] * times, *[2] * times]
+    assert repeated["pixel_values"].flatten().tolist() == order
+    assert torch.equal(repeated["image_sizes"], given["image_sizes"][order])
+    assert repeated["batch_num_images"].tolist() == [*[2] * times, *[1] * times]
 
 
 @pytest.mark.parametrize(

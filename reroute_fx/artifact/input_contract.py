@@ -1,6 +1,13 @@
 """The contract of a call: names, kinds and sizes of its inputs."""
 
-from ..capture.image_layout import AnyImages, FixedImages, SizedImages, TiledImages
+from ..capture.image_layout import (
+    AnyImages,
+    CroppedImages,
+    FixedImages,
+    PatchedImages,
+    SizedImages,
+    TiledImages,
+)
 from .manifest import InputSpec
 
 _TEXT = {
@@ -15,10 +22,25 @@ def input_contract(images: AnyImages, dtype: str) -> dict[str, InputSpec]:
         size = images.channels, images.height, images.width
         count = ("pictures",) if isinstance(images, FixedImages) else ("batch", "tiles")
         return {**_TEXT, "pixel_values": InputSpec(dtype, (*count, *size), required=True)}
+    if isinstance(images, CroppedImages):
+        tile = images.channels, images.edge, images.edge
+        frames = {"pixel_values_videos": InputSpec(dtype, ("videos", "frames", *tile), required=False)}
+        return {
+            **_TEXT,
+            "pixel_values": InputSpec(dtype, ("pictures", "tiles", *tile), required=False),
+            "image_sizes": InputSpec("int64", ("pictures", 2), required=False),
+            "batch_num_images": InputSpec("int64", ("groups",), required=False),
+            **(frames if images.takes_videos else {}),
+        }
     if isinstance(images, SizedImages):
         return _TEXT | {
             "pixel_values": InputSpec(dtype, ("pictures", images.channels, "height", "width"), required=True),
             "image_sizes": InputSpec("int64", ("pictures", 2), required=True),
+        }
+    if isinstance(images, PatchedImages):
+        return _TEXT | {
+            "pixel_values": InputSpec(dtype, ("patches", *images.values), required=True),
+            "image_grid_thw": InputSpec("int64", ("pictures", 3), required=True),
         }
     return _TEXT | {
         "pixel_values": InputSpec(dtype, ("patches", images.values), required=False),

@@ -34,3 +34,15 @@ def copy_sharing_weights(module: Module, frozen: bool = False) -> Module:
             f"{type(module).__name__} holds something that can't be copied ({first_line(error)}); expected parameters, "
             f"buffers and plain attributes. Delete what was attached to it, or load it anew."
         ) from error
+
+
+def without(module: torch.nn.Module, part: torch.nn.Module) -> torch.nn.Module:
+    """The module less one of its parts; what else it has is its own."""
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    for name, child in module.named_children():
+        if child is part:
+            copied._modules[name] = torch.nn.Identity()
+        elif any(inner is part for inner in child.modules()):
+            copied._modules[name] = without(child, part)
+    return copied

@@ -1,10 +1,7 @@
 """How a model takes pictures: what its vision tower needs to know of them, and whether it can take them."""
 
-import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,6 +15,10 @@ from transformers.vision_utils import (
 
 from ..errors import InputError
 from ..methods.tiers import entering
+from .cropped_images import CroppedImages
+from .patch_grids import check_grids, features_of, repeat_patches
+from .patched_images import PatchedImages
+from .picture_order import pictures_per_row, repeated, sample_pixels
 from .segments import segments
 
 
@@ -26,7 +27,11 @@ class Images(Protocol):
 
     @property
     def kind(self) -> str:
-        """``"fixed"``, ``"tiled"``, ``"grid"`` or ``"sized"``."""
+        """``"fixed"``, ``"tiled"``, ``"cropped"``, ``"grid"``, ``"patched"`` or ``"sized"``."""
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether the program makes features of videos, too."""
 
     @property
     def shapes(self) -> dict[str, dict[int, Any]]:
@@ -82,6 +87,16 @@ def encode(
     return {name: torch.cat([each[name] for each in made], dim=-2) for name in made[0]}
 
 
+def encoded(output: Any) -> dict[str, torch.Tensor]:
+    """Features of all pictures in order, of ``[n, t, d]`` or of one ``[t, d]`` for each, as a tower's program has them.
+
+    Args:
+        output: of a model's `get_image_features`.
+    """
+    found = output.pooler_output
+    return {"features": found.flatten(0, 1) if isinstance(found, torch.Tensor) else torch.cat(list(found))}
+
+
 @dataclass(frozen=True)
 class _OneSize:
     """What a program takes ``[n, channels, height, width]`` of, with `tokens` features of each."""
@@ -90,6 +105,10 @@ class _OneSize:
     height: int
     width: int
     tokens: int
+
+    @property
+    def takes_videos(self) -> bool:
+        return False
 
     @property
     def shapes(self) -> dict[str, dict[int, Any]]:
@@ -115,7 +134,7 @@ class FixedImages(_OneSize):
         yield pixel_values, grid
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _pixels(2, self.channels, self.height, self.width), None
+        return sample_pixels(2, self.channels, self.height, self.width), None
 
     def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
         expected = self.channels, self.height, self.width
@@ -132,7 +151,7 @@ class FixedImages(_OneSize):
         self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
     ) -> dict[str, torch.Tensor]:
         (pixels,) = given.values()
-        order = _repeated([row // self.tokens for row in tokens], times)
+        order = repeated([row // self.tokens for row in tokens], times)
         return {names[0]: pixels[order]}
 
 
@@ -155,7 +174,7 @@ class TiledImages(_OneSize):
         yield tiles[tiles.flatten(1).any(dim=1)], None
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        pixels = _pixels(2, 2, self.channels, self.height, self.width)
+        pixels = sample_pixels(2, 2, self.channels, self.height, self.width)
         pixels[1, 1] = 0
         return pixels, None
 
@@ -218,6 +237,10 @@ class GridImages:
             "windows": segments,
         }
 
+    @property
+    def takes_videos(self) -> bool:
+        return True
+
     def inputs(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> dict[str, torch.Tensor]:
         assert grid is not None
         bounds = get_vision_cu_seqlens(grid)
@@ -248,42 +271,19 @@ class GridImages:
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         grid = torch.tensor([[1, 4 * self.merge, 5 * self.merge], [2, 2 * self.merge, 3 * self.merge]])
-        return _pixels(int(grid.prod(dim=-1).sum()), self.values), grid
+        return sample_pixels(int(grid.prod(dim=-1).sum()), self.values), grid
 
     def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
-        if grid is None or grid.ndim != 2 or grid.shape[1] != 3:
-            raise InputError(
-                "Pictures came without their grids; expected image_grid_thw or video_grid_thw, [pictures, 3], as the "
-                "processor returns them."
-            )
-        expected = int(grid.prod(dim=-1).sum()), self.values
-        if tuple(pixel_values.shape) != expected:
-            raise InputError(
-                f"pixel_values has shape {list(pixel_values.shape)}, but the grids have {expected[0]} patches of "
-                f"{expected[1]} values. Pass what the model's processor returns."
-            )
-        if (grid < 1).any() or (grid[:, 1:] % self.merge).any():
-            raise InputError(
-                f"A grid is {grid.tolist()}; expected heights and widths in multiples of {self.merge}. Pass what the "
-                f"model's processor returns."
-            )
-        if expected[0] == self.merge**2:
-            raise InputError(
-                "The only picture is a single visual token; expected two or more. Pass it larger."
-            )
+        check_grids(pixel_values, grid, [self.values], self.merge)
 
     def sizes(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> list[int]:
         assert grid is not None
-        return [int(patches) // self.merge**2 for patches in grid.prod(dim=-1)]
+        return features_of(grid, self.merge)
 
     def repeat(
         self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
     ) -> dict[str, torch.Tensor]:
-        patches = given[names[1]].prod(dim=-1).tolist()
-        order = _repeated(_per_row(tokens, [count // self.merge**2 for count in patches]), times)
-        pixels = given[names[0]].split(patches)
-        rest = {name: given[name][order] for name in names[1:] if name in given}
-        return {names[0]: torch.cat([pixels[i] for i in order]), **rest}
+        return repeat_patches(given, names, tokens, times, self.merge)
 
 
 @dataclass(frozen=True)
@@ -301,6 +301,10 @@ class SizedImages:
     kind: Literal["sized"] = "sized"
 
     @property
+    def takes_videos(self) -> bool:
+        return False
+
+    @property
     def shapes(self) -> dict[str, dict[int, Any]]:
         return {"pixel_values": {2: self.unit * Dim("rows", min=2), 3: self.unit * Dim("columns", min=2)}}
 
@@ -316,7 +320,7 @@ class SizedImages:
 
     def sample(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         grid = torch.tensor([[3 * self.unit, 4 * self.unit], [2 * self.unit, 3 * self.unit]])
-        return _pixels(2, self.channels, 3 * self.unit, 4 * self.unit), grid
+        return sample_pixels(2, self.channels, 3 * self.unit, 4 * self.unit), grid
 
     def check(self, pixel_values: torch.Tensor, grid: torch.Tensor | None) -> None:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.channels:
@@ -346,30 +350,8 @@ class SizedImages:
         self, given: Mapping[str, torch.Tensor], names: Sequence[str], tokens: Sequence[int], times: int
     ) -> dict[str, torch.Tensor]:
         sizes = self.sizes(given[names[0]], given[names[1]])
-        order = _repeated(_per_row(tokens, sizes), times)
+        order = repeated(pictures_per_row(tokens, sizes), times)
         return {name: given[name][order] for name in names if name in given}
 
 
-AnyImages = FixedImages | TiledImages | GridImages | SizedImages
-
-
-def _pixels(*shape: int) -> torch.Tensor:
-    return torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
-
-
-def _per_row(tokens: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """Pictures of each row, from the placeholders of the rows and the features of the pictures."""
-    ends = list(accumulate(sizes))
-    upto = [bisect_right(ends, end) for end in accumulate(tokens)]
-    return [after - before for before, after in pairwise([0, *upto])]
-
-
-def _repeated(counts: Sequence[int], times: int) -> list[int]:
-    """Pictures in order, those of each row `times` times."""
-    ends = list(accumulate(counts))
-    return [
-        i
-        for end, count in zip(ends, counts, strict=True)
-        for _ in range(times)
-        for i in range(end - count, end)
-    ]
+AnyImages = FixedImages | TiledImages | CroppedImages | GridImages | PatchedImages | SizedImages

@@ -15,9 +15,12 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CaptureError, RerouteError, UnsupportedModelError, first_line
-from .copies import copy_sharing_weights
-from .image_layout import AnyImages, FixedImages, GridImages, SizedImages, TiledImages, encode
+from .copies import copy_sharing_weights, without
+from .cropped_images import lay_out
+from .image_layout import AnyImages, FixedImages, GridImages, SizedImages, TiledImages, encode, encoded
+from .patched_tower import PatchedTower, patched_images
 from .segments import SEGMENTS
+from .tile_packing import find_packing
 from .tracing import quiet
 from .visual_tokens import has_fixed_size, has_grids
 
@@ -121,6 +124,8 @@ def _tower(model: PreTrainedModel) -> tuple[Any, AnyImages]:
         return _GridTower(visual), replace(grids, table=getattr(visual, "num_grid_per_side", None))
     if (sized := _sized_tower(model, vision)) is not None:
         return sized, SizedImages(vision.num_channels, sized.unit)
+    if (cropped := find_packing(model)) is not None:
+        return _CroppedTower(model), cropped
     if (tiled := _tiled_tower(model)) is not None:
         tiles = TiledImages(vision.num_channels, vision.image_size, vision.image_size, tokens=0)
         with torch.no_grad():
@@ -130,11 +135,13 @@ def _tower(model: PreTrainedModel) -> tuple[Any, AnyImages]:
         # LLaVA's own takes its features apart, picture by picture, which fixes the number of pictures.
         tower = _FixedTower if model.config.model_type == "llava" else _AnyFixedTower
         return tower(model), fixed
+    if (patched := patched_images(model)) is not None:
+        return PatchedTower(model), patched
     raise UnsupportedModelError(
         f"{type(model).__name__} has a vision tower ({type(vision).__name__}) that can't be exported yet; expected one "
-        f"that takes pictures of one size and nothing else of them (LLaVA-1.5, InternVL), tiles (SmolVLM), pictures "
-        f"and their sizes (Mistral 3), or patches and their grids (any Qwen-VL, GLM-4V). reroute_fx.compile works "
-        f"without an export."
+        f"that takes pictures of one size and nothing else of them (LLaVA-1.5, InternVL), tiles (SmolVLM, LLaVA-NeXT), "
+        f"pictures and their sizes (Mistral 3), or patches and their grids (any Qwen-VL, GLM-4V, PaddleOCR-VL). "
+        f"reroute_fx.compile works without an export."
     )
 
 
@@ -143,7 +150,7 @@ def _fixed_images(model: Any, vision: Any) -> FixedImages | None:
     encode, size = getattr(model.base_model, "get_image_features", None), getattr(vision, "image_size", None)
     if encode is None or size is None:
         return None
-    if _wanted(encode) != ["pixel_values"]:
+    if "pixel_values" not in inspect.signature(encode).parameters or set(_wanted(encode)) - {"pixel_values"}:
         return None
     height, width = (size, size) if isinstance(size, int) else size
     images = FixedImages(getattr(vision, "num_channels", 3), height, width, tokens=0)
@@ -224,9 +231,14 @@ class _FixedTower(nn.Module):
         self.first = 1 if model.config.vision_feature_select_strategy == "default" else 0
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": self.of_each(pixel_values).flatten(0, 1)}
+
+    def of_each(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """``[n, tokens, d]``."""
         states = self.vision(pixel_values, output_hidden_states=True).hidden_states
         picked = torch.cat([states[layer][:, self.first :] for layer in self.layers], dim=-1)
-        return {"features": self.projector(picked).flatten(0, 1)}
+        features: torch.Tensor = self.projector(picked)
+        return features
 
     def expected(
         self, model: PreTrainedModel, pixel_values: torch.Tensor, grid: torch.Tensor | None
@@ -236,6 +248,24 @@ class _FixedTower(nn.Module):
         }
 
 
+class _CroppedTower(_FixedTower):
+    """From what `CroppedImages.inputs` returns to features, as `get_image_features` of LLaVA-NeXT."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.newline = model.base_model.image_newline
+
+    def forward(  # type: ignore[override]
+        self, pixel_values: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        return {"features": lay_out(self.of_each(pixel_values), self.newline, places, weights)}
+
+    def expected(
+        self, model: Any, pixel_values: torch.Tensor, grid: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        return encoded(model.get_image_features(pixel_values=pixel_values, image_sizes=grid))
+
+
 class _AnyFixedTower(nn.Module):
     """From ``pixel_values [n, C, H, W]`` to features, by the model's own `get_image_features`."""
 
@@ -243,33 +273,15 @@ class _AnyFixedTower(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.vision: Any = _without(model.base_model, model.get_decoder())
+        self.vision: Any = without(model.base_model, model.get_decoder())
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        return _joined(self.vision.get_image_features(pixel_values=pixel_values))
+        return encoded(self.vision.get_image_features(pixel_values=pixel_values))
 
     def expected(
         self, model: Any, pixel_values: torch.Tensor, grid: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        return _joined(model.base_model.get_image_features(pixel_values=pixel_values))
-
-
-def _joined(output: Any) -> dict[str, torch.Tensor]:
-    """Features of all pictures in order, of ``[n, t, d]`` or of one ``[t, d]`` for each."""
-    found = output.pooler_output
-    return {"features": found.flatten(0, 1) if isinstance(found, torch.Tensor) else torch.cat(list(found))}
-
-
-def _without(module: nn.Module, part: nn.Module) -> nn.Module:
-    """The module less one of its parts; what else it has is its own."""
-    copied = copy.copy(module)
-    copied._modules = dict(module._modules)
-    for name, child in module.named_children():
-        if child is part:
-            copied._modules[name] = nn.Identity()
-        elif any(inner is part for inner in child.modules()):
-            copied._modules[name] = _without(child, part)
-    return copied
+        return encoded(model.base_model.get_image_features(pixel_values=pixel_values))
 
 
 class _TiledTower(nn.Module):
@@ -288,7 +300,7 @@ class _TiledTower(nn.Module):
     def expected(
         self, model: Any, pixel_values: torch.Tensor, grid: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        return _joined(model.get_image_features(pixel_values=pixel_values))
+        return encoded(model.get_image_features(pixel_values=pixel_values))
 
 
 class _SizedTower(nn.Module):
@@ -314,7 +326,7 @@ class _SizedTower(nn.Module):
     def expected(
         self, model: Any, pixel_values: torch.Tensor, grid: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        return _joined(model.get_image_features(pixel_values=pixel_values, image_sizes=grid))
+        return encoded(model.get_image_features(pixel_values=pixel_values, image_sizes=grid))
 
 
 class _GridTower(nn.Module):

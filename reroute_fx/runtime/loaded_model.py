@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..capture.cropped_images import mark_whole
 from ..capture.image_layout import AnyImages, encode
 from ..capture.layer_features import LayerFeatures
 from ..capture.positions import GridPositions
@@ -150,10 +151,12 @@ class LoadedModel(RoutedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         pixel_values: torch.Tensor | None = None,
+        pixel_values_images: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
+        batch_num_images: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         second_per_grid_ts: torch.Tensor | None = None,
         video_second_per_grid: torch.Tensor | None = None,
@@ -172,10 +175,13 @@ class LoadedModel(RoutedModel, GenerationMixin):
             attention_mask: ``[B, S]``, or ``[B, all columns]`` on a cache; 0 for padding.
             past_key_values: a `RoutedCache` of this model, or an empty `DynamicCache`.
             pixel_values: of images, as the processor returns it; only without tokens in the cache.
+            pixel_values_images: the same, as the processor of Video-LLaVA calls it.
             pixel_values_videos: of videos.
             image_grid_thw: patches of each image in time, height and width, ``[n, 3]`` int64.
             video_grid_thw: those of each video.
             image_sizes: height and width of each image in pixels, ``[n, 2]`` int64, of models that are told them.
+            batch_num_images: how many images were given together, ``[groups]`` int64, of models that cut only images
+                that were given alone into tiles; None if all were.
             pixel_attention_mask: 0 for pixels that are padding, ``[B, tiles, height, width]``: none in tiles that hold
                 any others.
             second_per_grid_ts: seconds between the frames of each video; None for 1.
@@ -199,15 +205,19 @@ class LoadedModel(RoutedModel, GenerationMixin):
         layers = self._parts.layer_features
         addends = layers.none(embeds) if layers else {}
         grids: dict[int, torch.Tensor] = {}
+        pixel_values = pixel_values_images if pixel_values is None else pixel_values
         _refuse_padded_tiles(pixel_values, pixel_attention_mask)
         videos = {"pixel_values_videos": pixel_values_videos, "mm_token_type_ids": mm_token_type_ids}
         named_ids = name_videos(self.config, input_ids, videos)
+        if image_sizes is not None:
+            image_grid_thw = mark_whole(image_sizes, batch_num_images)
         for kind, pixels, grid in (
-            ("image", pixel_values, image_grid_thw if image_sizes is None else image_sizes),
+            ("image", pixel_values, image_grid_thw),
             ("video", pixel_values_videos, video_grid_thw),
         ):
             if pixels is not None:
                 token = _placeholder(self.config, kind)
+                self._refuse_videos(kind)
                 if grid is not None:
                     grids[token] = grid.cpu()
                 streams = self._put_features(
@@ -235,6 +245,13 @@ class LoadedModel(RoutedModel, GenerationMixin):
     @_signature_of(_run)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.routed_forward(functools.partial(type(self)._run, self), *args, **kwargs)
+
+    def _refuse_videos(self, kind: str) -> None:
+        if kind == "video" and not self._parts.images.takes_videos:
+            raise InputError(
+                "The call has videos (pixel_values_videos), but this artifact has a program for pictures only. Leave "
+                "them out, or use the model that was exported."
+            )
 
     def _put_features(
         self,
@@ -310,13 +327,13 @@ class LoadedModel(RoutedModel, GenerationMixin):
                 held = {name: given.pop(name) for name in names if given.get(name) is not None}
                 if held:
                     tokens = (input_ids == _placeholder(self.config, kind)).sum(dim=1).tolist()
-                    pictures |= self._parts.images.repeat(held, names, tokens, expand_size)
+                    pictures |= self._parts.images.repeat(held, list(held), tokens, expand_size)
         ids, more = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **given)
         return ids, {**more, **pictures}
 
 
 PICTURES = {
-    "image": ("pixel_values", "image_grid_thw", "image_sizes"),
+    "image": ("pixel_values", "pixel_values_images", "image_grid_thw", "image_sizes", "batch_num_images"),
     "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "video_second_per_grid"),
 }
 """Inputs of each kind of pictures: pixels, grids and what else has an entry for each."""
