@@ -29,13 +29,17 @@ from reroute_fx.command_line.artifact_commands import _limits
 from reroute_fx.command_line.main import app
 from reroute_fx.command_line.terminal import logged
 from reroute_fx.config import routing_config as config
+from reroute_fx.config.tuned_config import ModelKind, TuningFacts
 from reroute_fx.errors import ConfigError, InputError
 from reroute_fx.loading import models_by_name
 from reroute_fx.loading.models_by_name import choose_device, load_model, name_of
 from reroute_fx.loading.prompts import make_batch, read_image
 from reroute_fx.loading.sample_picture import picture
+from reroute_fx.tuning.divergence import Losses
+from reroute_fx.tuning.tuned import Finalist, Tuned
 
 PUBLISHED = Path(__file__).parent / "published"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 GIB = 2**30
 
 
@@ -315,6 +319,31 @@ def test_tune_writes_what_config_takes(checkpoint, tmp_path):
     assert json.loads(inspected.stdout)["config"] == config
 
 
+@pytest.mark.parametrize(("stopped", "code"), [("interrupted", 130), ("the time is up", 0)])
+def test_an_interrupted_tune_writes_what_it_found_and_ends_with_130(
+    checkpoint, tmp_path, monkeypatch, stopped, code
+):
+    config = reroute_fx.RoutingConfig((1,), (0.5,), method="rules", rules=(reroute_fx.AttentionRule(),))
+    finalist = Finalist(config, 1.0, Losses((0.5,), (1.0,)), Losses((0.5,), (1.0,)))
+
+    def tune(model, prompts, tier, **_):
+        facts = TuningFacts(
+            ModelKind.of(model.config), "LLaVA", tier, 2, 1, "0" * 64, 8, 0, {}, 0.5, 0.5, 1.0
+        )
+        return Tuned(config, (finalist,), finalist, (0.5,) * 8, facts, stopped)
+
+    monkeypatch.setattr("reroute_fx.tuning.tune.tune", tune)
+    picture(0).save(tmp_path / "star.png")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"image": "star.png", "text": "Where is the star?"}))
+    result = run("tune", checkpoint, "--prompts", prompts, "--tier", 0.5, "-o", tmp_path / "tuned.json")
+    assert result.exit_code == code, result.stderr
+    assert f"Fewer trials: {stopped}." in said(result)
+    loaded = load_model(str(checkpoint), "cpu", "float32").model
+    routed = reroute_fx.compile(loaded, config=tmp_path / "tuned.json", backend="eager")
+    assert routed.routing_config == config
+
+
 @pytest.mark.full("22 s; the wheel check runs the demo, and test_visualize.py draws")
 def test_demo_asks_compares_and_draws(tmp_path):
     """The same answer from both unrouted models, a right box from the routed one, and pictures."""
@@ -557,9 +586,13 @@ def test_profile_finds_the_layers_that_the_demo_was_grown_from(tmp_path):
         (["demo", "--plot", "profile.xyz"], "InputError: path is 'profile.xyz'"),
     ],
 )
-def test_profile_refuses_before_it_loads_anything(monkeypatch, arguments, message):
+@pytest.mark.parametrize("command", [("profile",), ("tune", "-o", "tuned.json")])
+def test_profile_and_tune_refuse_before_they_load_anything(
+    tmp_path, monkeypatch, command, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("reroute_fx.loading.models_by_name.load_model", lambda *a: pytest.fail("loaded"))
-    result = run("profile", *arguments)
+    result = run(*command, *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
 
@@ -573,6 +606,13 @@ ROUTED_BY = {
     "visualize": ("visualize", "demo", "out", "--prompt", "What?", "--image", "cat.png"),
     "export": ("artifact", "export", "demo", "out"),
 }
+
+
+def tuned_for_a_7b():
+    """A tuned file, of a decoder of 32 layers."""
+    content = json.loads((RESULTS / "tuned_128.json").read_text())
+    content["tuned"]["model"] = {"type": "llava", "layers": 32, "width": 4096, "heads": 32}
+    return content
 
 
 @pytest.fixture(params=ROUTED_BY)
@@ -603,6 +643,11 @@ def routed_by(request, tmp_path, monkeypatch):
         ),
         (["--config", "deep.json"], "ConfigError: decision_layers has [99], but the decoder has 16 layers"),
         (
+            ["--config", "tuned.json"],
+            "ConfigError: tuned.json was tuned for a llava of 32 layers, 32 heads and width 4096, but the model is a "
+            "llava of 16 layers",
+        ),
+        (
             ["--config", "good.json", "--pool", "row", "--tier", "64"],
             "ConfigError: config is given together with tier=64.0, pool='row'; expected one or the other.",
         ),
@@ -617,6 +662,7 @@ def test_routing_is_refused_before_a_model_is_loaded(routed_by, arguments, messa
         ("broken", {"decision_layers": [2], "keep_ratio": [0.5]}),
         ("deep", {"decision_layers": [2, 99], "keep_ratios": [0.5, 0.5]}),
         ("good", {"decision_layers": [2], "keep_ratios": [0.5]}),
+        ("tuned", tuned_for_a_7b()),
     ):
         Path(f"{name}.json").write_text(json.dumps(content))
     result = run(*routed_by, *arguments)

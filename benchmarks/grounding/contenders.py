@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def make_inputs(processor: Any, prompts: Sequence[tuple[Scene, Question]]) -> di
 
 def unrouted(model: Any) -> Contender:
     """The model as it is."""
-    return Contender("unrouted", None, _generate(model))
+    return Contender("unrouted", None, _generate(lambda: model))
 
 
 def contenders(model: Any, seed: int, folder: Path) -> list[Contender]:
@@ -62,18 +63,23 @@ def contenders(model: Any, seed: int, folder: Path) -> list[Contender]:
     for tier, share in TIERS.items():
         for method in ("fastv", "pdrop"):
             for name, action in ACTIONS.items():
-                routed = reroute_fx.compile(model, share, method=method, action=action, backend="eager")
+                routed = _compiled(model, tier=share, method=method, action=action)
                 found.append(Contender(f"{method} {name}", tier, _generate(routed)))
                 if method == "fastv":
                     found.append(Contender(f"random {name}", tier, _generate(routed, RandomScores(seed))))
         found.append(Contender("average pooling", tier, _pooled(model, POOLED[tier])))
         for method in (name for name, tiers in OTHERS.items() if tier in tiers):
-            routed = reroute_fx.compile(model, share, method=method, backend="eager")
+            routed = _compiled(model, tier=share, method=method)
             found.append(Contender(f"{method} routed", tier, _generate(routed)))
         if (config := folder / f"tuned_{tier}.json").exists():
-            routed = reroute_fx.compile(model, config=config, backend="eager")
+            routed = _compiled(model, config=config)
             found.append(Contender("tuned routed", tier, _generate(routed)))
     return found
+
+
+def _compiled(model: Any, **choices: Any) -> Callable[[], Any]:
+    """The routed model, compiled when it is first asked: a study that goes on has most answers."""
+    return cache(lambda: reroute_fx.compile(model, backend="eager", **choices))
 
 
 class RandomScores(TorchDispatchMode):
@@ -91,13 +97,16 @@ class RandomScores(TorchDispatchMode):
         return result
 
 
-def _generate(model: Any, scores: RandomScores | None = None) -> Callable[..., tuple[torch.Tensor, Any]]:
+def _generate(
+    model: Callable[[], Any], scores: RandomScores | None = None
+) -> Callable[..., tuple[torch.Tensor, Any]]:
     def answer(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        answering = model()
         with torch.no_grad():
             if scores is None:
-                return _answer(model, inputs)
+                return _answer(answering, inputs)
             with scores:
-                return _answer(model, inputs)
+                return _answer(answering, inputs)
 
     return answer
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from conversations import batch, prompt, unrouted_model
+from conversations import batch, build, prompt, unrouted_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import reroute_fx
 from reroute_fx import AttentionRule, ChanceRule, ConfigError, InputError, RoutingConfig, tune
@@ -28,6 +29,15 @@ def prompts(family="llava", count=4):
         batch(family, *(prompt(7 + 3 * i + row, 9 + i, 11, 13 + row) for row in range(3)))
         for i in range(count)
     ]
+
+
+def text_model():
+    """Without a tower."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        )
+    )
 
 
 def search(log=None, trials=16, **options):
@@ -166,7 +176,7 @@ def test_what_is_in_the_log_is_not_measured_again(found, log, monkeypatch):
     assert what(search(log)) == what(found[1])
 
 
-def test_an_interrupt_keeps_what_was_found(found, log, monkeypatch, capsys):
+def test_an_interrupt_keeps_what_was_found(found, log, tmp_path, monkeypatch, capsys):
     _, tuned = found
     rounds = []
 
@@ -182,6 +192,9 @@ def test_an_interrupt_keeps_what_was_found(found, log, monkeypatch, capsys):
     assert stopped.stopped == "interrupted"
     assert stopped.history == tuned.history[:8]
     assert "Ctrl-C" in capsys.readouterr().err
+    stopped.save(path := tmp_path / "tuned.json")
+    routed = reroute_fx.compile(unrouted_model("llava"), config=path, backend="eager")
+    assert routed.routing_config == stopped.config
     with pytest.raises(KeyboardInterrupt):
         search(log)
 
@@ -211,8 +224,17 @@ def test_the_file_compiles_and_names_what_it_is_for(found, tmp_path):
     assert told["model"] == dataclasses.asdict(ModelKind.of(unrouted_model("llava").config))
     assert told["divergence"] == tuned.facts.divergence
     assert {"reroute-fx", "torch", "transformers", "optuna"} <= told["versions"].keys()
-    with pytest.raises(ConfigError, match=r"was tuned for a llava of 4 layers.*is a qwen2_5_vl of 4 layers"):
-        reroute_fx.compile(unrouted_model("qwen"), config=path)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "kind"),
+    [("qwen", 4, "qwen2_5_vl of 4 layers"), ("llava", 6, "llava of 6 layers")],
+)
+def test_the_file_of_another_model_or_depth_is_refused(found, tmp_path, monkeypatch, family, layers, kind):
+    found[1].save(path := tmp_path / "tuned.json")
+    _refuse_to_trace(monkeypatch)
+    with pytest.raises(ConfigError, match=rf"was tuned for a llava of 4 layers.*is a {kind}"):
+        reroute_fx.compile(build(family, layers), config=path)
 
 
 def test_it_prints_and_draws(found, tmp_path):
@@ -274,16 +296,21 @@ def test_what_is_dominated_is_left_out():
         ({"prompts": [batch("llava", *[prompt(7, 9)] * 8)]}, InputError, "prompts come in 1 batches"),
         ({"prompts": [batch("llava", [1, 5, 6])] * 8}, InputError, "have no picture"),
         ({"model": torch.nn.Linear(1, 1)}, UnsupportedModelError, "model is a Linear; expected a Hugging Face"),
+        ({"model": text_model()}, UnsupportedModelError, "LlamaConfig names no image or video token"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_before_anything_is_traced(change, error, message, monkeypatch):
+    _refuse_to_trace(monkeypatch)
+    given = {"model": unrouted_model("llava"), "prompts": prompts(), "tier": TIER, "progress": False} | change
+    with pytest.raises(error, match=message):
+        tune(**given)
+
+
+def _refuse_to_trace(monkeypatch):
     def trace(*_, **__):
         raise AssertionError("the model was traced")
 
     monkeypatch.setattr(front.api, "capture_decoder", trace)
-    given = {"model": unrouted_model("llava"), "prompts": prompts(), "tier": TIER, "progress": False} | change
-    with pytest.raises(error, match=message):
-        tune(**given)
 
 
 def test_a_missing_library_is_named(monkeypatch):
