@@ -6,6 +6,7 @@ TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+RAY := $(VENV)/.ray
 WHEEL := build/wheel/.built
 # What is downloaded and unpacked lies beside the checkout's other builds; environments link to it.
 export UV_CACHE_DIR ?= $(CURDIR)/build/cache/uv
@@ -25,7 +26,7 @@ test: $(INSTALLED)
 
 # All tests, recorded with the commit, after the installed wheel's demo on compiled code. The gate asks for it when 40
 # commits came after the last record.
-full: $(INSTALLED) $(WHEEL)
+full: $(INSTALLED) $(RAY) $(WHEEL)
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" BACKEND=inductor .ci/check_wheel
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --tier full --record-full
 
@@ -79,6 +80,11 @@ gate-times: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py .ci/install.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python .ci/install.py $(VENV) "$(TORCH)" "$(TRITON)" -e ".[dev,bench,onnx]"
+	touch $@
+
+# What only all tests need: 330 MB that the gate does without.
+$(RAY): $(INSTALLED)
+	$(BIN)/python .ci/install.py $(VENV) "$(TORCH)" "$(TRITON)" -e ".[dev,bench,onnx,ray]"
 	touch $@
 
 clean:

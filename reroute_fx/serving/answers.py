@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..selection.selection_result import Routing
 from .refusals import SlowReaderError
@@ -28,8 +29,7 @@ class Started:
     grids: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A token of an answer, and the text that can be told with it.
 
     Attributes:
@@ -120,7 +120,8 @@ class Answer:
                 self._ended = True
             if not self._ended:
                 self._parts.append(part)
-            self._changed.notify_all()
+            if is_first or self._ended:
+                self._changed.notify_all()
         if is_first:
             self._tell()
 

@@ -102,8 +102,8 @@ class RerouteOptions(_Strict):
 class ChatRequest(_Strict):
     """A conversation to go on with, and how.
 
-    Temperature and top_p that are left out are the model's own, of its generation config. `ignore_eos` is vLLM's, with
-    which load tests get answers of one length.
+    Temperature and top_p that are left out are the model's own, of its generation config. `ignore_eos` and
+    `skip_special_tokens` are vLLM's: with them load tests get answers of one length, and see each token.
     """
 
     model: str
@@ -122,6 +122,7 @@ class ChatRequest(_Strict):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=_MOST_ALTERNATIVES)
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     reroute: RerouteOptions = RerouteOptions()
     user: str | None = None
     metadata: dict[str, str] | None = None

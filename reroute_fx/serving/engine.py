@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 0.05
 """Between looks at deadlines while nothing runs."""
+
+_ENDING = "The server is shutting down. Send the request to another, or later."
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,10 @@ class _NobodyWaitsError(Exception):
     """The request of a prompt that runs was cancelled, or is late."""
 
 
+class _DeviceLostError(Exception):
+    """The device computes no more: after some errors of CUDA all that follows fails."""
+
+
 @dataclass(eq=False)
 class _Row:
     """A row of a pool with the answer that grows in it."""
@@ -93,7 +100,6 @@ class _Row:
     chooser: TokenChooser
     text: TextStream
     tokens: int = 0
-    last: int = 0
     told: float = 0.0
 
     @property
@@ -108,7 +114,8 @@ class Engine:
     Prompts never starve answers: between two tokens of an answer lies at most one prompt, of any tier, and one step of
     each tier. Where the programs have compiled regions it is less: before a region of a prompt there is a step if the
     last one is as long ago as it took, so that prompt and answers get half of the time each. A request that is
-    cancelled, late, or whose reader is slow leaves before the next step.
+    cancelled, late, or whose reader is slow leaves before the next step. When its device computes no more, the engine
+    ends, and says so by `is_alive`.
 
     Args:
         tiers: of one model, the first one for requests that ask for none.
@@ -123,10 +130,15 @@ class Engine:
             raise ConfigError(f"tiers are {names}; expected one or more, each once.")
         self.tiers = {tier.name: tier for tier in tiers}
         self.bounds, self.metrics = bounds, metrics
-        self._decode = token_decoder(tokenizer)
+        self._decoders = {special: token_decoder(tokenizer, special) for special in (False, True)}
         self._waiting: deque[_Request] = deque()
         self._waiting_bytes = 0
         self._rows: dict[str, list[_Row]] = {name: [] for name in names}
+        # The last token of each row, on the device.
+        self._tokens = {
+            tier.name: torch.zeros(tier.pool.rows, dtype=torch.int64, device=tier.model.device)
+            for tier in tiers
+        }
         self._changed = threading.Condition()
         self._closed = False
         self._stepped = self._step_seconds = 0.0
@@ -157,7 +169,7 @@ class Engine:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        self._fail_all(ServingError("The server is shutting down. Send the request to another, or later."))
+        self._fail_all(ServingError(_ENDING))
 
     def submit(
         self,
@@ -191,7 +203,7 @@ class Engine:
         request = _Request(inputs, sampling, answers, chosen, answer, now, deadline)
         with self._changed:
             if self._closed:
-                raise ServingError("The server is shutting down. Send the request to another, or later.")
+                raise ServingError(_ENDING)
             is_full = len(self._waiting) >= self.bounds.queue
             if is_full or self._waiting_bytes + request.bytes > self.bounds.queue_bytes:
                 raise QueueFullError(
@@ -213,6 +225,11 @@ class Engine:
         while not self._closed:
             try:
                 worked = self.step()
+            except _DeviceLostError:
+                logger.error("the device computes no more: the engine ends")
+                self._closed = True
+                self._fail_all(ServingError(_ENDING))
+                return
             except Exception as error:  # Whatever it is, nobody may wait forever.
                 _log("a step", error)
                 self._fail_all(
@@ -275,9 +292,11 @@ class Engine:
             if request in self._waiting:
                 self._waiting.remove(request)
                 self._count_waiting(-request.bytes)
-        for row in list(request.rows):
-            self._free(row)
-        request.answer.end(error)
+        try:
+            for row in list(request.rows):
+                self._free(row)
+        finally:
+            request.answer.end(error)
 
     def _free(self, row: _Row) -> None:
         tier = row.request.tier
@@ -307,7 +326,8 @@ class Engine:
             known = isinstance(error, RerouteError)
             if not known:
                 _log("a prompt", error)
-            self._end(request, "failed", error if known else _failure(error))
+            self._fail_all(error if known else _failure(error), [request])
+            _check_device(request.tier)
         return True
 
     @torch.no_grad()
@@ -317,10 +337,12 @@ class Engine:
         with between_regions(lambda: self._pause(request)):
             output = tier.model(**placed, logits_to_keep=1)
         prompt, mask = placed["input_ids"], placed.get("attention_mask")
+        decode = self._decoders[request.sampling.tells_special]
         for number in range(request.answers):
-            slot = tier.pool.claim()
+            # What may fail comes first: a slot is the row's to free.
             chooser = TokenChooser(tier.model, request.sampling, number, prompt)
-            row = _Row(request, number, slot, chooser, TextStream(self._decode, request.sampling.stop))
+            slot = tier.pool.claim()
+            row = _Row(request, number, slot, chooser, TextStream(decode, request.sampling.stop))
             request.rows.append(row)
             self._rows[tier.name].append(row)
             tier.pool.write(slot, output, attention_mask=mask)
@@ -330,9 +352,12 @@ class Engine:
         grids = _grids(tier.model.config, inputs, routing)
         request.answer.put(Started(prompt.shape[1], routing, grids))
         logits = output.logits[:1, -1].expand(request.answers, -1)
-        choices = choose_tokens({row.number: row.chooser for row in request.rows}, logits)
-        for row in list(request.rows):
-            self._take(row, choices[row.number])
+        drawn, choices = choose_tokens({row.number: row.chooser for row in request.rows}, logits)
+        # A copy: what was drawn in inference mode can't be written to.
+        self._tokens[tier.name] = self._tokens[tier.name].clone()
+        for row in request.rows:
+            self._tokens[tier.name][row.place] = drawn[row.number]
+        self._take_all([(row, choices[row.number]) for row in request.rows])
 
     def _pause(self, request: _Request) -> None:
         """Before a region of a request's prompt: a step, if the last one is as long ago as it took."""
@@ -362,31 +387,33 @@ class Engine:
     def _step_rows(self, tier: Tier) -> None:
         """A token for every row of a tier."""
         rows = self._rows[tier.name]
-        tokens, active = [0] * tier.pool.rows, [False] * tier.pool.rows
-        for row in rows:
-            tokens[row.place], active[row.place] = row.last, True
+        choosers = {row.place: row.chooser for row in rows}
         try:
-            logits = tier.pool.step(torch.tensor(tokens, device=tier.model.device), active)
-            choices = choose_tokens({row.place: row.chooser for row in rows}, logits)
+            logits = tier.pool.step(self._tokens[tier.name], [n in choosers for n in range(tier.pool.rows)])
+            self._tokens[tier.name], choices = choose_tokens(choosers, logits)
         except Exception as error:
             _log(f"a step of tier {tier.name}", error)
-            for request in _requests_of(rows):
-                self._end(request, "failed", _failure(error))
+            self._fail_all(_failure(error), _requests_of(rows))
+            _check_device(tier)
             return
-        for row in list(rows):
-            self._take(row, choices[row.place])
+        self._take_all([(row, choices[row.place]) for row in rows])
+
+    def _take_all(self, chosen: Sequence[tuple[_Row, Choice]]) -> None:
+        """The next token of rows."""
+        now = time.monotonic()
+        self.metrics.answer_tokens.inc(len(chosen))
+        for row, choice in chosen:
+            if row.tokens:
+                self.metrics.between_tokens.observe(now - row.told)
+            else:
+                self.metrics.first_token.observe(now - row.request.arrived)
+            row.told = now
+            self._take(row, choice)
 
     def _take(self, row: _Row, choice: Choice) -> None:
         """The next token of a row."""
         request = row.request
-        row.last, row.tokens = choice.token, row.tokens + 1
-        now = time.monotonic()
-        if row.tokens == 1:
-            self.metrics.first_token.observe(now - request.arrived)
-        else:
-            self.metrics.between_tokens.observe(now - row.told)
-        row.told = now
-        self.metrics.answer_tokens.inc()
+        row.tokens += 1
         finish, text = None, ""
         if choice.token in row.chooser.ends:
             finish = "stop"
@@ -405,9 +432,11 @@ class Engine:
             request.answer.end()
             self.metrics.answered.labels("done").inc()
 
-    def _fail_all(self, error: Exception) -> None:
-        for request in self._requests():
-            self._end(request, "failed", error)
+    def _fail_all(self, error: Exception, requests: Sequence[_Request] | None = None) -> None:
+        """End requests, all for None."""
+        for request in self._requests() if requests is None else requests:
+            with suppress(Exception):  # To free rows takes the device, which may have failed.
+                self._end(request, "failed", error)
 
     def _requests(self) -> list[_Request]:
         """All that wait, and all that run."""
@@ -428,6 +457,15 @@ def _grids(
     pictures = [[(config.image_token_id, tokens) for tokens in routing.plan.images[0]]]
     (grids,) = grids_of(config, inputs, pictures)
     return tuple((rows, columns) for _, rows, columns in grids)
+
+
+def _check_device(tier: Tier) -> None:
+    """Raise `_DeviceLostError` if the device of a tier computes no more."""
+    if tier.model.device.type == "cuda":
+        try:
+            torch.cuda.synchronize(tier.model.device)
+        except RuntimeError as error:
+            raise _DeviceLostError from error
 
 
 def _failure(error: Exception) -> ServingError:

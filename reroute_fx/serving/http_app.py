@@ -197,6 +197,7 @@ class _Chat:
             stop=tuple(wanted.stop),
             logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
             ignores_end=wanted.ignore_eos,
+            tells_special=not wanted.skip_special_tokens,
         )
         left = max(0.001, bounds.seconds - (time.monotonic() - arrived))
         came = _Came()

@@ -1,9 +1,9 @@
 """The next token of a row, as `generate` chooses it for that row alone."""
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.generation.logits_process import (
@@ -37,6 +37,7 @@ class Sampling:
         stop: texts before which an answer ends.
         logprobs: alternatives that are told with each token; None to tell no probabilities.
         ignores_end: whether an answer goes on behind a token that ends one.
+        tells_special: whether the text of an answer has special tokens in it.
     """
 
     tokens: int
@@ -46,10 +47,10 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignores_end: bool = False
+    tells_special: bool = False
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A token that was chosen, with log probabilities before temperature and top_p.
 
     Attributes:
@@ -120,38 +121,62 @@ class TokenChooser:
         return config
 
 
-def choose_tokens(choosers: Mapping[int, TokenChooser], logits: torch.Tensor) -> dict[int, Choice]:
+def choose_tokens(
+    choosers: Mapping[int, TokenChooser], logits: torch.Tensor
+) -> tuple[torch.Tensor, dict[int, Choice]]:
     """The next token of each row, by logits ``[rows, V]`` of one model. The device is waited for once.
+
+    Of the tensor ``[rows]`` of tokens, which stays on the device, those of rows without a chooser mean nothing.
 
     Rows that are alike go through the processors and are drawn together, each with random numbers of its own: the
     operators see rows one by one, so that none knows of the others.
     """
-    drawn = logits.argmax(-1)
     alike: dict[Hashable, list[int]] = {}
-    for row, chooser in choosers.items():
+    told = []
+    for row in sorted(choosers):
+        chooser = choosers[row]
         if chooser.samples or chooser.processors:
             alike.setdefault(chooser.alike, []).append(row)
-    for rows in alike.values():
-        index = _index(rows, logits.device)
-        drawn[index] = _choose_alike([choosers[row] for row in rows], logits[index].float())
-    told = [row for row, chooser in choosers.items() if chooser.logprobs is not None]
+        if chooser.logprobs is not None:
+            told.append(row)
+    drawn = _draw_all(choosers, alike.values(), logits)
     if told:
-        index = _index(told, logits.device)
-        return _with_logprobs(choosers, drawn, told, drawn[index], logits[index].float().log_softmax(-1))
+        where = _where(told, logits.device)
+        logprobs = logits[where].float().log_softmax(-1)
+        return drawn, _with_logprobs(choosers, drawn, told, drawn[where], logprobs)
     tokens = drawn.tolist()
-    return {row: Choice(tokens[row]) for row in choosers}
+    return drawn, {row: Choice(tokens[row]) for row in choosers}
 
 
-def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Rows as an index on the device, which is not waited for: it is busy with the step."""
-    index = torch.tensor(rows, pin_memory=device.type == "cuda")
-    return index.to(device, non_blocking=True)
+def _draw_all(
+    choosers: Mapping[int, TokenChooser], alike: Collection[Sequence[int]], logits: torch.Tensor
+) -> torch.Tensor:
+    """The tokens ``[rows]`` of rows that are alike, of each group, and the likeliest ones of all others."""
+    if [len(rows) for rows in alike] == [len(logits)]:
+        return _choose_alike([choosers[row] for row in next(iter(alike))], logits.float())
+    drawn = logits.argmax(-1)
+    for rows in alike:
+        where = _where(rows, logits.device)
+        drawn[where] = _choose_alike([choosers[row] for row in rows], logits[where].float())
+    return drawn
 
 
+def _where(rows: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """Ascending rows as an index: a slice if they lie side by side, otherwise on the device.
+
+    That is not waited for: it is busy with the step.
+    """
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+@torch.inference_mode()
 def _choose_alike(choosers: Sequence[TokenChooser], scores: torch.Tensor) -> torch.Tensor:
     first = choosers[0]
-    if first.processors:
-        scores = first.processors(first.ids, scores)
+    # Not all at once, as a LogitsProcessorList: it asks each for its signature every time.
+    for process in first.processors:
+        scores = process(first.ids, scores)
     if first.samples:
         drawn = draw(scores.softmax(-1), [chooser.generator for chooser in choosers])
     else:
@@ -170,7 +195,7 @@ def draw(shares: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.T
     noise = torch.empty_like(shares)
     for row, generator in zip(noise, generators, strict=True):
         row.exponential_(generator=generator)
-    return (shares / noise).argmax(-1)
+    return torch.div(shares, noise, out=noise).argmax(-1)
 
 
 def _with_logprobs(
@@ -192,15 +217,15 @@ def _with_logprobs(
     return choices
 
 
-def token_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
-    """What `tokenizer.decode` makes of tokens without special ones.
+def token_decoder(tokenizer: Any, tells_special: bool = False) -> Callable[[Sequence[int]], str]:
+    """What `tokenizer.decode` makes of tokens, without special ones unless they are to be told.
 
     Less what that looks for in its arguments, if it can be: it takes longer than all else that a token costs.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or tokenizer.clean_up_tokenization_spaces:
         backend = tokenizer
-    return functools.partial(backend.decode, skip_special_tokens=True)
+    return functools.partial(backend.decode, skip_special_tokens=not tells_special)
 
 
 class TextStream:
@@ -221,32 +246,36 @@ class TextStream:
         self._decode, self._stop = decode, tuple(stop)
         self._ids: list[int] = []
         self._start = self._read = 0
-        self._decoded = self._held = ""
+        self._before = self._held = ""
+        self._decoded: list[str] = []
         self.stopped = False
 
     def add(self, token: int) -> str:
         """What can be told after one more token; empty if nothing new can be."""
         self._ids.append(token)
-        before = self._decode(self._ids[self._start : self._read])
         now = self._decode(self._ids[self._start :])
-        if len(now) <= len(before) or now.endswith("\ufffd"):
+        if len(now) <= len(self._before) or now.endswith("\ufffd"):
             return ""
+        new = now[len(self._before) :]
         self._start, self._read = self._read, len(self._ids)
-        return self._tell(now[len(before) :])
+        self._before = self._decode(self._ids[self._start :])
+        return self._tell(new)
 
     def end(self) -> str:
         """What was held back, when no more tokens come."""
         if self.stopped:
             return ""
-        whole = self._decode(self._ids)
-        rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
+        whole, decoded = self._decode(self._ids), "".join(self._decoded)
+        rest = whole[len(decoded) :] if whole.startswith(decoded) else ""
         told = self._tell(rest)
         if not self.stopped:
             told, self._held = told + self._held, ""
         return told
 
     def _tell(self, new: str) -> str:
-        self._decoded += new
+        self._decoded.append(new)
+        if not self._stop:
+            return new
         text = self._held + new
         found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:

@@ -16,6 +16,7 @@ import reroute_fx
 from reroute_fx import SlotPool
 from reroute_fx.errors import ConfigError, InputError
 from reroute_fx.lowering.inductor import compiled_regions
+from reroute_fx.serving import engine as serving_engine
 from reroute_fx.serving.answers import Piece, Started
 from reroute_fx.serving.bounds import Bounds
 from reroute_fx.serving.engine import Engine, Tier
@@ -170,6 +171,20 @@ def test_an_answer_goes_on_behind_its_end_if_that_is_asked_for(monkeypatch):
     finish(engine)
     assert tokens_of(ends) == first
     assert tokens_of(goes_on) == expected(0, "128", "greedy", 0)[:5]
+
+
+def test_special_tokens_are_told_if_that_is_asked_for(monkeypatch):
+    tokenizer = served.processor().tokenizer
+    model, end = served.models()["128"], tokenizer.eos_token_id
+    monkeypatch.setattr(model.generation_config, "sequence_bias", {(end,): 1000.0})
+    engine = served.engine()
+    asked = [
+        engine.submit(prompts()[2], Sampling(3, 0.0, ignores_end=True, tells_special=on))
+        for on in (False, True)
+    ]
+    finish(engine)
+    texts = ["".join(part.text for part in answer if isinstance(part, Piece)) for answer in asked]
+    assert texts == ["", 3 * tokenizer.eos_token]
 
 
 def test_an_answer_ends_before_a_stop_text():
@@ -425,6 +440,48 @@ def test_a_step_that_fails_fails_its_tier_alone(monkeypatch):
     assert tokens_of(good) == expected(2, "64", "greedy", 0)
     assert tokens_of(again) == expected(2, "128", "greedy", 0)
     assert is_empty(engine)
+
+
+def test_a_request_that_cannot_choose_tokens_holds_no_rows(monkeypatch):
+    engine = served.engine()
+    with monkeypatch.context() as patched:
+        patched.setattr(serving_engine, "TokenChooser", lambda *_: 1 / 0)
+        bad = engine.submit(prompts()[2], Sampling(2), answers=2)
+        finish(engine)
+    with pytest.raises(ServingError, match="ZeroDivisionError"):
+        list(bad)
+    assert is_empty(engine)
+
+
+def test_an_engine_whose_device_is_lost_ends_and_leaves_nobody_waiting(monkeypatch, caplog):
+    def lost(*_):
+        raise RuntimeError("CUDA error: the prompt said secret")
+
+    check, gpu = (
+        serving_engine._check_device,
+        SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda"))),
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(serving_engine, "_check_device", lambda tier: check(gpu))
+    engine = served.engine()
+    pool = engine.tiers["128"].pool
+    # One has rows, one waits for rows, and one is of another tier.
+    answers = [
+        engine.submit(prompts()[2], sampling("hot", LONGEST, 1), answers=2, tier=tier)
+        for tier in ("128", "128", "64")
+    ]
+    engine.step()
+    monkeypatch.setattr(pool, "step", lost)
+    monkeypatch.setattr(pool, "release", lost)
+    engine.start()
+    for answer in answers:
+        with pytest.raises(ServingError, match=r"failed|shutting down") as caught:
+            list(answer)
+        assert "secret" not in str(caught.value) + caplog.text
+    engine._thread.join(60)
+    assert not engine.is_alive
+    with pytest.raises(ServingError, match="shutting down"):
+        engine.submit(prompts()[2], Sampling(1))
 
 
 def test_what_can_never_run_is_refused_at_once():

@@ -122,9 +122,8 @@ def test_a_stream_adds_up_to_the_answer(client):
 
 def test_every_token_has_a_chunk_that_counts_for_who_measures(client):
     options = {"include_usage": True, "continuous_usage_stats": True}
-    stream = ask(
-        client, "Is it?", URLS[0], stream=True, stream_options=options, extra_body={"ignore_eos": True}
-    )
+    asked = {"ignore_eos": True, "skip_special_tokens": False}
+    stream = ask(client, "Is it?", URLS[0], stream=True, stream_options=options, extra_body=asked)
     counted = [chunk.usage.completion_tokens for chunk in stream]
     assert counted == [*range(LENGTH + 1), LENGTH]
 
