@@ -2,8 +2,8 @@
 
     python benchmarks/masked_attention.py [--num-iters 15] [--output-json masked_attention_cpu.json]
 
-Of a prompt of pictures of which the tokens see each other, and of the stages of tier 128, which run on some of its
-tokens: one layer with a window and one without, each handed what says who sees whom. *Causal* is the fused kernel
+Of a prompt of pictures of which the tokens see each other, and of the first stage of tier 128, which runs on some of
+its tokens: one layer with a window and one without, each handed what says who sees whom. *Causal* is the fused kernel
 without a mask, which sees other tokens and is here for its time only. Making a mask is counted apart: one is
 made once for all layers of a kind in a stage. Flex attention (arXiv 2412.05496) leaves out blocks in which nobody sees
 anybody, which its block mask tells, and reads the same token indices and groups as the mask is made of.
@@ -69,9 +69,11 @@ def contenders(rows: Rows, window: int | None) -> dict[str, Callable[[], Any]]:
     # For any number of rows the code that torch 2.13 generates does not compile.
     flex = torch.compile(flex_attention, dynamic=False)
     make_mask = torch.compile(rows.mask, dynamic=True)
+    find_blocks = torch.compile(create_block_mask, dynamic=False)
+    sees = rows.sees(window)
 
     def make_blocks() -> Any:
-        return create_block_mask(rows.sees(window), None, None, length, length, device="cpu")
+        return find_blocks(sees, None, None, length, length, device="cpu")
 
     mask, blocks = make_mask(window), make_blocks()
     runs = {
@@ -96,8 +98,8 @@ def main(
     found: list[dict[str, Any]] = []
     for name, (pictures, window) in PROMPTS.items():
         prompts = Prompts(torch.zeros(1, sum(pictures) + TEXT, 1), pictures)
-        counts = dict.fromkeys(config.tokens_per_layer(LAYERS, prompts.visual))
-        for kept in counts:
+        entering = config.tokens_per_layer(LAYERS, prompts.visual)
+        for kept in (prompts.visual, entering[config.decision_layers[0]]):
             rows = Rows(prompts, kept, heads)
             for reach in (window, None):
                 runs = contenders(rows, reach)
