@@ -120,6 +120,7 @@ def without_its_class(routed, limits=SMALL):
             visual_ids=find_visual_token_ids(routed.config),
             programs={name: lambda p=p, **given: by_name(p(**given)) for name, p in programs.items()},
             groups=traced.groups,
+            stateful=text_decoder(routed).stateful,
         )
     )
 

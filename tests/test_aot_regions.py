@@ -11,6 +11,7 @@ from suite_tiers import one
 from reroute_fx.capture import capture_decoder
 from reroute_fx.errors import BackendUnavailableError, CaptureError
 from reroute_fx.lowering import ScheduledProgram
+from reroute_fx.lowering.example_sizes import ExampleSizes
 from reroute_fx.lowering.inductor import aot_regions
 from reroute_fx.lowering.inductor.aot_regions import package_region, schedule
 from reroute_fx.pipeline import continuation, route
@@ -102,6 +103,27 @@ def test_sizes_of_examples_are_as_captured_and_never_equal(scheduled):
                         assert sizes.setdefault(str(symbol), size) == size
                         assert size >= symbol.node.hint
             assert len(set(sizes.values())) == len(sizes), name
+
+
+@pytest.mark.parametrize("first", ["edges", "product"])
+def test_patches_of_an_example_are_its_rows_times_its_columns(first):
+    """Otherwise a region that lays patches out in rows and columns again can't be traced."""
+
+    class Flat(torch.nn.Module):
+        def forward(self, cells):
+            return cells.flatten(0, 1) + 1
+
+    edges = {0: 2 * torch.export.Dim("rows"), 1: 2 * torch.export.Dim("columns")}
+    program = torch.export.export(Flat(), (torch.zeros(6, 8, 3),), dynamic_shapes=(edges,))
+    cells, patches = (
+        next(n.meta["val"] for n in program.graph.nodes if n.name == name) for name in ("cells", "add")
+    )
+    size, order = ExampleSizes(), [*cells.shape[:2], patches.shape[0]]
+    found = {str(each): size(each) for each in (order if first == "edges" else order[::-1])}
+    height, width, product = (found[str(each)] for each in order)
+    assert height % 2 == width % 2 == 0
+    assert height != width
+    assert product == height * width
 
 
 def test_a_missing_compiler_is_named(region):

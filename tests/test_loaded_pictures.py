@@ -11,6 +11,7 @@ from suite_tiers import share
 import reroute_fx
 from reroute_fx import Limits, LoadedModel, RoutingConfig
 from reroute_fx.errors import InputError, UnsupportedModelError
+from reroute_fx.runtime.loaded_model import _refuse_other_padding
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 RESOLUTIONS = [[16, 32], [32, 16], [32, 32]]
@@ -96,12 +97,12 @@ def test_frames_of_videos(made, families):
     expect_same(routed, loaded, {**prompt(families, [13, 13], token=families.VIDEO), **videos})
 
 
-NAMES = ("Video-LLaVA", "Mistral 3", "PaddleOCR-VL", "MiniMax M3 without blocks")
+NAMES = ("Video-LLaVA", "Mistral 3", "PaddleOCR-VL", "MiniMax M3 without blocks", "LFM2-VL")
 
 
 @pytest.mark.parametrize("name", share(NAMES, [], A_FAMILY))
 def test_beams_take_their_pictures_with_them(name, made, families):
-    """Pictures under another name (``pixel_values_images``), with their sizes, and as patches with grids."""
+    """Pictures under another name (``pixel_values_images``), with their sizes, as patches with grids and padded."""
     routed, loaded = made(name)
     inputs = families.prompts(routed, families.FAMILIES[name])
     expect_same(routed, loaded, inputs)
@@ -124,3 +125,21 @@ def test_what_a_model_is_told_of_each_token_is_not_lost(families, tmp_path):
     routed = reroute_fx.compile(families.FAMILIES["Ernie 4.5 VL"].build(), config=ROUTING, backend="eager")
     with pytest.raises(UnsupportedModelError, match="takes moe_mm_token_type_ids for each token"):
         reroute_fx.export(routed, tmp_path / "artifact")
+
+
+@pytest.mark.parametrize(
+    ("mask", "fits"),
+    [
+        ([[1] * 16 + [0] * 4, [1] * 20], True),
+        ([[1] * 16 + [0] * 4, [1] * 19 + [0]], False),
+        ([[0] * 4 + [1] * 16, [1] * 20], False),
+        ([[1] * 20], False),
+    ],
+)
+def test_padding_stands_behind_the_patches(mask, fits):
+    shapes, mask = torch.tensor([[4, 4], [4, 5]]), torch.tensor(mask)
+    if fits:
+        _refuse_other_padding(shapes, mask)
+    else:
+        with pytest.raises(InputError, match="other patches than spatial_shapes"):
+            _refuse_other_padding(shapes, mask)

@@ -90,6 +90,14 @@ def test_keeping_everything_is_the_unrouted_model(tiny, family, options):
     expect_same_answers(routed_model(tiny, family, EVERYTHING), model, given, TOLERANCE, **GREEDY, **options)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_of_text_is_answered_by_the_model(tiny, family):
+    """Its cache has keys in some layers only."""
+    model, ids = built(tiny, family), torch.tensor([[1, 7, 9, 11, 13], [1, 8, 6, 5, 12]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expect_same_answers(routed_model(tiny, family), model, given, TOLERANCE, **GREEDY)
+
+
 @pytest.mark.full("60 s to compile")
 def test_compiled(tiny):
     model, given = built(tiny, "Qwen3.5"), prompts(tiny, "Qwen3.5")
@@ -99,7 +107,9 @@ def test_compiled(tiny):
 
 def test_what_needs_keys_and_values_is_refused(tiny, tmp_path):
     routed = routed_model(tiny, "Qwen3.5")
-    with pytest.raises(UnsupportedModelError, match=r"know earlier tokens by a state.*can't be exported"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"scan their tokens one after another.*can't be exported"
+    ):
         reroute_fx.export(routed, tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists()
     with pytest.raises(UnsupportedModelError, match="know earlier tokens by a state"):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ from reroute_fx.capture.segments import attend_in_segments, segments
 from reroute_fx.capture.tile_packing import find_packing
 from reroute_fx.capture.vision_tower import capture_vision_tower
 from reroute_fx.errors import CaptureError, InputError, UnsupportedModelError
+from reroute_fx.lowering import ScheduledProgram
+from reroute_fx.lowering.inductor.aot_regions import load_region, package_region, schedule
+from reroute_fx.lowering.onnx.onnx_program import OnnxProgram, write_onnx
 from reroute_fx.lowering.regions import share_regions
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -243,6 +247,40 @@ def test_pictures_that_tell_their_grid_by_their_shape(grid):
         PatchedImages((96,), merge=2).check(torch.zeros(32, 96), torch.tensor(grid))
 
 
+@pytest.mark.parametrize(
+    ("shape", "shapes", "match"),
+    [
+        ((2, 20, 96), [[4, 5], [4, 4]], r"expected \[pictures, patches, 48\]"),
+        ((40, 48), [[4, 5], [4, 4]], r"expected \[pictures, patches, 48\]"),
+        ((2, 20, 48), None, r"spatial_shapes are None; expected rows and columns of each of 2"),
+        ((2, 20, 48), [[4, 4]], r"expected rows and columns of each of 2 pictures"),
+        ((2, 20, 48), [[4, 4], [4, 6]], r"of up to 20 patches"),
+        ((2, 20, 48), [[4, 4], [4, 5]], r"expected multiples of 2"),
+        ((2, 20, 48), [[4, 4], [2, 8]], r"expected one frame, and 4 patches or more"),
+    ],
+)
+def test_padded_patches_have_to_fit(shape, shapes, match):
+    with pytest.raises(InputError, match=match):
+        PatchedImages((48,), 2, padded=True).check(
+            torch.zeros(shape), None if shapes is None else torch.tensor(shapes)
+        )
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_padded_patches_are_repeated_with_their_row(times):
+    """Rows with two pictures, none, and one."""
+    given = {
+        "pixel_values": torch.arange(3.0).view(3, 1, 1).expand(3, 20, 48),
+        "spatial_shapes": torch.tensor([[4, 4], [4, 5], [4, 4]]),
+        "pixel_attention_mask": torch.ones(3, 20),
+    }
+    repeated = PatchedImages((48,), 2, padded=True).repeat(given, list(given), [9, 0, 4], times)
+    order = [*[0, 1] * times, *[2] * times]
+    assert repeated["pixel_values"][:, 0, 0].tolist() == order
+    assert torch.equal(repeated["spatial_shapes"], given["spatial_shapes"][order])
+    assert len(repeated["pixel_attention_mask"]) == len(order)
+
+
 def test_sizes_that_are_known_count_like_a_tensor():
     """What models make of ``image_grid_thw``: rows, products, shares, lists, and tensors where torch needs one."""
     rows = [[1, 4, 6], [2, 8, 10]]
@@ -273,6 +311,14 @@ def pictures_of(name):
         grid = torch.tensor([[1, 6, 14], [1, 4, 4], [1, 18, 4]])
         shape = (3, 14, 14) if name == "PaddleOCR-VL" else (96,)
         return {"pixel_values": torch.randn(int(grid.prod(dim=-1).sum()), *shape), "image_grid_thw": grid}
+    if name == "LFM2-VL":
+        shapes = torch.tensor([[6, 14], [4, 4], [18, 4]])
+        mask = (torch.arange(90) < shapes.prod(dim=-1)[:, None]).long()
+        return {
+            "pixel_values": torch.randn(3, 90, 48),
+            "spatial_shapes": shapes,
+            "pixel_attention_mask": mask,
+        }
     if name == "Mistral 3":
         sizes = torch.tensor([[16, 24], [32, 16], [16, 16]])
         return {"pixel_values": torch.randn(3, 3, 32, 24), "image_sizes": sizes}
@@ -286,6 +332,7 @@ EXPECTED_IMAGES = {
     "Mistral 3": SizedImages(3, 8),
     "PaddleOCR-VL": PatchedImages((3, 14, 14), merge=2),
     "MiniMax M3 without blocks": PatchedImages((96,), merge=2),
+    "LFM2-VL": PatchedImages((48,), merge=2, padded=True),
     "SmolVLM": TiledImages(3, 16, 16, tokens=4),
 }
 
@@ -298,7 +345,9 @@ def test_towers_that_know_more_than_patches(benchmark_module, name):
     model, given = benchmark_module("tiny_families").FAMILIES[name].build(), pictures_of(name)
     captured = capture_vision_tower(model)
     assert captured.images == EXPECTED_IMAGES[name]
-    pixels, grid = given["pixel_values"], given.get("image_grid_thw", given.get("image_sizes"))
+    pixels = given["pixel_values"]
+    grids = (given[each] for each in ("image_grid_thw", "image_sizes", "spatial_shapes") if each in given)
+    grid = next(grids, None)
     captured.images.check(pixels, grid)
     found = encode(captured.program.module(), captured.images, pixels, grid)["features"]
     expected = [part.flatten(0, -2) for part in model.get_image_features(**given).pooler_output if len(part)]
@@ -348,6 +397,26 @@ def test_tiles_are_laid_out_as_in_their_picture(name, benchmark_module):
         expected = model.get_video_features(frames).pooler_output
         assert captured.images.sizes(frames, None) == [*map(len, expected)] == [21, 21]
         expect(encode(run, captured.images, frames, None)["features"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "edge", "resolutions", "most", "tokens"),
+    [
+        ("LLaVA-NeXT", 336, [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]], None, 2340),
+        ("LLaVA-OneVision", 384, list(itertools.product(range(384, 2305, 384), repeat=2)), 9, 2929),
+    ],
+)
+def test_tiles_of_published_sizes(name, edge, resolutions, most, tokens, benchmark_module):
+    family = benchmark_module("tiny_families").FAMILIES[name]
+    vision = {**family.more["vision_config"], "image_size": edge, "patch_size": 14}
+    more = {
+        **family.more,
+        "vision_config": vision,
+        "image_grid_pinpoints": [list(each) for each in resolutions],
+    }
+    found = find_packing(dataclasses.replace(family, more=more).build())
+    assert (found.most, found.takes_videos) == (most, name == "LLaVA-OneVision")
+    assert found.sizes(torch.zeros(1, 5), torch.tensor([[480, 640]])) == [tokens]
 
 
 @pytest.mark.parametrize(
@@ -416,6 +485,39 @@ def test_tiles_with_sizes_are_repeated_with_their_row(times):
     assert repeated["pixel_values"].flatten().tolist() == order
     assert torch.equal(repeated["image_sizes"], given["image_sizes"][order])
     assert repeated["batch_num_images"].tolist() == [*[2] * times, *[1] * times]
+
+
+def ahead_of_time(program, folder):
+    parts, regions = schedule(program), []
+    for i, region in enumerate(parts.regions):
+        path = folder / f"{i}.pt2"
+        path.write_bytes(package_region(region, torch.device("cpu")))
+        regions.append(load_region(path, torch.device("cpu")))
+    return ScheduledProgram(parts.schedule, regions, {**program.state_dict, **program.constants})
+
+
+def as_onnx(program, folder):
+    return OnnxProgram(write_onnx({"images": program}, folder)["images"]).run
+
+
+@pytest.mark.full("25 s to 60 s each; a new kind of tower, the same lowering")
+@pytest.mark.parametrize("write", [as_onnx, ahead_of_time])
+@pytest.mark.parametrize("name", ["LLaVA-OneVision", "PaddleOCR-VL"])
+def test_compiled_towers_take_pictures_of_other_sizes(name, write, benchmark_module, tmp_path):
+    torch.manual_seed(5)
+    if name in TILED:
+        model = of_tiles(benchmark_module, name)
+        pixels, grid = tiles_of([[40, 30], [100, 100], [17, 90]], TILED[name])
+        expected = model.get_image_features(pixels, image_sizes=grid).pooler_output
+    else:
+        model = benchmark_module("tiny_families").FAMILIES[name].build()
+        given = pictures_of(name)
+        pixels, grid = given.values()
+        expected = model.get_image_features(**given).pooler_output
+    captured = capture_vision_tower(model)
+    found = encode(write(captured.program, tmp_path), captured.images, pixels, grid)["features"]
+    off = (found - torch.cat(list(expected))).abs().max() / torch.cat(list(expected)).abs().max()
+    assert off <= 100 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(

@@ -126,11 +126,11 @@ def _check_arguments(routed: Any, limits: Any, processor: Any) -> None:
         raise ConfigError(
             f"routed is a {type(routed).__name__}; expected what reroute_fx.compile returned. Compile the model first."
         )
-    if any(reach.state for reach in routed.report.reaches):
+    if _scans(routed):
         raise UnsupportedModelError(
-            f"Layers of {type(routed).__name__} know earlier tokens by a state (linear attention, convolutions), whose "
-            f"operators run in this process only; expected attention in all of them. It can't be exported; use "
-            f"reroute_fx.compile."
+            f"Layers of {type(routed).__name__} scan their tokens one after another (linear attention by the gated "
+            f"delta rule), by an operator that runs in this process only; expected attention or convolutions in all of "
+            f"them. It can't be exported; use reroute_fx.compile."
         )
     if token_inputs := text_decoder(routed).token_inputs:
         raise UnsupportedModelError(
@@ -144,6 +144,12 @@ def _check_arguments(routed: Any, limits: Any, processor: Any) -> None:
         raise ConfigError(
             f"processor is a {type(processor).__name__}; expected the processor of the model, from AutoProcessor."
         )
+
+
+def _scans(routed: RoutedModel) -> bool:
+    graphs = [executable.program.graph for executable in routed.programs.values()]
+    scan = torch.ops.reroute.gated_delta.default
+    return any(graph.find_nodes(op="call_function", target=scan) for graph in graphs)
 
 
 @dataclass(frozen=True)
@@ -211,6 +217,7 @@ def _write(
         programs=programs,
         files=list_files(folder),
         asked=asked_inputs(traced.programs["prefill"]),
+        stateful=text_decoder(routed).stateful,
     )
     manifest.write(folder)
     phase("checking")

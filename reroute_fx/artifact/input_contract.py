@@ -1,13 +1,8 @@
 """The contract of a call: names, kinds and sizes of its inputs."""
 
-from ..capture.image_layout import (
-    AnyImages,
-    CroppedImages,
-    FixedImages,
-    PatchedImages,
-    SizedImages,
-    TiledImages,
-)
+from ..capture.cropped_images import CroppedImages
+from ..capture.image_layout import AnyImages, FixedImages, SizedImages, TiledImages
+from ..capture.patched_images import PatchedImages
 from .manifest import InputSpec
 
 _TEXT = {
@@ -36,6 +31,12 @@ def input_contract(images: AnyImages, dtype: str) -> dict[str, InputSpec]:
         return _TEXT | {
             "pixel_values": InputSpec(dtype, ("pictures", images.channels, "height", "width"), required=True),
             "image_sizes": InputSpec("int64", ("pictures", 2), required=True),
+        }
+    if isinstance(images, PatchedImages) and images.padded:
+        return _TEXT | {
+            "pixel_values": InputSpec(dtype, ("pictures", "patches", *images.values), required=True),
+            "spatial_shapes": InputSpec("int64", ("pictures", 2), required=True),
+            "pixel_attention_mask": InputSpec("int64", ("pictures", "patches"), required=False),
         }
     if isinstance(images, PatchedImages):
         return _TEXT | {

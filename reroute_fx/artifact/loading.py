@@ -85,6 +85,7 @@ def read_model(
         visual_ids=manifest.visual_ids,
         programs=programs,
         asked=manifest.asked,
+        stateful=manifest.stateful,
     )
     return LoadedModel(parts, ArtifactReport(folder, manifest), _read_processor(folder, manifest))
 

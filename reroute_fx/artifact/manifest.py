@@ -82,6 +82,7 @@ class Manifest:
         programs: by name.
         files: all files but this one.
         asked: inputs that the program for prompts takes because rules ask for them.
+        stateful: layers that know earlier tokens by a state, not by attention.
     """
 
     schema: int
@@ -103,6 +104,7 @@ class Manifest:
     asked: tuple[str, ...] = ()
     layer_features: LayerFeatures | None = None
     groups: PromptGroups | None = None
+    stateful: tuple[int, ...] = ()
 
     @property
     def weight_bytes(self) -> int:

@@ -75,7 +75,7 @@ class KnownSizes:
     def sum(self, dim: int | None = None) -> Any:
         return self._reduced(sum, dim)
 
-    def cumsum(self, dim: int, dtype: torch.dtype | None = None) -> "KnownSizes":
+    def cumsum(self, dim: int, dtype: torch.dtype | None = None) -> Any:
         assert self.ndim == 1
         return self._of([sum(self._values[: i + 1]) for i in range(len(self))])
 

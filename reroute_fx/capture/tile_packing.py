@@ -4,7 +4,7 @@ import copy
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -43,9 +43,7 @@ def find_packing(model: Any) -> CroppedImages | None:
     )
     asked = _with_any_tower(model, known)
     candidates = [known, replace(known, most=_most(config))]
-    found = next(
-        (images for images in candidates if _agree(lambda each=images: _pictures(asked, each))), None
-    )
+    found = next((images for images in candidates if _agree(_pictures(asked, images))), None)
     if found is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} lays out the features of tiles (image_newline, image_grid_pinpoints) in another "
@@ -53,7 +51,7 @@ def find_packing(model: Any) -> CroppedImages | None:
             f"It can't be exported; use reroute_fx.compile."
         )
     with_videos = replace(found, takes_videos=True)
-    return with_videos if _agree(lambda: _videos(asked, with_videos)) else found
+    return with_videos if _agree(_videos(asked, with_videos)) else found
 
 
 def _most(config: Any) -> int | None:
@@ -63,11 +61,11 @@ def _most(config: Any) -> int | None:
 
 
 @torch.no_grad()
-def _agree(pairs: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]) -> bool:
+def _agree(pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> bool:
     try:
         return all(
             found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
-            for found, expected in pairs()
+            for found, expected in pairs
         )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # Of the model's own code.
         return False
@@ -105,7 +103,10 @@ def _laid_out(
 def _with_any_tower(model: Any, images: CroppedImages) -> Any:
     """The model with a tower and a projector that know no picture and treat each feature alone."""
     asked = copy.copy(model.base_model)
-    asked._parameters = {**asked._parameters, "image_newline": nn.Parameter(torch.full((_WIDTH,), 2.0))}
+    asked._parameters = {
+        **asked._parameters,
+        "image_newline": nn.Parameter(torch.full((_WIDTH,), 2.0, dtype=torch.float64)),
+    }
     first = 1 if model.config.vision_feature_select_strategy == "default" else 0
     parts = {
         "vision_tower": _AnyTower(first, images.side**2, model.config.vision_config.num_hidden_layers),
@@ -127,7 +128,9 @@ class _AnyTower(nn.Module):
         return BaseModelOutputWithPooling(hidden_states=(states,) * (self.layers + 1))
 
     def features(self, tiles: int) -> torch.Tensor:
-        return torch.randn(tiles, self.tokens, _WIDTH, generator=torch.Generator().manual_seed(0))
+        """In double precision: rounded places of means would look like others."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(tiles, self.tokens, _WIDTH, generator=generator, dtype=torch.float64)
 
 
 class _Bent(nn.Module):

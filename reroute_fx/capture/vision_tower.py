@@ -136,7 +136,7 @@ def _tower(model: PreTrainedModel) -> tuple[Any, AnyImages]:
         tower = _FixedTower if model.config.model_type == "llava" else _AnyFixedTower
         return tower(model), fixed
     if (patched := patched_images(model)) is not None:
-        return PatchedTower(model), patched
+        return PatchedTower(model, patched.padded), patched
     raise UnsupportedModelError(
         f"{type(model).__name__} has a vision tower ({type(vision).__name__}) that can't be exported yet; expected one "
         f"that takes pictures of one size and nothing else of them (LLaVA-1.5, InternVL), tiles (SmolVLM, LLaVA-NeXT), "

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_collecting() -> Iterator[None]:
-    """While it lasts, Python looks for no cycles of garbage: an eighth of the time from a model to its second token."""
+    """While it lasts, Python looks for no cycles of garbage."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -18,6 +18,7 @@ from .. import kernels
 _REFERENCES: dict[Any, Callable[..., Any]] = {
     torch.ops.reroute.attention_with_sinks.default: kernels.attention_with_sinks_reference,
     torch.ops.reroute.attention_with_softcap.default: kernels.attention_with_softcap_reference,
+    torch.ops.reroute.causal_convolution.default: kernels.causal_convolution_reference,
     torch.ops.reroute.visual_scores.default: kernels.visual_scores_reference,
     torch.ops.reroute.select_tokens.default: kernels.select_tokens_reference,
     torch.ops.reroute.compact_tokens.default: kernels.compact_tokens_reference,
@@ -27,6 +28,7 @@ _REFERENCES: dict[Any, Callable[..., Any]] = {
 _WITHOUT_KERNEL = {
     torch.ops.reroute.attention_with_sinks.default,
     torch.ops.reroute.attention_with_softcap.default,
+    torch.ops.reroute.causal_convolution.default,
 }
 """What the reference spells in operators that Inductor or PyTorch fuses."""
 

@@ -140,9 +140,10 @@ def latent_width(model_config: Any) -> int | None:
 def check_plain_cache(cache: Any, model_config: Any, batch: int) -> None:
     """A cache that nothing was routed into has to fit the decoder at least."""
     count, heads, width = cache_sizes(model_config)
-    layers = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
+    # Layers that know earlier tokens by a state have no keys at all.
+    layers = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", 0) is not None]
     expected = count, batch, heads, width
-    first = layers[0].keys.shape if layers else (0, 0, 0, 0)
+    first = next((layer.keys.shape for layer in layers if hasattr(layer, "keys")), (0, 0, 0, 0))
     found = len(layers), first[0], first[1], first[3]
     if found != expected:
         raise InputError(

@@ -55,6 +55,7 @@ class Parts:
         programs: by the names in `PROGRAMS`.
         asked: inputs that the program for prompts takes because rules ask for them.
         groups: which tokens of a prompt see each other; None if none sees later ones.
+        stateful: layers that know earlier tokens by a state, not by attention.
     """
 
     config: Any
@@ -70,6 +71,7 @@ class Parts:
     programs: Mapping[str, Program]
     asked: tuple[str, ...] = ()
     groups: PromptGroups | None = None
+    stateful: tuple[int, ...] = ()
 
 
 def _signature_of(template: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -111,6 +113,7 @@ class LoadedModel(RoutedModel, GenerationMixin):
         self._decoder.routing_config = parts.routing_config
         self._decoder.position_rank = 2 if parts.positions is None else 3
         self._decoder.layer_features = parts.layer_features
+        self._decoder.stateful = parts.stateful
         self._decoder.owner = owner
         self._decoder.uses_buckets = False
         self._decoder.config = parts.config.get_text_config(decoder=True)
@@ -157,6 +160,7 @@ class LoadedModel(RoutedModel, GenerationMixin):
         video_grid_thw: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         batch_num_images: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         second_per_grid_ts: torch.Tensor | None = None,
         video_second_per_grid: torch.Tensor | None = None,
@@ -182,8 +186,9 @@ class LoadedModel(RoutedModel, GenerationMixin):
             image_sizes: height and width of each image in pixels, ``[n, 2]`` int64, of models that are told them.
             batch_num_images: how many images were given together, ``[groups]`` int64, of models that cut only images
                 that were given alone into tiles; None if all were.
+            spatial_shapes: rows and columns of patches of each image, ``[n, 2]`` int64, of models that are told them.
             pixel_attention_mask: 0 for pixels that are padding, ``[B, tiles, height, width]``: none in tiles that hold
-                any others.
+                any others. Or 0 for patches that are, ``[n, patches]``: those behind what `spatial_shapes` says.
             second_per_grid_ts: seconds between the frames of each video; None for 1.
             video_second_per_grid: the same, as processors of Qwen-Omni call it.
             mm_token_type_ids: 0 for text, 1 for images, 2 for videos, ``[B, S]``; only models whose videos have the
@@ -206,7 +211,11 @@ class LoadedModel(RoutedModel, GenerationMixin):
         addends = layers.none(embeds) if layers else {}
         grids: dict[int, torch.Tensor] = {}
         pixel_values = pixel_values_images if pixel_values is None else pixel_values
-        _refuse_padded_tiles(pixel_values, pixel_attention_mask)
+        if spatial_shapes is None:
+            _refuse_padded_tiles(pixel_values, pixel_attention_mask)
+        else:
+            _refuse_other_padding(spatial_shapes, pixel_attention_mask)
+            image_grid_thw = spatial_shapes
         videos = {"pixel_values_videos": pixel_values_videos, "mm_token_type_ids": mm_token_type_ids}
         named_ids = name_videos(self.config, input_ids, videos)
         if image_sizes is not None:
@@ -333,7 +342,15 @@ class LoadedModel(RoutedModel, GenerationMixin):
 
 
 PICTURES = {
-    "image": ("pixel_values", "pixel_values_images", "image_grid_thw", "image_sizes", "batch_num_images"),
+    "image": (
+        "pixel_values",
+        "pixel_values_images",
+        "image_grid_thw",
+        "image_sizes",
+        "batch_num_images",
+        "spatial_shapes",
+        "pixel_attention_mask",
+    ),
     "video": ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "video_second_per_grid"),
 }
 """Inputs of each kind of pictures: pixels, grids and what else has an entry for each."""
@@ -347,6 +364,18 @@ def _refuse_padded_tiles(pixels: torch.Tensor | None, mask: torch.Tensor | None)
         raise InputError(
             f"pixel_attention_mask, {list(mask.shape)}, has padding inside a tile of pixel_values, "
             f"{list(pixels.shape)}; expected whole tiles. Let the processor split pictures (do_image_splitting)."
+        )
+
+
+def _refuse_other_padding(shapes: torch.Tensor, mask: torch.Tensor | None) -> None:
+    if mask is None:
+        return
+    patches = shapes.prod(dim=-1)
+    places = torch.arange(mask.shape[-1], device=patches.device)
+    if mask.ndim != 2 or len(mask) != len(shapes) or ((places < patches[:, None]) != mask.bool()).any():
+        raise InputError(
+            f"pixel_attention_mask, {list(mask.shape)}, has other patches than spatial_shapes, {shapes.tolist()}; "
+            f"expected those of each picture first, then padding. Pass what the processor returns."
         )
 
 
