@@ -309,14 +309,15 @@ def test_tune_writes_what_config_takes(checkpoint, tmp_path):
         lines.append(json.dumps({"image": f"{seed}.png", "text": f"Where is the star {seed}?"}))
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     files = ["--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "tuned.json"]
-    amounts = ["--trials", 2, "--max-new-tokens", 2, "--workers", 1]
+    amounts = ["--trials", 2, "--max-new-tokens", 2, "--workers", 1, "--target-weight", 0.5]
     result = run("tune", checkpoint, "--tier", 0.5, *amounts, *files, "--dtype", "float32")
     assert result.exit_code == 0, result.stderr
     assert "Plan: up to 2 trials" in result.stderr
     assert re.search(r"chosen.*reference", said(result))
     inspected = run("inspect", checkpoint, "--config", tmp_path / "tuned.json", "--json")
-    config = json.loads((tmp_path / "tuned.json").read_text())["config"]
-    assert json.loads(inspected.stdout)["config"] == config
+    written = json.loads((tmp_path / "tuned.json").read_text())
+    assert json.loads(inspected.stdout)["config"] == written["config"]
+    assert written["tuned"]["target_weight"] == 0.5
 
 
 @pytest.mark.parametrize(("stopped", "code"), [("interrupted", 130), ("the time is up", 0)])

@@ -46,6 +46,15 @@ def tune(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="of the search", rich_help_panel=_SEARCH)] = 0,
+    target_weight: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="NATS",
+            help="how much it counts to miss what answers depend on; for answers of one word",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = 0.0,
     log: Annotated[
         Path | None,
         typer.Option(
@@ -76,8 +85,8 @@ def tune(
     check_file(output)
     if plot:
         check_plot(plot)
-    routing = read_routing(model, revision, tier=tier, action=action)
     pairs = prompts_of(model, prompts, num_prompts)
+    routing = read_routing(model, revision, tier=tier, action=action)
     with MESSAGES.status("loading"):
         loaded = load_model(model, place, dtype, revision)
     tuned = search(
@@ -89,6 +98,7 @@ def tune(
         seconds=seconds,
         seed=seed,
         action=routing.action,
+        target_weight=target_weight,
         max_new_tokens=max_new_tokens,
         log=log,
         workers=workers,

@@ -62,6 +62,8 @@ class TuningFacts:
         divergence: mean over the prompts that the search saw, in nats for a token.
         held_out_divergence: mean over the others.
         agreement: share of greedy tokens that stay the same, over all prompts.
+        target_weight: nats that missing all targets counted, see `tune`.
+        missed: share of the targets that layers run without, over all prompts; None if nobody asked.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = _FORBID
@@ -78,6 +80,8 @@ class TuningFacts:
     divergence: float
     held_out_divergence: float
     agreement: float
+    target_weight: float = 0.0
+    missed: float | None = None
 
 
 @dataclass(frozen=True)

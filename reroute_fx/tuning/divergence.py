@@ -3,7 +3,7 @@
 The unrouted model answers each prompt, greedily. A routed model is asked how likely it finds each token of that answer:
 one prefill, then one call over the answer on the routed cache, so that decoding is judged too. The divergence of a
 prompt is the mean over the answer's tokens of ``sum_v p(v) (log p(v) - log q(v))``, unrouted p against routed q
-(Kullback and Leibler, 1951).
+(Kullback and Leibler, 1951). Where it is asked for, what is lost is also counted in the tokens that answers depend on.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from ..pipeline import DecoderPrograms
 from ..runtime import RoutedModel, make_routed_model
 from ..runtime.call_checks import VISUAL_INPUTS
 from .read_prompts import Batch
+from .targets import Targets, missed_targets
 
 _KEPT = 8
 """Routed models that wait for more prompts."""
@@ -37,12 +38,14 @@ class Answered:
         tokens: of the answers, ``[B, T]``; padded behind.
         is_token: which of them belong to an answer, its end token included, ``[B, T]`` bool.
         log_probs: of the next token at each of them, ``[B, T, vocabulary]``.
+        targets: for each prompt, or none at all.
     """
 
     inputs: Batch
     tokens: torch.Tensor
     is_token: torch.Tensor
     log_probs: torch.Tensor
+    targets: tuple[Targets, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -56,13 +59,23 @@ class Losses:
     Attributes:
         divergence: of each prompt, in nats for a token.
         agreement: for each prompt the share of the answer's tokens at which both models find the same one most likely.
+        missed: for each prompt the share of its targets that layers run without; empty if it was not asked for.
     """
 
     divergence: tuple[float, ...] = ()
     agreement: tuple[float, ...] = ()
+    missed: tuple[float, ...] = ()
 
     def __add__(self, more: "Losses") -> "Losses":
-        return Losses(self.divergence + more.divergence, self.agreement + more.agreement)
+        return Losses(
+            self.divergence + more.divergence, self.agreement + more.agreement, self.missed + more.missed
+        )
+
+    def total(self, target_weight: float) -> tuple[float, ...]:
+        """What each prompt counts in a search, in nats: its divergence, and for missing all targets that weight."""
+        if not target_weight:
+            return self.divergence
+        return tuple(a + target_weight * b for a, b in zip(self.divergence, self.missed, strict=True))
 
 
 @one_at_a_time
@@ -141,12 +154,12 @@ class Router:
             if batch.tokens.shape[1] > 1:
                 more = routed(input_ids=batch.tokens[:, :-1], past_key_values=first.past_key_values)
                 logits = torch.cat([logits, more.logits], dim=1)
-            found += _compare(batch, logits)
+            found += compare(batch, logits, missed_targets(first.routing.selected, batch.targets))
         return found
 
 
-def _compare(batch: Answered, logits: torch.Tensor) -> Losses:
-    """Of next-token logits ``[B, T, vocabulary]`` along the answers."""
+def compare(batch: Answered, logits: torch.Tensor, missed: tuple[float, ...]) -> Losses:
+    """What next-token logits ``[B, T, vocabulary]`` along the answers lose, and what they `missed`."""
     expected, weight = batch.log_probs.float(), batch.is_token.float()
     terms = expected.exp() * (expected - logits.float().log_softmax(dim=-1))
     # Of a token that can't come nothing is lost.
@@ -156,6 +169,7 @@ def _compare(batch: Answered, logits: torch.Tensor) -> Losses:
     return Losses(
         tuple(((divergence * weight).sum(dim=1) / count).tolist()),
         tuple(((same * weight).sum(dim=1) / count).tolist()),
+        missed,
     )
 
 

@@ -15,13 +15,19 @@ that ships 0.31 and 0.38, which find 74 and 61 % of the boxes, are not), and wha
 
 def judge(search: Search, measure: Measure) -> tuple[Finalist, list[Finalist]]:
     """The tier's exact schedule, and the best trials, the closest on the prompts of the search first."""
-    complete = sorted((t for t in search.trials if t.is_complete), key=lambda trial: trial.divergence)
+    complete = sorted((t for t in search.trials if t.is_complete), key=lambda trial: trial.loss)
     configs = list(dict.fromkeys(trial.config for trial in complete))[:_FINALISTS]
     reference = search.space.reference
     jobs = [(config, part) for config in (reference, *configs) for part in (FIRST, REST, HELD_OUT)]
     losses = iter(measure(jobs))
     finalists = [
-        Finalist(config, search.space.cost(config), next(losses) + next(losses), next(losses))
+        Finalist(
+            config,
+            search.space.cost(config),
+            next(losses) + next(losses),
+            next(losses),
+            search.target_weight,
+        )
         for config in (reference, *configs)
     ]
     return finalists[0], finalists[1:]
@@ -46,7 +52,7 @@ def _mean(finalist: Finalist) -> float:
 
 
 def _all(finalist: Finalist) -> tuple[float, ...]:
-    return (finalist.searched + finalist.held_out).divergence
+    return (finalist.searched + finalist.held_out).total(finalist.target_weight)
 
 
 def _is_farther(one: Finalist, best: Finalist) -> bool:
@@ -59,8 +65,8 @@ def not_dominated(finalists: Sequence[Finalist]) -> list[Finalist]:
     """Those than which no other is as close and as cheap, and closer or cheaper; the closest first."""
 
     def is_better(one: Finalist, other: Finalist) -> bool:
-        a, b = (one.divergence, one.cost), (other.divergence, other.cost)
+        a, b = (one.loss, one.cost), (other.loss, other.cost)
         return a != b and a[0] <= b[0] and a[1] <= b[1]
 
     left = [each for each in finalists if not any(is_better(other, each) for other in finalists)]
-    return sorted(left, key=lambda each: each.divergence)
+    return sorted(left, key=lambda each: each.loss)

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def _read_log(path: Path, facts: Mapping[str, Any]) -> dict[str, Losses]:
     # Behind the last line break is nothing, or what a killed process left half written.
     for line in lines[:-1]:
         given = json.loads(line)
-        known[given["job"]] = Losses(tuple(given["divergence"]), tuple(given["agreement"]))
+        known[given["job"]] = Losses(*(tuple(given[each.name]) for each in fields(Losses)))
     if lines[-1:] != [""]:
         path.write_text("\n".join([header, *lines[:-1], ""]), encoding="utf-8")
     return known

@@ -281,7 +281,7 @@ def _count(seen: Observation, share: float) -> _Counted:
         for name, queries in (("recall", "last"), ("text_recall", "text")):
             arrays[name] = _recall(seen, queries, [share])[:, :-1, 0]
             arrays[queries] = _recall(seen, queries, SHARES)
-        targets = tuple(_targets(seen).tolist())
+        targets = tuple(target_tokens(seen).tolist())
     small = {name: array.double().cpu().numpy() for name, array in arrays.items()}
     return _Counted(seen.last.shape[-1], small, targets, _attended(seen))
 
@@ -325,7 +325,7 @@ def _recall(seen: Observation, queries: str, shares: Sequence[float]) -> Tensor:
     """
     attention = getattr(seen, queries)
     attention = torch.cat([attention, attention.mean(dim=1, keepdim=True)], dim=1)
-    places = _ranked(attention).argsort(dim=-1)[..., _targets(seen)]  # [L, H + 1, targets]
+    places = _ranked(attention).argsort(dim=-1)[..., target_tokens(seen)]  # [L, H + 1, targets]
     counts = [keep_count(attention.shape[-1], share) for share in shares]
     return torch.stack([(places < count).double().mean(dim=-1) for count in counts], dim=-1)
 
@@ -339,7 +339,8 @@ def _target_count(seen: Observation) -> int:
     return max(1, round(_TARGETS * seen.last.shape[-1]))
 
 
-def _targets(seen: Observation) -> Tensor:
+def target_tokens(seen: Observation) -> Tensor:
+    """The visual tokens on which a prompt's answer depends: see `Profile.targets`."""
     assert seen.saliency is not None
     return _ranked(seen.saliency)[: _target_count(seen)]
 

@@ -38,11 +38,13 @@ class Trial:
     Attributes:
         config: the configuration.
         losses: on the prompts that it saw.
+        loss: mean of what they count in the search.
         is_complete: whether it saw all prompts of the search.
     """
 
     config: RoutingConfig
     losses: Losses
+    loss: float
     is_complete: bool
 
     @property
@@ -58,12 +60,14 @@ class Search:
         space: what is searched.
         proposed: points to try first.
         seed: of all that is by chance.
+        target_weight: see `tune`.
         trials: what was tried so far, whole rounds in order.
     """
 
     space: SearchSpace
     proposed: Sequence[Point]
     seed: int
+    target_weight: float = 0.0
     trials: list[Trial] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -87,19 +91,22 @@ class Search:
         found = measure([(config, FIRST) for _, config in asked])
         survivors = []
         for number, (trial, _) in enumerate(asked):
-            trial.report(statistics.fmean(found[number].divergence), 1)
+            trial.report(self._loss(found[number]), 1)
             if not trial.should_prune():
                 survivors.append(number)
         rest = measure([(asked[number][1], REST) for number in survivors])
         for number, losses in zip(survivors, rest, strict=True):
             found[number] += losses
         for number, (trial, config) in enumerate(asked):
-            tried = Trial(config, found[number], number in survivors)
+            tried = Trial(config, found[number], self._loss(found[number]), number in survivors)
             self.trials.append(tried)
             if tried.is_complete:
-                self._study.tell(trial, tried.divergence)
+                self._study.tell(trial, tried.loss)
             else:
                 self._study.tell(trial, state=self._pruned)
+
+    def _loss(self, losses: Losses) -> float:
+        return statistics.fmean(losses.total(self.target_weight))
 
     def _ask(self) -> tuple[Any, RoutingConfig]:
         """A trial and its configuration; one that costs something else is mended and asked for."""

@@ -1,8 +1,10 @@
 """Find the routing of a model that loses least at a tier's cost, on prompts without labels."""
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ from .profile import profile
 from .read_prompts import LEAST, Batch, Pair, count_rows, hash_prompts, read_prompts
 from .search import ROUND, Search
 from .search_space import Point, SearchSpace
+from .targets import find_targets
 from .tuned import Finalist, Tuned
+from .watched_model import WatchedModel
 
 TRIALS = 200
 _ROWS = 8
@@ -51,6 +55,7 @@ def tune(
     seed: int = 0,
     action: str = "compact_route_stagewise",
     rules: Sequence[Rule] | None = None,
+    target_weight: float = 0.0,
     max_new_tokens: int = 32,
     log: str | Path | None = None,
     workers: int | None = None,
@@ -76,6 +81,10 @@ def tune(
         rules: that decisions choose from, plainer ones first; None for attention of the last token and of all text,
             and what a profile of the prompts suggests (`reroute_fx.profile`), whose proposals are then tried first.
             A profile needs gradients, and at least 8 prompts beside those held out.
+        target_weight: nats that a prompt counts more if no layer runs a visual token on which its answer depends, which
+            the gradient of the answer's log-probability says; layers count by what they read from the pictures. For
+            prompts whose answers hide what the model saw, yes or no say; 0 leaves the divergence alone. It needs
+            gradients.
         max_new_tokens: of the unrouted model's answers, at most.
         log: file in which everything that is measured is kept; one that is there already is gone on with, to the same
             result as in one go.
@@ -96,6 +105,7 @@ def tune(
     _check_number("seconds", seconds, is_whole=False)
     _check_number("workers", workers, is_whole=True)
     _check_number("max_new_tokens", max_new_tokens, is_whole=True)
+    _check_weight(target_weight)
     model, _ = unwrap(model)
     decoder = text_decoder(model)
     if rules is not None:
@@ -110,8 +120,10 @@ def tune(
         if rules is None:
             rules = tuple(dict.fromkeys([*RULES, *(rule for config in proposed for rule in config.rules)]))
         space = SearchSpace(unrouted.report.layers, tier, action, tuple(rules))
-        search = Search(space, _points(space, [space.reference, *proposed]), seed)
+        search = Search(space, _points(space, [space.reference, *proposed]), seed, target_weight)
         parts = [[answer(unrouted, batch, max_new_tokens) for batch in part] for part in _split(batches)]
+        if target_weight:
+            parts = _with_targets(model, batches, parts, max_new_tokens)
         measure = MeasuredLosses(
             Router(model, unrouted),
             parts,
@@ -154,6 +166,19 @@ def _proposals(model: Any, batches: Sequence[Batch], tier: float, max_new_tokens
     return [proposal.config for proposal in found]
 
 
+def _with_targets(
+    model: Any, batches: Sequence[Batch], parts: Sequence[Sequence[Answered]], max_new_tokens: int
+) -> list[list[Answered]]:
+    watched = WatchedModel(model)
+    return [
+        [
+            replace(answered, targets=find_targets(watched, batch, max_new_tokens))
+            for answered, batch in zip(part, given, strict=True)
+        ]
+        for part, given in zip(parts, _split(batches), strict=True)
+    ]
+
+
 def _points(space: SearchSpace, configs: Sequence[RoutingConfig]) -> list[Point]:
     """Points for those of the configurations that cost what the tier does."""
     return [point for config in configs if space.config(point := space.point(config)) is not None]
@@ -183,8 +208,9 @@ def _run(
             longest = max(longest, time.perf_counter() - start)
             if len(search.trials) <= ROUND:
                 console.print(_plan(trials, end, longest))
-            least = min(trial.divergence for trial in search.trials if trial.is_complete)
-            bar.update(task, completed=len(search.trials), description=f"tuning, divergence {least:.3f}")
+            least = min((trial for trial in search.trials if trial.is_complete), key=lambda trial: trial.loss)
+            found = f"tuning, divergence {least.divergence:.3f}"
+            bar.update(task, completed=len(search.trials), description=found)
     return ""
 
 
@@ -195,7 +221,7 @@ def _plan(trials: int | None, end: float | None, round_seconds: float) -> str:
     return f"Plan: {what}, {each:.1f} s each" + (f", {trials * each / 60:.0f} min" if trials else "") + until
 
 
-def _measured_on(model: Any, batches: Sequence[Batch], parts: Sequence[Sequence[Answered]]) -> dict[str, str]:
+def _measured_on(model: Any, batches: Sequence[Batch], parts: Sequence[Sequence[Answered]]) -> dict[str, Any]:
     """What measurements depend on besides the configuration; other weights give other answers."""
     answers = hashlib.sha256()
     for part in parts:
@@ -205,6 +231,7 @@ def _measured_on(model: Any, batches: Sequence[Batch], parts: Sequence[Sequence[
         "model": f"{ModelKind.of(model.config)}, {model.dtype} on {model.device.type}",
         "prompts_sha256": hash_prompts(batches),
         "answers_sha256": answers.hexdigest(),
+        "targets": any(batch.targets for part in parts for batch in part),
         **_versions(),
     }
 
@@ -232,6 +259,8 @@ def _tuned(
         divergence=chosen.divergence,
         held_out_divergence=chosen.held_out_divergence,
         agreement=chosen.agreement,
+        target_weight=search.target_weight,
+        missed=chosen.missed,
     )
     if chosen not in table:
         table.append(chosen)
@@ -248,6 +277,11 @@ def _check_number(name: str, value: Any, *, is_whole: bool) -> None:
     if value is not None and not (is_number and value > 0):
         what = "whole number" if is_whole else "number"
         raise ConfigError(f"{name} is {value!r}; expected a {what} above 0, or None.")
+
+
+def _check_weight(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ConfigError(f"target_weight is {value!r}; expected a number of 0 or more, in nats.")
 
 
 def _check_rules(model: Any, decoder: Any, rules: Sequence[Rule]) -> None:

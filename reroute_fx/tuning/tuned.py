@@ -24,12 +24,19 @@ class Finalist:
         cost: FLOPs of a prefill against those of the tier's exact schedule, by theory.
         searched: losses on the prompts of the search.
         held_out: losses on the others.
+        target_weight: see `tune`.
     """
 
     config: RoutingConfig
     cost: float
     searched: Losses
     held_out: Losses
+    target_weight: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """What the search made small: mean over its prompts, in nats."""
+        return statistics.fmean(self.searched.total(self.target_weight))
 
     @property
     def divergence(self) -> float:
@@ -44,6 +51,12 @@ class Finalist:
     def agreement(self) -> float:
         """Share of greedy tokens that stay the same, mean over all prompts."""
         return statistics.fmean((self.searched + self.held_out).agreement)
+
+    @property
+    def missed(self) -> float | None:
+        """Share of what answers depend on that layers run without, mean over all prompts; None if nobody asked."""
+        missed = (self.searched + self.held_out).missed
+        return statistics.fmean(missed) if missed else None
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,9 @@ class Tuned:
         )
         for heading in ("", "decides before"):
             table.add_column(heading)
-        for heading in ("divergence", "held out", "same tokens", "cost"):
+        has_missed = self.reference.missed is not None
+        headings = ["divergence", "held out", "same tokens", *(["missed"] if has_missed else []), "cost"]
+        for heading in headings:
             table.add_column(heading, justify="right")
         for name, each in [*(("", each) for each in self.table), ("reference", self.reference)]:
             table.add_row(
@@ -116,6 +131,7 @@ class Tuned:
                 f"{each.divergence:.3f}",
                 f"{each.held_out_divergence:.3f}",
                 f"{100 * each.agreement:.1f} %",
+                *([] if each.missed is None else [f"{100 * each.missed:.1f} %"]),
                 f"{each.cost:.3f}",
             )
         return table

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -176,6 +177,24 @@ def test_what_is_in_the_log_is_not_measured_again(found, log, monkeypatch):
     assert what(search(log)) == what(found[1])
 
 
+def test_what_is_missed_counts_too(found, log):
+    tuned = search(log.with_name("with targets"), trials=4, target_weight=2.0)
+    for each in tuned.table:
+        losses = each.searched
+        totals = [a + 2 * b for a, b in zip(losses.divergence, losses.missed, strict=True)]
+        assert each.loss == pytest.approx(sum(totals) / len(totals))
+        assert 0 < each.missed < 1
+    assert tuned.table[0].loss == min(each.loss for each in tuned.table)
+    assert tuned.facts.target_weight == 2
+    chosen = next(each for each in tuned.table if each.config == tuned.config)
+    assert tuned.facts.missed == chosen.missed
+    assert "missed" in str(tuned)
+    assert found[1].reference.missed is found[1].facts.missed is None
+    assert "missed" not in str(found[1])
+    with pytest.raises(ConfigError, match="written with another targets: False; expected True"):
+        search(log, trials=8, target_weight=2.0)
+
+
 def test_an_interrupt_keeps_what_was_found(found, log, tmp_path, monkeypatch, capsys):
     _, tuned = found
     rounds = []
@@ -289,6 +308,8 @@ def test_what_is_dominated_is_left_out():
         ({"seconds": -1}, ConfigError, "seconds is -1; expected a number above 0, or None"),
         ({"workers": 1.5}, ConfigError, "workers is 1.5; expected a whole number above 0, or None"),
         ({"seed": -1}, ConfigError, "seed is -1; expected a Python int"),
+        ({"target_weight": -1}, ConfigError, "target_weight is -1; expected a number of 0 or more"),
+        ({"target_weight": math.nan}, ConfigError, "target_weight is nan; expected a number of 0 or more"),
         ({"action": "forget"}, ConfigError, "action is 'forget'; expected one of"),
         ({"rules": ()}, ConfigError, "rules is empty; expected one or more, or None"),
         ({"rules": ("attention",)}, ConfigError, "rules holds 'attention'; expected"),
