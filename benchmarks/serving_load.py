@@ -5,12 +5,13 @@
 
 ``demo`` is the model that ships, ``random`` one of 16 layers, width 768, with random weights and 576 visual tokens.
 Every request has a picture of its own and an answer of a fixed length, streamed. ``closed`` are clients that each ask
-again when they have an answer, ``random`` are arrivals at random (Poisson) at shares of the rate that the unrouted
-server reached with the most clients. ``goodput`` are requests a second that keep to limits: of the time to the first
-token and of the mean time between tokens, at a multiple of what the unrouted server takes for one client at the median.
-The JSON has every request's times in milliseconds, the picture medians and 99th percentiles. ``time between tokens`` is
-GuideLLM's, a mean over an answer: single ones are in serving_engine.py. ``theory`` is the unrouted model's FLOPs over
-the routed one's, vision tower and all: of a prompt with its first token, and of a request.
+again when they have an answer, in rounds in which both servers take turns; ``random`` are arrivals at random (Poisson)
+at shares of the rate that the unrouted server reached with the most clients. ``goodput`` are requests a second that
+keep to limits: of the time to the first token and of the mean time between tokens, at a multiple of what the unrouted
+server takes for one client at the median. The JSON has every request's times in milliseconds, the picture medians and
+99th percentiles. ``time between tokens`` is GuideLLM's, a mean over an answer: single ones are in serving_engine.py.
+``theory`` is the unrouted model's FLOPs over the routed one's, vision tower and all: of a prompt with its first token,
+and of a request.
 
 One core is left to the client, HTTP and the workers; nothing else may run.
 """
@@ -20,9 +21,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from matplotlib.figure import Figure
 from models import save_with_processor
@@ -39,14 +42,15 @@ from reroute_fx.serving import start
 
 CONTENDERS: dict[str, dict[str, str]] = {"unrouted": {"method": "none"}, "routed": {"tier": "128"}}
 ROWS, TOKENS, SIZE = 8, 32, 336
-CLIENTS = {"demo": {48: [1, 2, 4, 8], 192: [16, 32]}, "random": {12: [1, 8], 48: [32]}}
+CLIENTS = {"demo": {32: [1, 2, 4, 8], 96: [16, 32]}, "random": {12: [1, 8], 48: [32]}}
 """By the requests that are sent in all by each number of them. Both servers do the same work, however long it takes."""
 RATES = {"demo": {48: [0.3, 0.6, 0.9]}, "random": {12: [0.6]}}
 """Shares of the unrouted server's most, by requests."""
+ROUNDS = {"demo": 3, "random": 1}
 LIMIT = 3.0
 """Times what the unrouted server takes for one client."""
 WIDTH, LAYERS = 768, 16
-PERCENTILES = ("p50", "p90", "p99")
+PERCENTILES = (50, 90, 99)
 MEASURES = {
     "time_to_first_token_ms": "time to first token, ms",
     "inter_token_latency_ms": "time between tokens, ms",
@@ -90,23 +94,39 @@ class Guide:
 
 def _record(benchmark: dict[str, Any]) -> dict[str, Any]:
     """What is kept of one of GuideLLM's benchmarks."""
-    metrics, strategy = benchmark["metrics"], benchmark["config"]["strategy"]
+    strategy = benchmark["config"]["strategy"]
     done = benchmark["requests"]["successful"]
     if not done:
         raise RuntimeError(f"no request was answered ({strategy}); expected all")
-    found = {
+    return {
         "clients": strategy.get("streams"),
         "rate": strategy.get("rate"),
-        "requests": {
-            name: len(benchmark["requests"][name] or ()) for name in ("successful", "errored", "incomplete")
-        },
-        "requests_per_second": metrics["requests_per_second"]["successful"]["mean"],
+        "failed": sum(len(benchmark["requests"][name] or ()) for name in ("errored", "incomplete")),
+        "requests_per_second": benchmark["metrics"]["requests_per_second"]["successful"]["mean"],
         "samples": {name: [request[name] for request in done] for name in MEASURES},
     }
-    for name in MEASURES:
-        percentiles = metrics[name]["successful"]["percentiles"]
-        found[name] = {percentile: percentiles[percentile] for percentile in PERCENTILES}
-    return found
+
+
+def _pool(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The records of several rounds as one for each number of clients, or rate."""
+    return [_pooled(records) for records in zip(*rounds, strict=True)]
+
+
+def _pooled(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    samples = {name: [value for record in records for value in record["samples"][name]] for name in MEASURES}
+    rates = [record["requests_per_second"] for record in records]
+    return {
+        **records[0],
+        "failed": sum(record["failed"] for record in records),
+        # Each round has as many requests.
+        "requests_per_second": len(rates) / sum(1 / rate for rate in rates),
+        "rounds": rates,
+        "samples": samples,
+        **{
+            name: {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
+            for name, values in samples.items()
+        },
+    }
 
 
 def measure(name: str, model: str, folder: Path) -> dict[str, Any]:
@@ -126,16 +146,21 @@ def measure(name: str, model: str, folder: Path) -> dict[str, Any]:
         for server in servers.values():
             server.wait()
         guides = {contender: Guide(server, folder) for contender, server in servers.items()}
-        for contender, guide in guides.items():
-            found["closed"][contender] = [
-                record
-                for requests, clients in CLIENTS[name].items()
-                for record in guide.run({"kind": "concurrent", "streams": clients}, requests)
-            ]
+        rounds: dict[str, list[list[dict[str, Any]]]] = {contender: [] for contender in guides}
+        for _ in range(ROUNDS[name]):
+            for contender, guide in guides.items():
+                rounds[contender].append(
+                    [
+                        record
+                        for requests, clients in CLIENTS[name].items()
+                        for record in guide.run({"kind": "concurrent", "streams": clients}, requests)
+                    ]
+                )
+        found["closed"] = {contender: _pool(records) for contender, records in rounds.items()}
         most = found["closed"]["unrouted"][-1]["requests_per_second"]
         for contender, guide in guides.items():
             found["random"][contender] = [
-                record
+                _pooled([record])
                 for requests, shares in RATES[name].items()
                 for record in guide.run(
                     {"kind": "poisson", "rate": [share * most for share in shares]}, requests
@@ -192,14 +217,15 @@ def draw(name: str, result: dict[str, Any], path: Path) -> None:
     rate.plot(clients, unrouted, "--", color="0.6", label="unrouted, times theory's ratio")
     rate.set_title("requests a second")
     first, between = (f"{limit:.0f} ms" for limit in result["limits"].values())
-    goodput.set_title(f"goodput: {first} to the first token, {between} between")
+    goodput.set_title(f"goodput: first token in {first}, {between} between", fontsize=11)
     for chart, measure in zip(times, MEASURES, strict=False):
         chart.set_title(MEASURES[measure])
     times[0].set_yscale("log")
     times[0].yaxis.set_major_formatter("{x:g}")
     times[1].set_ylim(bottom=0)
     for chart in (rate, goodput):
-        chart.set_ylim(bottom=0)
+        # Room for the legend.
+        chart.set_ylim(0, 1.35 * max(chart.get_ylim()[1], 0.01))
     for chart in (rate, goodput, *times):
         chart.set_xscale("log", base=2)
         chart.set_xticks(clients, [str(number) for number in clients])
