@@ -335,8 +335,8 @@ def _why_not_closed(
 ) -> Rejection | None:
     """What keeps the region from being moved to another token set."""
     if len(shape(layer.start)) != 3:
-        form = list(shape(layer.start))
-        return Rejection(layer.start.name, f"the stream before layer {layer.index} is {form}, not [B, S, d]")
+        reason = f"the stream before layer {layer.index} is {list(shape(layer.start))}, not [B, S, d]"
+        return Rejection(layer.start.name, reason)
     nodes, stream = set(layer.nodes), descendants(layer.start)
     lent = {block: _shared_states(block) for block, source in sharing.items() if source is layer.attention}
     for name, source in _sources(layer):

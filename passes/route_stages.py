@@ -221,7 +221,7 @@ def _route(
 
 def _lent_to_later_stages(graph: ModelGraph) -> dict[int, tuple[fx.Node, ...]]:
     """Keys and values of layers of the stages that layers of later stages read, by the number of the layer."""
-    found = {}
+    found: dict[int, tuple[fx.Node, ...]] = {}
     for _, layers in _stages(graph):
         later = graph.layers[layers[-1].index + 1 :]
         found |= {layer.index: states for layer in layers if (states := lent_states(layer, later))}

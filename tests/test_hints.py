@@ -84,7 +84,8 @@ HINTS = {
 
 
 @pytest.mark.parametrize(
-    "name", share(HINTS, ["compiled", "hook", "packed", "forward"], "3 s each to trace, or in the gate elsewhere")
+    "name",
+    share(HINTS, ["compiled", "hook", "packed", "forward"], "3 s each to trace, or in the gate elsewhere"),
 )
 def test_what_a_refusal_advises_is_taken(name):
     build, advice, follow = HINTS[name]

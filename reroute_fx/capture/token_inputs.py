@@ -37,7 +37,7 @@ class TokenInput:
         Raises:
             InputError: it gives nothing, and zeros would say something else.
         """
-        found = given.get(self.name)
+        found: torch.Tensor | None = given.get(self.name)
         if found is not None:
             return found.to(dtype=self.dtype or embeds.dtype)
         if not self.is_optional:
