@@ -11,6 +11,7 @@ from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
 from transformers import (
     CLIPVisionConfig,
+    Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GemmaConfig,
@@ -55,9 +56,9 @@ def gemma3():
     return model
 
 
-def paligemma():
+def paligemma(text=GemmaConfig, **options):
     config = PaliGemmaConfig(
-        text_config=GemmaConfig(**SIZES),
+        text_config=text(**SIZES, **options),
         vision_config=SiglipVisionConfig(**VISION, vocab_size=64),
         image_token_index=IMAGE,
         projection_dim=32,
@@ -80,6 +81,11 @@ def llama4():
     return sharp(LlavaForConditionalGeneration, config)
 
 
+def paligemma2():
+    """Its logits are bounded behind the head, by the model."""
+    return paligemma(Gemma2Config, final_logit_softcapping=2.0)
+
+
 BUILD = {"Gemma 3": gemma3, "PaliGemma": paligemma, "Llama 4": llama4}
 FAMILIES = share(BUILD, ["Gemma 3", "Llama 4"], "5 s each; groups without windows")
 ROUTING = RoutingConfig(DECISIONS, (0.5, 0.25), "physical_delete")
@@ -90,7 +96,7 @@ LIMITED = (0, 2)
 @functools.cache
 def built(family):
     with torch.no_grad():
-        model = BUILD[family]()
+        model = {**BUILD, "PaliGemma 2": paligemma2}[family]()
     model.set_attn_implementation({"text_config": "eager"})  # it returns maps
     return model
 
@@ -299,7 +305,7 @@ def test_groups_in_some_layers_only(benchmark_module):
     assert grouped_layers(models["Gemma 4"].to("meta"), kinds) == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize("family", share(["Gemma 3", "PaliGemma"], ["Gemma 3"], "6 s each"))
+@pytest.mark.parametrize("family", share(["Gemma 3", "PaliGemma", "PaliGemma 2"], ["Gemma 3"], "6 s each"))
 def test_a_model_without_its_class_sees_the_same(family):
     routed, given = routed_model(family, ROUTING), prompts(family)
     loaded = without_its_class(routed)

@@ -39,9 +39,13 @@ def _is_bounded(model: PreTrainedModel, bound: float, takes_types: bool) -> bool
     given: dict[str, Any] = {"input_ids": torch.tensor([tokens], device=model.device)}
     if takes_types:
         given["token_type_ids"] = torch.zeros_like(given["input_ids"])
-    output = model(**given, output_hidden_states=True)
-    free = model.get_output_embeddings()(output.hidden_states[-1])
-    off, off_bounded = ((output.logits - logits).abs().max() for logits in (free, _Bound(bound)(free)))
+    heard: list[torch.Tensor] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda *call: heard.append(call[-1]))
+    try:
+        logits = model(**given).logits
+    finally:
+        hook.remove()
+    off, off_bounded = ((logits - each).abs().max() for each in (heard[-1], _Bound(bound)(heard[-1])))
     return bool(off_bounded < off)
 
 
