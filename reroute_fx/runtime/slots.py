@@ -391,6 +391,12 @@ def _refuse_other_layers(model: RoutedModel) -> None:
             f"Layers of {type(model).__name__} see windows or chunks of tokens; expected layers that see all earlier "
             f"tokens, which is what a pool has caches for. Use a RoutedCache for each conversation."
         )
+    if any(reach.state for reach in getattr(model.report, "reaches", ())):
+        raise UnsupportedModelError(
+            f"Layers of {type(model).__name__} know earlier tokens by a state (linear attention, convolutions); "
+            f"expected attention in all of them, which is what a pool has caches for. Use a RoutedCache for each "
+            f"conversation."
+        )
     if len({layer.kv_width for layer in getattr(model.report, "layers", ())}) > 1:
         raise UnsupportedModelError(
             f"Layers of {type(model).__name__} have keys of different widths; expected one width, which is what a pool "
@@ -401,12 +407,6 @@ def _refuse_other_layers(model: RoutedModel) -> None:
         raise UnsupportedModelError(
             f"Layers of {type(model).__name__} share the caches of earlier layers; expected layers with keys and "
             f"values of their own, which is what a pool has caches for. Use a RoutedCache for each conversation."
-        )
-    if any(reach.state for reach in getattr(model.report, "reaches", ())):
-        raise UnsupportedModelError(
-            f"Layers of {type(model).__name__} know earlier tokens by a state (linear attention, convolutions); "
-            f"expected attention in all of them, which is what a pool has caches for. Use a RoutedCache for each "
-            f"conversation."
         )
     if latent_width(model.config) is not None:
         raise UnsupportedModelError(

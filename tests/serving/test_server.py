@@ -275,13 +275,12 @@ def test_a_full_server_says_when_to_come_back(monkeypatch):
 
 
 def test_a_deadline_is_told():
-    with served.running(Bounds(seconds=0.2, tokens=150)) as (service, port):
+    with served.running(Bounds(seconds=0.05, tokens=150)) as (service, port):
         with pytest.raises(openai.APIStatusError, match=r"not done in 0\.\d+ s") as caught:
             ask(client_of(port), max_tokens=150, temperature=2.0, seed=1, n=3)
         assert caught.value.status_code == 504
-        stream = ask(client_of(port), max_tokens=150, temperature=2.0, seed=1, n=3, stream=True)
         with pytest.raises(openai.APIError, match="not done"):
-            list(stream)
+            list(ask(client_of(port), max_tokens=150, temperature=2.0, seed=1, n=3, stream=True))
         wait_until_idle(service)
 
 
