@@ -7,11 +7,12 @@ A prompt's attention is causal, that of a decoding step reads a cache under a ma
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_kernels import Shape, graphed, median_seconds
+from gpu_kernels import Shape, launch_seconds
 from torch import fx
 
 from reroute_fx.lowering.attention_kernels import pin_attention
@@ -83,9 +84,9 @@ def measure_attention(shape: Shape, device: torch.device, dtype: torch.dtype) ->
         pinned, kernels = pin(sets[0], device)
         row: dict[str, Any] = {"kernel": kernels}
         for name, run in zip(CHOICES, (pinned, default), strict=True):
-            launches = [graphed(lambda given=given, run=run: run(*given), device) for given in sets]
+            launches = [partial(run, *given) for given in sets]
             row[name] = {
-                "microseconds": 1e6 * median_seconds(launches, device),
+                "microseconds": 1e6 * launch_seconds(launches, device),
                 "new_lengths_microseconds": [1e6 * s for s in _first_seconds(run, call, device)],
             }
         row["largest_difference"] = (pinned(*sets[0]) - default(*sets[0])).abs().max().item()
