@@ -59,6 +59,14 @@ def save_with_processor(folder: Path, width: int, layers: int) -> None:
     processor.save_pretrained(folder)
 
 
+QWEN_TOKENS = {
+    "image_token_id": 999,
+    "video_token_id": 998,
+    "vision_start_token_id": 997,
+    "vision_end_token_id": 996,
+}
+
+
 def build_qwen(width: int, layers: int) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL with random weights, grouped-query attention and a vision tower that costs next to nothing."""
     torch.manual_seed(0)
@@ -82,10 +90,7 @@ def build_qwen(width: int, layers: int) -> Qwen2_5_VLForConditionalGeneration:
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=999,
-        video_token_id=998,
-        vision_start_token_id=997,
-        vision_end_token_id=996,
+        **QWEN_TOKENS,
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
@@ -115,10 +120,7 @@ def build_qwen3(width: int, layers: int) -> Qwen3VLForConditionalGeneration:
     config = Qwen3VLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=999,
-        video_token_id=998,
-        vision_start_token_id=997,
-        vision_end_token_id=996,
+        **QWEN_TOKENS,
     )
     return Qwen3VLForConditionalGeneration(config).eval()
 

@@ -17,7 +17,12 @@ PyTorch's own and has none. Importing this package registers the operators as ``
 """
 
 from .attention_with_sinks import attention_with_sinks, attention_with_sinks_reference, with_sink_token
-from .attention_with_softcap import attention_with_softcap, attention_with_softcap_reference, soft_cap
+from .attention_with_softcap import (
+    attention_with_softcap,
+    attention_with_softcap_reference,
+    soft_cap,
+    soft_capped_maps,
+)
 from .causal_convolution import causal_convolution, causal_convolution_reference
 from .compact_tokens import compact_tokens, compact_tokens_reference
 from .gated_delta import gated_delta, gated_delta_in_chunks, gated_delta_reference
@@ -50,6 +55,7 @@ __all__ = [
     "select_tokens",
     "select_tokens_reference",
     "soft_cap",
+    "soft_capped_maps",
     "visual_scores",
     "visual_scores_reference",
     "with_sink_token",

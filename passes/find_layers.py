@@ -38,6 +38,7 @@ from .graph_edit import (
 )
 from .model_graph import Layer, LayerSizes, ModelGraph, Reach
 from .recurrences import RECURRENCES, recurrences, token_arguments
+from .shared_caches import attended_states
 from .token_mixing import TokenMixing, numbers_tokens
 
 
@@ -115,8 +116,8 @@ def sharing_attentions(blocks: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Canonical attentions, in graph order, that read the keys and values of an earlier one; and which that is."""
     first: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for block in blocks:
-        first.setdefault(_shared_states(block), block)
-    sources = {block: first[_shared_states(block)] for block in blocks}
+        first.setdefault(attended_states(block), block)
+    sources = {block: first[attended_states(block)] for block in blocks}
     return {block: source for block, source in sources.items() if source is not block}
 
 
@@ -158,18 +159,13 @@ def _cuts(
     between = (descendants(source) & ancestors([output])).difference(aside)
     ordered = [n for n in graph.fx_graph.nodes if n in between]
     place = {n: i for i, n in enumerate(ordered)}
-    shared = {block: set(_shared_states(block)) for block in sharing}
+    shared = {block: set(attended_states(block)) for block in sharing}
     cuts, reach = [], 0
     for i, node in enumerate(ordered):
         if reach <= i and node.op != "output":
             cuts.append(node)
         reach = max([reach, *(place[u] for u in node.users if u in place and node not in shared.get(u, ()))])
     return cuts
-
-
-def _shared_states(block: fx.Node) -> tuple[fx.Node, fx.Node]:
-    given = attention_arguments(block)
-    return given.key, given.value
 
 
 def _updates(cuts: Sequence[fx.Node]) -> list[fx.Node]:
@@ -338,7 +334,7 @@ def _why_not_closed(
         reason = f"the stream before layer {layer.index} is {list(shape(layer.start))}, not [B, S, d]"
         return Rejection(layer.start.name, reason)
     nodes, stream = set(layer.nodes), descendants(layer.start)
-    lent = {block: _shared_states(block) for block, source in sharing.items() if source is layer.attention}
+    lent = {block: attended_states(block) for block, source in sharing.items() if source is layer.attention}
     for name, source in _sources(layer):
         if source not in nodes or source not in stream:
             reason = f"its {name} %{source.name} come from outside the residual stream (cross-attention?)"

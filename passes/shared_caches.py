@@ -32,12 +32,15 @@ def cache_owners(sources: Sequence[int], starts: Sequence[int]) -> tuple[int, ..
     )
 
 
+def attended_states(attention: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Keys and values ``[B, Hkv, S, D]`` of a canonical attention."""
+    given = attention_arguments(attention)
+    return given.key, given.value
+
+
 def shared_states(layer: Layer) -> tuple[fx.Node, ...]:
     """Keys and values ``[B, Hkv, S, D]`` that a layer has of an earlier one; none if it has its own."""
-    if layer.source is None:
-        return ()
-    given = attention_arguments(layer.attention)
-    return given.key, given.value
+    return attended_states(layer.attention) if layer.source is not None else ()
 
 
 def lent_states(layer: Layer, borrowers: Iterable[Layer]) -> tuple[fx.Node, ...]:

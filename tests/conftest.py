@@ -79,6 +79,12 @@ def benchmark_module(monkeypatch):
 
 
 @pytest.fixture
+def tiny(benchmark_module):
+    """Tiny models of many families."""
+    return benchmark_module("tiny_families")
+
+
+@pytest.fixture
 def no_traces(monkeypatch):
     """As in a process of its own, no decoder is traced yet."""
     monkeypatch.setattr(captured_decoder, "_alike", OrderedDict())

@@ -25,11 +25,6 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_t
 pytestmark = pytest.mark.usefixtures("no_gradients", "one_thread")
 
 
-@pytest.fixture
-def tiny(benchmark_module):
-    return benchmark_module("tiny_families")
-
-
 @functools.cache
 def built(tiny, family):
     model = tiny.FAMILIES[family].build()

@@ -2,9 +2,9 @@
 
 import torch
 
-from .reference import attention_with_softcap_reference, soft_cap
+from .reference import attention_with_softcap_reference, soft_cap, soft_capped_maps
 
-__all__ = ["attention_with_softcap", "attention_with_softcap_reference", "soft_cap"]
+__all__ = ["attention_with_softcap", "attention_with_softcap_reference", "soft_cap", "soft_capped_maps"]
 
 
 @torch.library.custom_op("reroute::attention_with_softcap", mutates_args=())

@@ -7,6 +7,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
+from ..kernels import soft_cap
 from .visual_tokens import find_visual_token_ids
 
 
@@ -57,7 +58,7 @@ class _Bound(nn.Module):
         self.bound = bound
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(logits / self.bound) * self.bound
+        return soft_cap(logits, self.bound)
 
 
 class _Named(nn.Module):

@@ -6,7 +6,7 @@ compare that are symbols, and would fix them.
 
 import torch
 
-from ...kernels import soft_cap
+from ...kernels import soft_capped_maps
 
 
 def attention_with_softcap_of_each_head(
@@ -20,13 +20,8 @@ def attention_with_softcap_of_each_head(
 ) -> torch.Tensor:
     """What `reroute_fx.kernels.attention_with_softcap` computes."""
     key, value = (_repeated(states, query.shape[1]) for states in (key, value))
-    logits = soft_cap((query @ key.transpose(2, 3)).float() * scale, softcap)
-    if is_causal:
-        place = torch.arange(key.shape[2], device=query.device)
-        attn_mask = place <= place[:, None]
-    if attn_mask is not None:
-        logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
-    return logits.softmax(dim=-1).to(value.dtype) @ value
+    logits = (query @ key.transpose(2, 3)).float() * scale
+    return soft_capped_maps(logits, softcap, attn_mask, is_causal).to(value.dtype) @ value
 
 
 def _repeated(states: torch.Tensor, heads: int) -> torch.Tensor:
