@@ -27,6 +27,9 @@ ROUTING = {
     "qwen": RoutingConfig(DECISIONS, (0.6, 0.2), "physical_delete"),
     "qwen3": RoutingConfig(DECISIONS, (0.5, 0.25)),
 }
+ACTIONS = ("compact_route_stagewise", "compact_route", "physical_delete")
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+"""Twelve tokens, whatever ends an answer."""
 NOISE = 1e-4
 """Allowed difference of logits near 8, where float32 has a spacing of 1e-6: a hundred roundings in another order.
 

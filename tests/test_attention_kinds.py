@@ -3,7 +3,7 @@
 import pytest
 import torch
 from by_hand import by_hand
-from conversations import expect_same_answers
+from conversations import GREEDY, expect_same_answers
 from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
 from transformers import (
@@ -39,7 +39,6 @@ EXPERTS = {
 }
 TOLERANCE = 1e-5
 """Of logits near 4; another selection moves them by 1e-2 and more."""
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 pytestmark = pytest.mark.usefixtures("no_gradients", "one_thread")
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from conversations import ACTIONS
 from hypothesis import HealthCheck, Phase, assume, given
 from hypothesis import strategies as st
 from suite_tiers import examples, one
@@ -41,7 +42,6 @@ GREEDY = {
     "return_dict_in_generate": True,
     "output_logits": True,
 }
-ACTIONS = ["physical_delete", "compact_route", "compact_route_stagewise"]
 IMAGE_GRIDS = [(1, 2, 2), (1, 4, 4), (1, 4, 8), (1, 8, 6)]
 VIDEO_GRIDS = [(2, 4, 4), (3, 4, 6)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from artifacts import without_its_class
-from conversations import expect_same_answers
+from conversations import ACTIONS, GREEDY, expect_same_answers
 from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
 from transformers import (
@@ -32,11 +32,9 @@ WINDOW, CHUNK = 8, 8
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 SIZES = {**TEXT, "num_hidden_layers": 3, "head_dim": 8}
 DECISIONS = (1, 2)
-ACTIONS = ("physical_delete", "compact_route", "compact_route_stagewise")
 EVERYTHING = RoutingConfig(DECISIONS, (1.0, 1.0))
 TOLERANCE = 1e-5
 """Of logits near 4; a token more or less that is seen moves them by 1e-2 and more."""
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 pytestmark = pytest.mark.usefixtures("no_gradients", "one_thread")
 

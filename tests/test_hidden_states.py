@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conversations import (
+    ACTIONS,
     BATCHES,
     DECISIONS,
     EVERYTHING,
@@ -28,7 +29,6 @@ def _no_offset_of_an_earlier_prompt():
     unrouted_model("qwen").model.rope_deltas = None
 
 
-ACTIONS = ("compact_route_stagewise", "compact_route", "physical_delete")
 LAYERS = 4
 
 

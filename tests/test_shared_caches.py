@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conversations import expect_same_answers
+from conversations import ACTIONS, GREEDY, expect_same_answers
 from suite_tiers import share
 
 import reroute_fx
@@ -20,13 +20,11 @@ KINDS = ["sliding_attention", "full_attention", *["sliding_attention"] * 2, "ful
 WINDOW = 8
 SOURCES = (0, 1, 0, 0, 1)
 """The later three layers share keys and values of the last earlier layer of their kind."""
-ACTIONS = ["compact_route_stagewise", "compact_route", "physical_delete"]
 DECISIONS = {"within": (1,), "across": (1, 3)}
 """Layer 4 has its source in its own stage, and 2 and 3 share a cache; or all have it in an earlier stage."""
 CASES = [(where, action) for action in ACTIONS for where in DECISIONS]
 TOLERANCE = 2e-5
 """Of logits near 4, by attention step by step; another selection moves them by 1e-2 and more."""
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 pytestmark = pytest.mark.usefixtures("no_gradients", "one_thread")
 

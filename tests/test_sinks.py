@@ -3,7 +3,7 @@
 import pytest
 import torch
 from by_hand import by_hand
-from conversations import expect_same_answers
+from conversations import GREEDY, expect_same_answers
 from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
 from transformers import (
@@ -65,9 +65,6 @@ def prompts():
 def first_row():
     given = prompts()
     return {"input_ids": given["input_ids"][:1], "pixel_values": given["pixel_values"][:1]}
-
-
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def test_keeping_everything_is_the_unrouted_model(model):

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from by_hand import by_hand
-from conversations import expect_same_answers
+from conversations import ACTIONS, GREEDY, expect_same_answers
 from suite_tiers import share
 
 import reroute_fx
@@ -13,14 +13,12 @@ from reroute_fx import InputError, RoutingConfig, UnsupportedModelError
 from reroute_fx.runtime.slots import SlotPool
 
 FAMILIES = share(["Qwen3.5", "LFM2-VL"], ["Qwen3.5"], "4 s each to capture a model")
-ACTIONS = ["compact_route_stagewise", "compact_route", "physical_delete"]
 DECISIONS = (1, 2)
 """Before an attention and before a state, which asks the attention behind it: the nearest two are as near."""
 ROUTING = RoutingConfig(DECISIONS, (0.5, 0.25))
 EVERYTHING = RoutingConfig(DECISIONS, (1.0, 1.0))
 TOLERANCE = 1e-4
 """Of logits near 30 of weights ten times what is usual; another selection moves them by 1 and more."""
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 pytestmark = pytest.mark.usefixtures("no_gradients", "one_thread")
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conversations import expect_same_answers
+from conversations import ACTIONS, GREEDY, expect_same_answers
 from plain_decoder import PlainDecoder
 from suite_tiers import share
 from tiny_models import IMAGE, TEXT, VISION, sharp
@@ -33,7 +33,6 @@ SIZES = {**TEXT, "num_hidden_layers": 3, "head_dim": 8, "sliding_window": WINDOW
 MIXED = {**SIZES, "layer_types": list(KINDS)}
 DECISIONS = (1, 2)
 EVERYTHING = RoutingConfig(DECISIONS, (1.0, 1.0))
-ACTIONS = ("physical_delete", "compact_route", "compact_route_stagewise")
 TOLERANCE = 1e-5
 """Of logits near 4; a token more or less in a window moves them by 1e-2 and more."""
 
@@ -90,7 +89,6 @@ def row(number):
     }
 
 
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 OTHERS = "5 s each; tests/test_groups.py has a decoder with windows"
 
 

@@ -58,7 +58,7 @@ def unrouted(model: Any) -> Contender:
 
 
 def contenders(model: Any, seed: int, folder: Path) -> list[Contender]:
-    """All of them, the unrouted model first; tuned ones if `tune_demo.py` wrote configurations into `folder`."""
+    """All of them, the unrouted model first; tuned ones if `tune_checkpoint.py` wrote configurations into `folder`."""
     found = [unrouted(model)]
     for tier, share in TIERS.items():
         for method in ("fastv", "pdrop"):

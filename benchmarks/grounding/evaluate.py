@@ -4,7 +4,7 @@
 
 writes the answers of every contender to `benchmarks/results/grounding.json`, two plots beside it, and prints the table
 of docs/grounding.md. `--resume` asks only contenders that the file lacks, if it has answers of the same weights;
-`--from-json` draws and prints again without running anything.
+`--tiers` asks at some tiers only. `--from-json` draws and prints again without running anything.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from contenders import BATCH, Contender, contenders, make_inputs
+from contenders import BATCH, TIERS, Contender, contenders, make_inputs
 from recovery import recovery
 from rich.progress import Progress
 from summary import markdown_table, plot_accuracy, plot_recovery
@@ -24,7 +24,7 @@ from summary import markdown_table, plot_accuracy, plot_recovery
 from reroute_fx.benchmarking.machine import environment
 from reroute_fx.common.json_files import write_json
 from reroute_fx.errors import ConfigError, UnsupportedModelError
-from reroute_fx.grounding.questions import KINDS, Question, collect
+from reroute_fx.grounding.questions import KINDS, NEAR_MISSES, Question, collect
 from reroute_fx.grounding.scenes import SIDE, Scene
 from reroute_fx.grounding.scoring import overlap, read_box
 from reroute_fx.loading.models_by_name import CHECKPOINT, load_model
@@ -83,6 +83,7 @@ def run(
     seeds: Sequence[int],
     count: int,
     folder: Path,
+    tiers: Sequence[int] = tuple(TIERS),
     recorded: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """The records of all contenders on `count` prompts of each kind and seed; those that are there are kept."""
@@ -90,12 +91,13 @@ def run(
     records = []
     with Progress() as progress:
         for seed in seeds:
-            prompts = {kind: collect("test", seed, count, kind) for kind in KINDS}
+            prompts = {kind: collect("test", seed, count, kind) for kind in (*KINDS, NEAR_MISSES)}
             everyone = contenders(model, seed, folder)
             for contender in progress.track(everyone, description=f"seed {seed}"):
-                for kind in KINDS:
+                for kind in prompts:
                     held = known.get((contender.name, contender.tier, seed, kind))
-                    records.append(held or record(contender, processor, prompts[kind], seed, kind))
+                    if held or contender.tier in (None, *tiers):
+                        records.append(held or record(contender, processor, prompts[kind], seed, kind))
     return records
 
 
@@ -135,6 +137,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="where results are written")] = RESULTS,
     seeds: Annotated[int, typer.Option(min=1, help="sets of scenes")] = 3,
     count: Annotated[int, typer.Option(min=1, help="prompts of each kind and set")] = 300,
+    tiers: Annotated[str, typer.Option(help="with commas between")] = ",".join(map(str, TIERS)),
     resume: Annotated[
         bool, typer.Option("--resume", help="keep answers of the same weights that were written")
     ] = False,
@@ -149,7 +152,8 @@ def main(
         _check(loaded.model)
         weights = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
         before = _recorded(target, weights, count) if resume else {"records": []}
-        records = run(loaded.model, loaded.processor, range(seeds), count, folder, before["records"])
+        asked = tuple(map(int, tiers.split(",")))
+        records = run(loaded.model, loaded.processor, range(seeds), count, folder, asked, before["records"])
         earlier = [*before.get("earlier", []), before["environment"]] if before["records"] else []
         here = environment(torch.device("cpu"))
         write_json(target, {"environment": here, "earlier": earlier, "weights": weights, "records": records})

@@ -1,7 +1,7 @@
 """Lessons for the decoder: scenes as the frozen tower sees them, with questions and answers in tokens.
 
-What the tower sees is made once and gone over several times, because drawing costs. Scenes that are only told of are
-new in each step.
+They are made once and gone over several times, because drawing and asking costs. Scenes with few things, of which a
+decoder is told first, are new in each step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ import torch
 from packing import Packed, Turn, lay_out, pack
 from rich.progress import Progress
 from small_llava import IMAGE
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tower import PATCHES, tower_features, tower_labels
 
@@ -55,8 +55,11 @@ class Lessons:
             shuffled = torch.randperm(len(self.features), generator=order)
             yield shuffled[step % in_epoch * size :][:size]
 
-    def pack(self, chosen: Tensor, projector: nn.Module) -> Packed:
-        pictures = projector(self.features[chosen].float())
+    def labels_of(self, chosen: Tensor) -> dict[str, Tensor]:
+        return {name: value[chosen] for name, value in self.labels.items()}
+
+    def pack(self, chosen: Tensor, pictures: Tensor) -> Packed:
+        """The chosen scenes' questions about pictures as the decoder reads them `[B, N, d]`."""
         return pack(pictures, self.prefix, self.questions[chosen], self.answers[chosen], self.turns[chosen])
 
 

@@ -37,7 +37,7 @@ class PlainLosses:
             text.head_dim,
         )
         self.rotary = decoder.rotary_emb
-        self._read: dict[int, tuple[Answered, _Prompts]] = {}
+        self._read: dict[int, tuple[Answered, Prompts]] = {}
 
     @torch.no_grad()
     def losses(self, config: RoutingConfig, batches: Sequence[Answered]) -> Losses:
@@ -53,12 +53,12 @@ class PlainLosses:
         """Which visual tokens each decision keeps, ``[B, k]``, ascending."""
         return self.run(config, self._prompts(batch))[1]
 
-    def _prompts(self, batch: Answered) -> "_Prompts":
+    def _prompts(self, batch: Answered) -> "Prompts":
         if id(batch) not in self._read:
-            self._read[id(batch)] = batch, _Prompts(self, batch)
+            self._read[id(batch)] = batch, Prompts(self, batch)
         return self._read[id(batch)][1]
 
-    def run(self, config: RoutingConfig, prompts: "_Prompts") -> tuple[Tensor, dict[int, Tensor]]:
+    def run(self, config: RoutingConfig, prompts: "Prompts") -> tuple[Tensor, dict[int, Tensor]]:
         """Logits ``[B, T, vocabulary]`` along the answers, and the visual tokens that were kept."""
         rules = config.rules or (AttentionRule(),) * len(config.decision_layers)
         decisions = dict(
@@ -71,7 +71,7 @@ class PlainLosses:
                 rule, ratio = decisions[number]
                 count = keep_count(prompts.visual.shape[1], ratio)
                 asked = (number - 1, before) if rule.layer == "previous" else (number, stream)
-                scores = self._scores(rule, *asked, prompts, count, number, config.seed)
+                scores = self.scores(rule, *asked, prompts, count, number, config.seed)
                 best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
                 kept[number] = best.sort(dim=1).values
                 active = prompts.active(kept[number])  # [B, S']
@@ -90,7 +90,7 @@ class PlainLosses:
         groups = self.heads // self.kv_heads
         return [found[0], *(each.repeat_interleave(groups, dim=1) for each in found[1:])]
 
-    def layer(self, layer: Any, stream: Tensor, active: Tensor, prompts: "_Prompts") -> Tensor:
+    def layer(self, layer: Any, stream: Tensor, active: Tensor, prompts: "Prompts") -> Tensor:
         query, keys, values = self._projected(layer, stream)
         query, keys = prompts.rotated(query, active), prompts.rotated(keys, active)
         mixed = torch.nn.functional.scaled_dot_product_attention(
@@ -99,13 +99,13 @@ class PlainLosses:
         stream = stream + layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
         return stream + layer.mlp(layer.post_attention_layernorm(stream))
 
-    def _scores(
-        self, rule: Any, number: int, stream: Tensor, prompts: "_Prompts", count: int, layer: int, seed: int
+    def scores(
+        self, rule: Any, number: int, stream: Tensor, prompts: "Prompts", count: int, layer: int, seed: int
     ) -> Tensor:
         """Of each visual token, ``[B, N]``."""
         if isinstance(rule, UnionRule):
             first, then = (
-                self._scores(part, number, stream, prompts, count, layer, seed)
+                self.scores(part, number, stream, prompts, count, layer, seed)
                 for part in (rule.first, rule.then)
             )
             quota = int(Fraction(rule.share).limit_denominator(1000) * count + Fraction(1, 2))
@@ -133,7 +133,7 @@ class PlainLosses:
         return prompts.mean(seen) if rule.queries == "text" else seen.mean(dim=(1, 2))
 
 
-class _Prompts:
+class Prompts:
     """A batch of prompts with their answers behind them, padded in front.
 
     Attributes:
@@ -202,7 +202,7 @@ class _Prompts:
         return heads * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _places(prompts: _Prompts, layer: int, seed: int) -> Candidates:
+def _places(prompts: Prompts, layer: int, seed: int) -> Candidates:
     """Candidates of which only places are known."""
     side = round(prompts.visual.shape[1] ** 0.5)
     numbers = torch.arange(side * side).expand(len(prompts.visual), -1)

@@ -1,6 +1,7 @@
 """The small LLaVA of the grounding study, untrained: tokenizer, processor and model."""
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
@@ -106,27 +107,51 @@ def build_model(
             vision_config=vision, text_config=text, image_token_index=image_id, vision_feature_layer=-2
         )
     )
-    _start_well(model)
+    _start_well(model, tokenizer)
     _order_numbers(model, tokenizer)
     return model
 
 
-def _start_well(model: LlavaForConditionalGeneration) -> None:
-    """Let words be as large as what layers read, layers add nothing yet, and tokens attend to what is like them.
+def _start_well(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let words look up what is described by the same words, and tokens pass on what they find.
 
-    The last holds for the dimensions that positions turn slowly (mimetic initialization, Trockman and Kolter 2023,
-    arXiv 2305.09828).
+    After mimetic initialization (Trockman and Kolter 2023, arXiv 2305.09828): queries and keys are alike in the
+    dimensions that positions turn slowly, values times outputs are a share of the identity. In two heads of each layer
+    queries and keys are those of words alone. Without, decoders of 16 and 24 layers didn't find out in 2000 steps that
+    words tell things apart.
     """
-    torch.nn.init.normal_(model.get_input_embeddings().weight)
-    half = WIDTH // HEADS // 2
-    slow = (torch.arange(WIDTH) % half) >= half // 2
-    for layer in model.model.language_model.layers:
-        attention = layer.self_attn
-        with torch.no_grad():
-            attention.q_proj.weight[slow] *= 1.6
-            attention.k_proj.weight[slow] = attention.q_proj.weight[slow]
-        torch.nn.init.zeros_(attention.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    embeddings = model.get_input_embeddings().weight
+    torch.nn.init.normal_(embeddings)
+    layers = model.model.language_model.layers
+    _, of_words = directions()
+    width = WIDTH // HEADS
+    slow = (torch.arange(WIDTH) % (width // 2)) >= width // 4
+    looking = torch.arange(WIDTH) < 2 * width
+    with torch.no_grad():
+        words = [number for token, number in tokenizer.get_vocab().items() if token.strip().isalpha()]
+        embeddings[words] = F.normalize(embeddings[words] @ of_words @ of_words.T, dim=1) * WIDTH**0.5
+        for layer in layers:
+            attention = layer.self_attn
+            query, key = attention.q_proj.weight, attention.k_proj.weight
+            query[slow] *= 1.6
+            query[looking & ~slow] *= 0.3
+            key[slow] = query[slow]
+            for head in range(2):
+                mixing, _ = torch.linalg.qr(torch.randn(width, width))
+                rows = looking & slow & (torch.arange(WIDTH) // width == head)
+                query[rows] = key[rows] = 0.7 * (of_words @ mixing[:, : width // 2]).T
+            torch.nn.init.orthogonal_(attention.v_proj.weight)
+            attention.o_proj.weight.copy_(attention.v_proj.weight.T / len(layers) ** 0.5)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
+def directions() -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Directions of the four numbers of a box `[d, 24]` and of words `[d, 32]`, all at right angles."""
+    random = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=random))
+    waves = number_waves().shape[1]
+    *sides, words = basis.split([waves] * 4 + [WIDTH - 4 * waves], dim=1)
+    return sides, words
 
 
 def number_waves() -> torch.Tensor:

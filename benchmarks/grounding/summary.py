@@ -58,13 +58,15 @@ class Scores:
         overlap: mean overlap.
         yes_no: POPE's scores.
         right: share of right yes/no answers.
-        agreement: share of all answers that are, to the letter, the unrouted model's.
+        near: share of near misses that are told right; None if none was asked.
+        agreement: share of boxes and yes/no answers that are, to the letter, the unrouted model's.
     """
 
     accuracy: Interval
     overlap: Interval
     yes_no: YesNoScores
     right: Interval
+    near: Interval | None
     agreement: Interval
 
 
@@ -74,20 +76,25 @@ def score(records: Records, contender: str, tier: int | None, hops: int | None =
     truths = _answers(records, contender, tier, "yes/no")
     same = [
         a["answer"] == b["answer"]
-        for kind in ("refer", "yes/no")
+        for kind in KINDS
         for a, b in zip(
             _answers(records, contender, tier, kind), _answers(records, "unrouted", None, kind), strict=True
         )
     ]
     overlaps = [a["iou"] for a in boxes if hops in (None, a["hops"])]
-    right = [a["answer"].lower() == a["target"] for a in truths]
+    near = _answers(records, contender, tier, NEAR_MISSES)
     return Scores(
         share([value >= THRESHOLD for value in overlaps]),
         average(overlaps),
         yes_no_scores([a["answer"] for a in truths], [a["target"] for a in truths]),
-        share(right),
+        _right(truths),
+        _right(near) if near else None,
         share(same),
     )
+
+
+def _right(answers: list[dict[str, Any]]) -> Interval:
+    return share([answer["answer"].lower() == answer["target"] for answer in answers])
 
 
 def _answers(records: Records, contender: str, tier: int | None, kind: str) -> list[dict[str, Any]]:
@@ -112,13 +119,15 @@ def tiers(records: Records) -> list[int]:
 
 def markdown_table(records: Records) -> str:
     """All scores, in percent but for the overlap; after ± half of the 95 % interval."""
-    lines = [
-        "| tokens | contender | ACC@0.5 | no relation | one | two | mean IoU | yes/no | F1 | same answer |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        _line(records, "unrouted", None),
-    ]
+    near = "near misses | " if _near_was_asked(records) else ""
+    names = f"| tokens | contender | ACC@0.5 | no relation | one | two | mean IoU | yes/no | F1 | {near}same answer |"
+    lines = [names, "|---" * (names.count("|") - 1) + "|", _line(records, "unrouted", None)]
     lines += [_line(records, name, tier) for tier in tiers(records) for name in contenders_at(records, tier)]
     return "\n".join(lines)
+
+
+def _near_was_asked(records: Records) -> bool:
+    return any(record["kind"] == NEAR_MISSES for record in records)
 
 
 def _line(records: Records, name: str, tier: int | None) -> str:
@@ -136,6 +145,7 @@ def _line(records: Records, name: str, tier: int | None) -> str:
         f"{scores.overlap.mean:.3f}",
         _percent(scores.right),
         f"{100 * scores.yes_no.f1:.1f}",
+        *([_percent(scores.near)] if scores.near else []),
         f"{100 * scores.agreement.mean:.1f}",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -161,13 +171,11 @@ def _percent(interval: Interval) -> str:
 
 def plot_accuracy(records: Records, path: Path) -> None:
     """Scores against the budget, deleted and routed, with 95 % intervals."""
-    figure = Figure(figsize=(13, 4.4), dpi=130, layout="constrained")
-    for chart, field, title in zip(
-        figure.subplots(1, 2),
-        ("accuracy", "right"),
-        ("referring expressions, ACC@0.5", "yes/no questions, accuracy"),
-        strict=True,
-    ):
+    titles = {"accuracy": "referring expressions, ACC@0.5", "right": "yes/no questions, accuracy"}
+    if _near_was_asked(records):
+        titles["near"] = "near misses, accuracy"
+    figure = Figure(figsize=(3 + 5 * len(titles), 4.4), dpi=130, layout="constrained")
+    for chart, (field, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         for name in ORDER:
             asked = [tier for tier in tiers(records) if name in contenders_at(records, tier)]
             intervals = [getattr(score(records, name, tier), field) for tier in asked]

@@ -8,9 +8,9 @@ its heads are thrown away. What it sees of many scenes is kept beside it.
 
 Then a decoder, all of whose layers are trained from the first step on; `--grown` trains four, spreads them over the
 depth and trains on, which costs less. It is at first told what the tower ought to say of each patch, in its own words
-and numbers, about one thing, then about a few, then about as many as there are in the test. That takes neither pictures
-nor a tower, so both can be trained at the same time. Then the projector learns to say it, from what the frozen tower
-sees, and projector and decoder learn on from that, as in LLaVA-1.5.
+and numbers, about a few things, which takes no tower yet, then about as many as there are in the test. Then the
+projector learns to say it, from what the frozen tower sees, and projector and decoder learn on from that, as in
+LLaVA-1.5.
 
 A run that was stopped goes on where it saved its state when it is started again with the same words. `keep` writes a
 state small enough for a repository: put back as `state.pt` in a run's folder, it goes on with fresh optimizers.
@@ -32,7 +32,7 @@ import typer
 from lessons import LessonMaker, Lessons, Told, kept_lessons
 from packing import IGNORED, PACKED, Packed, pack
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from small_llava import DECODER_LAYERS, WIDTH, build_model, build_processor, grow, number_waves
+from small_llava import DECODER_LAYERS, WIDTH, build_model, build_processor, directions, grow, number_waves
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tower import FIELDS, NOTHING, TowerHeads, tower_features
@@ -74,6 +74,21 @@ class Recipe:
             return self.rate
         progress = (step - _WARM_UP) / max(1, self.steps - _WARM_UP)
         return self.rate * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much tokens of answers count.
+
+    Attributes:
+        first: the first number of a box, which says what thing is meant; the others follow from it.
+        yes_no: yes and no, which stay guesses until things are found.
+        others: all others.
+    """
+
+    first: float
+    yes_no: float
+    others: float
 
 
 class Phase:
@@ -227,13 +242,9 @@ class Described:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         words = model.get_input_embeddings().weight.detach().clone()
         self.waves = words.norm(dim=1).mean() * number_waves()  # [101, 24]
-        random = torch.Generator().manual_seed(0)
-        directions, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=random))
-        sizes = [self.waves.shape[1]] * 4
-        *self.sides, rest = directions.split([*sizes, WIDTH - sum(sizes)], dim=1)
-        onto_rest = rest @ rest.T * (WIDTH / rest.shape[1]) ** 0.5
+        self.sides, _ = directions()
         self.words = {
-            field: words[tokenizer.convert_tokens_to_ids([f" {word}" for word in each])] @ onto_rest
+            field: words[tokenizer.convert_tokens_to_ids([f" {word}" for word in each])]
             for field, each in FIELDS.items()
         }
 
@@ -253,8 +264,7 @@ def align_phase(model: Any, described: Described, recipe: Recipe, lessons: Lesso
 
     def batches(start: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for chosen in lessons.batches(recipe.batch, start, recipe.steps, seed=0):
-            labels = {name: value[chosen] for name, value in lessons.labels.items()}
-            yield lessons.features[chosen].float(), labels
+            yield lessons.features[chosen].float(), lessons.labels_of(chosen)
 
     def loss(batch: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, Callable[[], str]]:
         features, labels = batch
@@ -287,15 +297,27 @@ def seen(model: Any, recipe: Recipe, lessons: Lessons, seed: int) -> Callable[[i
 
     def batches(start: int) -> Iterator[Packed]:
         for chosen in lessons.batches(recipe.batch, start, recipe.steps, seed):
-            yield lessons.pack(chosen, model.model.multi_modal_projector)
+            yield lessons.pack(chosen, model.model.multi_modal_projector(lessons.features[chosen].float()))
 
     return batches
 
 
 def told(
+    described: Described, recipe: Recipe, lessons: Lessons, seed: int
+) -> Callable[[int], Iterator[Packed]]:
+    """From a step to the batches from there on: the same scenes, described without mistakes."""
+
+    def batches(start: int) -> Iterator[Packed]:
+        for chosen in lessons.batches(recipe.batch, start, recipe.steps, seed):
+            yield lessons.pack(chosen, described(lessons.labels_of(chosen)))
+
+    return batches
+
+
+def told_of_few(
     described: Described, recipe: Recipe, maker: LessonMaker, first: int, crowd: tuple[int, int]
 ) -> Callable[[int], Iterator[Packed]]:
-    """From a step to the batches from there on: scenes from number `first` on, described without mistakes."""
+    """From a step to the batches from there on: scenes from number `first` on, with few things, described likewise."""
 
     def batches(start: int) -> Iterator[Packed]:
         scenes = Told(maker, first, crowd, recipe.batch, start, recipe.steps)
@@ -306,10 +328,15 @@ def told(
 
 
 def decoder_phase(
-    name: str, model: Any, tokenizer: Any, recipe: Recipe, batches: Callable[[int], Iterable[Packed]]
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    batches: Callable[[int], Iterable[Packed]],
+    weights: Weights,
 ) -> Phase:
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    is_number = torch.tensor(["." in token and len(token) > 2 for token in tokens])
+    is_first = torch.tensor([token.startswith(" [") for token in tokens])
     is_word = torch.tensor([token in (" yes", " no") for token in tokens])
 
     def loss(batch: Packed) -> tuple[Tensor, Callable[[], str]]:
@@ -317,17 +344,18 @@ def decoder_phase(
             logits = decoder_logits(model, batch).float()
         labels = batch.labels[batch.labels != IGNORED]
         each = F.cross_entropy(logits, labels, reduction="none")
-        numbers, words = is_number[labels], is_word[labels]
+        first, words = is_first[labels], is_word[labels]
 
         def shown() -> str:
             right = (logits.argmax(-1) == labels).float()
-            return (
-                f"numbers {each[numbers].mean():.3f} right {right[numbers].mean():.3f} "
-                f"yes/no {each[words].mean():.3f} right {right[words].mean():.3f}"
+            parts = {"first numbers": first, "yes/no": words, "others": ~(first | words)}
+            return " ".join(
+                f"{n} {each[at].mean():.3f} right {right[at].mean():.3f}" for n, at in parts.items()
             )
 
-        weights = 1.0 + 3 * words
-        return (each * weights).sum() / weights.sum(), shown
+        counts = torch.full_like(each, weights.others)
+        counts[first], counts[words] = weights.first, weights.yes_no
+        return (each * counts).sum() / counts.sum(), shown
 
     modules = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
     return Phase(name, recipe, model, modules, batches, loss)
@@ -346,9 +374,11 @@ def kept_state(state: dict[str, Any]) -> dict[str, Any]:
 app = typer.Typer(help=__doc__)
 Folder = Annotated[Path, typer.Argument(help="where the state of the run and what comes of it are written")]
 _LESSONS = "lessons.pt"
-_FIRST_TOLD = (("one", 200, (1, 1)), ("few", 400, (1, 3)))
+_FIRST_TOLD = (("few", 400, (2, 4)),)
 """Steps, and the fewest and most things, of what a decoder is told before it is told of as many as in the test."""
 _ALIGN_STEPS = 1500
+_TOLD, _SEEN = Weights(6.0, 1.0, 0.5), Weights(4.0, 2.0, 1.0)
+"""At first all that matters is which thing is meant."""
 
 
 @app.command()
@@ -381,11 +411,11 @@ def decoder(
     grown: Annotated[
         bool, typer.Option(help=f"Train {SHALLOW} layers first and grow to all of them.")
     ] = False,
-    told_steps: Annotated[int, typer.Option(help="Steps about scenes that are told.")] = 2500,
+    told_steps: Annotated[int, typer.Option(help="Steps about scenes that are told.")] = 700,
     seen_steps: Annotated[
         int, typer.Option(help="Steps about scenes that are seen, at the full rate.")
-    ] = 1500,
-    slower_steps: Annotated[int, typer.Option(help="Steps at a rate that falls to 0.")] = 1500,
+    ] = 650,
+    slower_steps: Annotated[int, typer.Option(help="Steps at a rate that falls to 0.")] = 900,
     rate: float = 7e-4,
     seed: int = 0,
 ) -> None:
@@ -402,11 +432,14 @@ def decoder(
     with _shown_progress() as progress:
         run = Run(folder, {"model": model}, progress)
         text.config.num_hidden_layers = SHALLOW if grown else layers
-        for number, (name, steps, crowd) in enumerate((*_FIRST_TOLD, ("told", told_steps, CROWD)), start=1):
+        for number, (name, steps, crowd) in enumerate(_FIRST_TOLD, start=1):
             recipe = Recipe(steps, 16, rate, decay=False)
-            batches = told(described, recipe, maker, (100 * seed + number) * 10**6, crowd)
-            run.train(decoder_phase(name, model, tokenizer, recipe, batches))
+            batches = told_of_few(described, recipe, maker, (100 * seed + number) * 10**6, crowd)
+            run.train(decoder_phase(name, model, tokenizer, recipe, batches, _TOLD))
         lessons = take_tower(model, tower)
+        recipe = Recipe(told_steps, 16, rate, decay=False)
+        batches = told(described, recipe, lessons, seed)
+        run.train(decoder_phase("told", model, tokenizer, recipe, batches, _TOLD))
         run.train(align_phase(model, described, Recipe(_ALIGN_STEPS, 64, 3 * rate), lessons))
         for name, recipe in (
             ("seen", Recipe(seen_steps, 16, rate, decay=False)),
@@ -416,7 +449,8 @@ def decoder(
                 text.config.num_hidden_layers = layers
                 if name not in run.phases:
                     grow(model, SHALLOW)
-            run.train(decoder_phase(name, model, tokenizer, recipe, seen(model, recipe, lessons, seed)))
+            batches = seen(model, recipe, lessons, seed)
+            run.train(decoder_phase(name, model, tokenizer, recipe, batches, _SEEN))
     write_model(model, processor, folder / "model")
 
 

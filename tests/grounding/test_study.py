@@ -6,7 +6,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from contenders import BATCH, RandomScores, contenders, make_inputs
+from contenders import BATCH, Contender, RandomScores, contenders, make_inputs
 from PIL import Image
 from recovery import recovery, tokens_on
 from small_llava import build_model, build_processor
@@ -27,7 +27,7 @@ STUDY = pytest.mark.full(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Untrained, and half as deep."""
+    """Untrained, half as deep, and its layers look at different things."""
     folder = tmp_path_factory.mktemp("checkpoint")
     processor = build_processor()
     model = build_model(processor, seed=0)
@@ -36,7 +36,8 @@ def checkpoint(tmp_path_factory):
     text.config.num_hidden_layers = 8
     with torch.no_grad():
         for layer in text.layers:
-            layer.self_attn.o_proj.weight.normal_(std=0.3)
+            for of in ("q_proj", "k_proj", "o_proj"):
+                getattr(layer.self_attn, of).weight.normal_(std=0.3)
             layer.mlp.down_proj.weight.normal_(std=0.3)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -59,7 +60,8 @@ def records(results):
 
 @STUDY
 def test_everyone_answers_every_prompt(records):
-    names = [record["contender"] for record in records[::2]]
+    names = [record["contender"] for record in records[::3]]
+    assert [record["kind"] for record in records[:3]] == ["refer", "yes/no", "near misses"]
     beyond_reach = {"pdrop-official routed", "feather routed"}
     assert set(names) == {"unrouted", *ORDER} - beyond_reach - {"tuned routed"}
     assert len(names) == len(set(names)) == 12
@@ -109,6 +111,12 @@ def test_scores_are_counted():
         made("pdrop routed", 64, "refer", [box(0.9, 0), box(0.5, 1), box(0.4, 2), box(0.0, 2)]),
         made("pdrop routed", 64, "yes/no", [word("yes", "yes"), word("yes", "no")]),
     ]
+    assert score(records, "unrouted", None).near is None
+    columns = markdown_table(records).splitlines()[0].count("|")
+    near = [word("yes", "yes"), word("no", "no"), word("yes", "no")]
+    records += [made("unrouted", None, "near misses", near), made("pdrop routed", 64, "near misses", near)]
+    assert all(line.count("|") == columns + 1 for line in markdown_table(records).splitlines())
+    assert score(records, "pdrop routed", 64).near.mean == pytest.approx(2 / 3)
     found = score(records, "pdrop routed", 64)
     assert found.accuracy == share([True, True, False, False])
     assert found.overlap.mean == pytest.approx(0.45)
@@ -163,6 +171,25 @@ def test_pooling_to_every_token_is_the_unrouted_model(checkpoint, tmp_path, monk
     (unrouted, _), (pooled, _) = (everyone[name].answer(inputs) for name in ("unrouted", "average pooling"))
     texts = [loaded.processor.batch_decode(t, skip_special_tokens=True) for t in (unrouted, pooled)]
     assert texts[0] == texts[1]
+
+
+def test_what_was_asked_at_other_tiers_is_kept(monkeypatch, tmp_path):
+    """A study that is asked tier by tier ends up with every tier, and asks nothing twice."""
+    asked = []
+
+    def note(contender, processor, prompts, seed, kind):
+        asked.append((contender.name, contender.tier))
+        return {"contender": contender.name, "tier": contender.tier, "seed": seed, "kind": kind}
+
+    everyone = [Contender("unrouted", None, None), *(Contender("pdrop routed", t, None) for t in (128, 64))]
+    monkeypatch.setattr("evaluate.record", note)
+    monkeypatch.setattr("evaluate.contenders", lambda *_: everyone)
+    first = evaluate.run(None, None, [0], 1, tmp_path, (64,))
+    assert set(asked) == {("unrouted", None), ("pdrop routed", 64)}
+    asked.clear()
+    both = evaluate.run(None, None, [0], 1, tmp_path, (128,), first)
+    assert set(asked) == {("pdrop routed", 128)}
+    assert [each["tier"] for each in both] == [None] * 3 + [128] * 3 + [64] * 3
 
 
 def test_missing_and_other_checkpoints_are_refused(tmp_path):

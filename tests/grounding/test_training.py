@@ -8,15 +8,16 @@ import torch
 from lessons import LessonMaker, Told, make_lessons
 from packing import IGNORED, PACKED, lay_out, pack
 from rich.progress import Progress
-from small_llava import IMAGE, build_model, build_processor, grow
+from small_llava import IMAGE, WIDTH, build_model, build_processor, grow
 from torch import nn
-from tower import TowerHeads, tower_labels
+from tower import FIELDS, NOTHING, TowerHeads, tower_labels
 from train import (
     SHALLOW,
     Described,
     Phase,
     Recipe,
     Run,
+    Weights,
     decoder,
     decoder_logits,
     decoder_phase,
@@ -24,6 +25,7 @@ from train import (
     seen,
     take_tower,
     told,
+    told_of_few,
     tower,
     tower_phase,
 )
@@ -106,7 +108,8 @@ def test_turns_are_laid_out_in_rows():
 def test_packed_questions_are_the_questions_asked_alone(model, processor):
     """Up to rounding the model says the same, and what it is trained to say is the answer."""
     lessons = lessons_about(model, processor, 4, 1)
-    batch = lessons.pack(torch.tensor([0]), model.model.multi_modal_projector)
+    pictures = model.model.multi_modal_projector(lessons.features[:1].float())
+    batch = lessons.pack(torch.tensor([0]), pictures)
     text = model.model.language_model
     text.config._attn_implementation = PACKED
     with torch.no_grad():
@@ -133,6 +136,34 @@ def test_packed_questions_are_the_questions_asked_alone(model, processor):
     assert asked > len(lessons.turns[0])
 
 
+def test_tokens_of_answers_count_as_they_are_weighted(model, processor):
+    lessons = lessons_about(model, processor, 4, 1)
+    batch = lessons.pack(torch.tensor([0]), lessons.features[:1].float())
+    text, tokenizer = model.model.language_model, processor.tokenizer
+    text.config._attn_implementation = PACKED
+
+    def loss(*weights):
+        recipe = Recipe(1, 1, 1e-3)
+        phase = decoder_phase("told", model, tokenizer, recipe, lambda _: [], Weights(*weights))
+        with torch.no_grad():
+            return phase.loss(batch)[0].item()
+
+    said = tokenizer.convert_ids_to_tokens(batch.labels[batch.labels != IGNORED])
+    kinds = [0 if token.startswith(" [") else 1 if token in (" yes", " no") else 2 for token in said]
+    alone, counts = [loss(1, 0, 0), loss(0, 1, 0), loss(0, 0, 1)], [kinds.count(kind) for kind in range(3)]
+    shares = [weight * count for weight, count in zip((6, 1, 0.5), counts, strict=True)]
+    expected = sum(share * each for share, each in zip(shares, alone, strict=True)) / sum(shares)
+    assert loss(6, 1, 0.5) == pytest.approx(expected, rel=1e-4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = decoder_logits(model, batch).float()
+    text.config._attn_implementation = "sdpa"
+    first = torch.tensor(kinds) == 0
+    labels = batch.labels[batch.labels != IGNORED]
+    assert alone[0] == pytest.approx(torch.nn.functional.cross_entropy(logits[first], labels[first]).item())
+    assert len({round(each, 3) for each in alone}) == 3
+    assert min(counts) > 0
+
+
 def answer_logits(model, pictures, ids):
     """The model on one question, with pictures as its decoder reads them."""
     embeds = model.get_input_embeddings()(ids)
@@ -140,11 +171,37 @@ def answer_logits(model, pictures, ids):
     return model(inputs_embeds=embeds.masked_scatter(is_image, pictures)).logits
 
 
+def test_words_look_up_what_they_describe(processor):
+    """In two heads of a layer that has learnt nothing yet, and what is found is passed on."""
+    model = build_model(processor, seed=3, layers=4)
+    described, tokenizer = Described(model, processor.tokenizer), processor.tokenizer
+    labels = LessonMaker(processor).labels([scene("train", number) for number in range(8)])
+    patches = described(labels)
+    model.model.language_model.config._attn_implementation = "eager"
+    attention = model.model.language_model.layers[0].self_attn
+    assert torch.allclose(
+        attention.o_proj.weight @ attention.v_proj.weight, 0.5 * torch.eye(WIDTH), atol=1e-5
+    )
+    on = labels["size"] != NOTHING
+    odds = []
+    for word in ("red", "striped", "star", "circle", "large"):
+        fitting = sum((labels[f] == words.index(word)) & on for f, words in FIELDS.items() if word in words)
+        asked = model.get_input_embeddings()(torch.tensor(tokenizer.convert_tokens_to_ids(f" {word}")))
+        streams = torch.cat([patches, asked.expand(8, 1, -1)], dim=1)
+        with torch.no_grad():
+            found = model.model.language_model(inputs_embeds=streams, output_attentions=True).attentions[0]
+        looked = found[:, :2, -1, :-1].mean(1)  # [B, N]
+        others = on & (fitting == 0)
+        odds.append((looked * fitting).sum() / fitting.sum() / ((looked * others).sum() / others.sum()))
+    assert min(odds) > 1.5
+    assert sum(odds) / len(odds) > 3
+
+
 def test_scenes_are_told_without_mistakes(model, processor):
     """As the projector is to describe them: each box by the numbers that are nearest, and nothing where nothing is."""
     described, maker = Described(model, processor.tokenizer), LessonMaker(processor)
     recipe = Recipe(3, 2, 1e-3)
-    batches = list(told(described, recipe, maker, 50, CROWD)(1))
+    batches = list(told_of_few(described, recipe, maker, 50, CROWD)(1))
     assert len(batches) == 2
     labels, laid_out = Told(maker, 50, CROWD, recipe.batch, 1, 3)[1]
     assert torch.equal(batches[1].pictures, described(labels))
@@ -158,6 +215,19 @@ def test_scenes_are_told_without_mistakes(model, processor):
             assert torch.equal(said, (side[on] * 100).round().long())
 
 
+def test_lessons_are_told_in_the_same_way(model, processor):
+    """Scenes that are drawn once, in the order of their batches: as those that are new in each step."""
+    described, maker = Described(model, processor.tokenizer), LessonMaker(processor)
+    lessons = lessons_about(model, processor, 6, 4)
+    batches = list(told(described, Recipe(2, 2, 1e-3), lessons, 3)(0))
+    assert len(batches) == 2
+    for batch, chosen in zip(batches, lessons.batches(2, 0, 2, 3), strict=True):
+        for row, number in enumerate(chosen.tolist()):
+            labels, laid_out = Told(maker, 6 + number, CROWD, 1, 0, 1)[0]
+            assert torch.equal(batch.pictures[row], described(labels)[0])
+            assert torch.equal(batch.input_ids[row, batch.prefix :], laid_out[0].flatten().long())
+
+
 def test_all_layers_learn_from_the_first_step(processor, tmp_path):
     """Of a model that is not grown: what layers read is trained as soon as what they add is not zero any more."""
     model = build_model(processor, seed=1, layers=24)
@@ -165,10 +235,10 @@ def test_all_layers_learn_from_the_first_step(processor, tmp_path):
     assert len(text.layers) == 24
     text.config._attn_implementation = PACKED
     recipe = Recipe(2, 1, 1e-3)
-    batches = told(Described(model, processor.tokenizer), recipe, LessonMaker(processor), 0, (1, 1))
+    batches = told_of_few(Described(model, processor.tokenizer), recipe, LessonMaker(processor), 0, (1, 1))
     before = [{name: value.clone() for name, value in layer.named_parameters()} for layer in text.layers]
     Run(tmp_path, {"model": model}, Progress(disable=True)).train(
-        decoder_phase("one", model, processor.tokenizer, recipe, batches)
+        decoder_phase("one", model, processor.tokenizer, recipe, batches, Weights(1.0, 1.0, 1.0))
     )
     for layer, old in zip(text.layers, before, strict=True):
         same = [name for name, value in layer.named_parameters() if torch.equal(value, old[name])]
@@ -243,7 +313,8 @@ def test_a_run_is_scored_once_it_has_seen_pictures(tmp_path, processor, capsys):
 
 
 def test_growing_changes_nothing_but_the_depth(model, processor):
-    batch = lessons_about(model, processor, 1, 1).pack(torch.tensor([0]), nn.Linear(128, 128))
+    lessons = lessons_about(model, processor, 1, 1)
+    batch = lessons.pack(torch.tensor([0]), lessons.features.float())
     text = model.model.language_model
     text.config._attn_implementation = PACKED
     depth = text.config.num_hidden_layers
@@ -295,7 +366,14 @@ def test_a_run_that_was_stopped_goes_on(processor, tmp_path, monkeypatch):
         here = Run(folder, {"model": model, "heads": heads}, Progress(disable=True))
         phases = [
             tower_phase(model, heads, Recipe(2, 2, 1e-3), LessonMaker(processor)),
-            decoder_phase("few", model, processor.tokenizer, recipe, seen(model, recipe, lessons, 0)),
+            decoder_phase(
+                "few",
+                model,
+                processor.tokenizer,
+                recipe,
+                seen(model, recipe, lessons, 0),
+                Weights(3.0, 2.0, 1.0),
+            ),
         ]
         if stop_after is not None:
             whole = phases[1].batches

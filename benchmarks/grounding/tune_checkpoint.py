@@ -1,10 +1,10 @@
-"""Tune the model that ships with the package on training prompts, and ask it the questions of the grounding study.
+"""Tune a model of the grounding study on training prompts, and ask it the study's questions.
 
-    python benchmarks/grounding/tune_demo.py
+    python benchmarks/grounding/tune_checkpoint.py
 
 writes a configuration for each tier, `tuned_<tier>.json`, and prints the share of boxes that are found on test prompts,
-beside the tier's exact schedule. `--from-files` asks with the configurations that are there; `--times FILE` writes how
-long searches take, and asks nothing.
+beside the tier's exact schedule. Without a checkpoint it is the model that ships with the package. `--from-files` asks
+with the configurations that are there; `--times FILE` writes how long searches take, and asks nothing.
 """
 
 import os
@@ -21,13 +21,14 @@ import reroute_fx
 from reroute_fx.benchmarking.machine import environment
 from reroute_fx.common.json_files import write_json
 from reroute_fx.grounding.questions import KINDS, collect
-from reroute_fx.loading.models_by_name import DEMO, load_model
+from reroute_fx.loading.models_by_name import CHECKPOINT, load_model
 from reroute_fx.tuning.read_prompts import demo_prompts
 
 CONFIGS = Path(__file__).parent.parent / "results"
 
 
 def main(
+    checkpoint: Annotated[Path, typer.Argument(help="folder with model and processor")] = CHECKPOINT,
     folder: Annotated[Path, typer.Option(help="where configurations are")] = CONFIGS,
     tiers: Annotated[str, typer.Option(help="with commas between")] = ",".join(map(str, TIERS)),
     trials: Annotated[int, typer.Option(min=1, help="of each search")] = 200,
@@ -39,7 +40,7 @@ def main(
 ) -> None:
     """Tune for each tier, then ask."""
     searches: list[dict[str, Any]] = []
-    loaded = load_model(DEMO, "cpu", "float32")
+    loaded = load_model(str(checkpoint), "cpu", "float32")
     model, processor = loaded.model, loaded.processor
     layers = model.config.text_config.num_hidden_layers
     prompts = [prompt for seed in range(seeds) for prompt in collect("test", seed, count, KINDS[0])]
