@@ -13,35 +13,29 @@ Asked are validation prompts; `benchmarks/results/borrowed.json` has the diverge
 or seeds, and docs/tuning.md the table.
 """
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from contenders import TIERS
-from plain_losses import PlainLosses, Prompts
+from contenders import TIERS, middles
+from plain_losses import PlainLosses, Prompts, figures, put_first, validation
+from propose import GROWN
 from tower import PATCHES
 
-from reroute_fx import AttentionRule, RoutingConfig
+from reroute_fx import RoutingConfig
 from reroute_fx.benchmarking.machine import environment
 from reroute_fx.common.json_files import write_json
-from reroute_fx.grounding.questions import KINDS, collect
-from reroute_fx.kernels import keep_count
+from reroute_fx.grounding.questions import KINDS
 from reroute_fx.loading.models_by_name import DEMO, load_model
-from reroute_fx.tuning.divergence import answer
 from reroute_fx.tuning.proposals import fit_shares
-from reroute_fx.tuning.read_prompts import read_prompts
 
 RESULTS = Path(__file__).parent.parent / "results"
 EDGES = (2, 3, 4)
 """Blocks along an edge of the picture, of which each has a proxy."""
 SEEDS = (2, 4, 8)
-_MOST = 32
-"""Tokens of an answer."""
 Tensor = torch.Tensor
 
 
@@ -62,8 +56,8 @@ class Blocks:
         side = round(tokens**0.5)
         along = torch.arange(side) * edge // side
         number = (along[:, None] * edge + along).flatten()
-        middle = ((torch.arange(edge) + 0.5) * side / max(edge, 1)).long()
         one_hot = number == torch.arange(edge**2)[:, None]
+        middle = middles(side, edge)
         return cls(one_hot.float(), (middle[:, None] * side + middle).flatten())
 
 
@@ -77,35 +71,21 @@ class ProxyLosses(PlainLosses):
 
     def __init__(self, model: Any, edge: int) -> None:
         super().__init__(model)
-        self.edge = edge
+        self.blocks = Blocks.cut(PATCHES**2, edge)
 
-    def run(self, config: RoutingConfig, prompts: Prompts) -> tuple[Tensor, dict[int, Tensor]]:
-        rules = config.rules or (AttentionRule(),) * len(config.decision_layers)
-        tokens = prompts.visual.shape[1]
-        blocks = Blocks.cut(tokens, self.edge)
-        starts, kept = config.decision_layers, {}
-        before, stream = prompts.streams[starts[0] - 1], prompts.streams[starts[0]]
-        ends = [end for _, end in pairwise([*starts, len(self.layers)])]
-        for start, end, rule, ratio in zip(starts, ends, rules, config.keep_ratios, strict=True):
-            count = keep_count(tokens, ratio) - len(blocks.middles)
-            asked = (start - 1, before) if rule.layer == "previous" else (start, stream)
-            scores = self.scores(rule, *asked, prompts, count, start, config.seed)
-            best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-            kept[start] = best.sort(dim=1).values
-            before, stream = self._stage(range(start, end), stream, kept[start], blocks, prompts)
-        return self.head(self.norm(stream[:, prompts.asked])), kept
+    def kept_of(self, count: int) -> int:
+        return count - len(self.blocks.middles)
 
-    def _stage(
-        self, layers: Sequence[int], stream: Tensor, kept: Tensor, blocks: Blocks, prompts: Prompts
+    def stage(
+        self, layers: Sequence[int], stream: Tensor, kept: Tensor, prompts: Prompts
     ) -> tuple[Tensor, Tensor]:
-        """What enters the last layer of a stage, and what leaves it, ``[B, S, d]``."""
         deferred = torch.ones_like(prompts.visual, dtype=stream.dtype).scatter(1, kept, 0.0)  # [B, N]
-        stands_for = blocks.of_token * deferred[:, None]  # [B, blocks, N]
+        stands_for = self.blocks.of_token * deferred[:, None]  # [B, blocks, N]
         places = prompts.visual[..., None].expand(-1, -1, stream.shape[2])
         waiting = stream.gather(1, places)
         proxies = stands_for @ waiting / stands_for.sum(-1, keepdim=True).clamp(min=1)
         first, own = proxies, prompts.active(kept)
-        active = torch.cat([own, prompts.visual[:, blocks.middles]], dim=1)
+        active = torch.cat([own, prompts.visual[:, self.blocks.middles]], dim=1)
         place = own[..., None].expand(-1, -1, stream.shape[2])
         for number in layers:
             moved = stands_for.transpose(1, 2) @ (proxies - first)
@@ -113,7 +93,7 @@ class ProxyLosses(PlainLosses):
             run = self.layer(
                 self.layers[number], torch.cat([stream.gather(1, place), proxies], 1), active, prompts
             )
-            new, proxies = run.split([own.shape[1], len(blocks.middles)], dim=1)
+            new, proxies = run.split([own.shape[1], len(self.blocks.middles)], dim=1)
             stream = stream.scatter(1, place, new)
         return before, stream.scatter_add(1, places, stands_for.transpose(1, 2) @ (proxies - first))
 
@@ -132,8 +112,7 @@ class SeedLosses(PlainLosses):
 
     def scores(self, rule: Any, number: int, stream: Tensor, prompts: Prompts, *given: Any) -> Tensor:
         found = super().scores(rule, number, stream, prompts, *given)
-        seeds = self._seeds(prompts.visual - prompts.padding)
-        return found.scatter(1, seeds, (found.amax(dim=1, keepdim=True) + 1).expand_as(seeds))
+        return put_first(found, self._seeds(prompts.visual - prompts.padding))
 
     def _seeds(self, positions: Tensor) -> Tensor:
         """Of visual tokens at ``[B, N]``, the places of seeds among them, ``[B, count]``."""
@@ -146,10 +125,9 @@ class SeedLosses(PlainLosses):
 
 def configurations(tier: int, layers: int) -> dict[str, RoutingConfig]:
     """What is asked as it is and with what is borrowed, by name."""
-    shape = RoutingConfig((1, 4, 8, 12), (1.0, 1.0, 0.5, 0.25))
     return {
         "pdrop": RoutingConfig.from_tier(tier, num_layers=layers),
-        "before 1, 4, 8, 12": fit_shares(shape, TIERS[tier], layers),
+        "before 1, 4, 8, 12": fit_shares(GROWN, TIERS[tier], layers),
         "tuned": RoutingConfig.load(RESULTS / f"tuned_{tier}.json"),
     }
 
@@ -160,9 +138,7 @@ def main(
 ) -> None:
     """Ask, print and write."""
     loaded = load_model(DEMO, "cpu", "float32")
-    given = [(scene.picture, each.text) for scene, each in collect("validation", 0, count, KINDS[0])]
-    batches = read_prompts(loaded.model, given, loaded.processor, rows=20)
-    answered = [answer(loaded.model, batch, _MOST) for batch in batches]
+    answered = validation(loaded.model, loaded.processor, KINDS[0], count)
     ways: list[tuple[str, int, PlainLosses]] = [("none", 0, PlainLosses(loaded.model))]
     ways += [("proxies", edge**2, ProxyLosses(loaded.model, edge)) for edge in EDGES]
     ways += [("seeds", number, SeedLosses(loaded.model, number)) for number in SEEDS]
@@ -171,17 +147,8 @@ def main(
         for tier in TIERS:
             for name, config in configurations(tier, len(losses.layers)).items():
                 if min(config.keep_counts(PATCHES**2)) > number:
-                    found = losses.losses(config, answered)
-                    record.append(
-                        {
-                            "borrowed": borrowed,
-                            "number": number,
-                            "tier": tier,
-                            "decisions": name,
-                            "divergence": round(statistics.fmean(found.divergence), 4),
-                            "same_answers": round(statistics.fmean(s == 1 for s in found.agreement), 4),
-                        }
-                    )
+                    way = {"borrowed": borrowed, "number": number, "tier": tier, "decisions": name}
+                    record.append(way | figures(losses.losses(config, answered)))
                     print(record[-1], flush=True)
     write_json(target, {"environment": environment(torch.device("cpu")), "asked": count, "losses": record})
 

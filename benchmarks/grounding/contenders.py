@@ -134,7 +134,7 @@ def _pooled(model: Any, size: tuple[int, int]) -> Callable[..., tuple[torch.Tens
             grid = torch.stack(tuple(features)).transpose(1, 2).unflatten(2, (side, side))
             pooled = F.adaptive_avg_pool2d(grid, (rows, columns)).flatten(2).transpose(1, 2)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
-            middle = _middles(side, rows)[:, None] * side + _middles(side, columns)
+            middle = middles(side, rows)[:, None] * side + middles(side, columns)
             first = positions[is_image].view(len(ids), -1)[:, :1]
             embeds = model.get_input_embeddings()(ids)
             parts = []
@@ -157,7 +157,7 @@ def _pooled(model: Any, size: tuple[int, int]) -> Callable[..., tuple[torch.Tens
     return answer
 
 
-def _middles(side: int, cells: int) -> torch.Tensor:
+def middles(side: int, cells: int) -> torch.Tensor:
     return ((torch.arange(cells) + 0.5) * side / cells).long()
 
 

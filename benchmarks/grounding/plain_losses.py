@@ -5,6 +5,7 @@ numbers (`tests/tuning/test_plain_losses.py` compares them) at a tenth of the co
 knows one model: a LLaVA with a Llama decoder, as `train.py` writes, with as many visual tokens in each prompt.
 """
 
+import statistics
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -12,11 +13,15 @@ from typing import Any
 import torch
 
 from reroute_fx import AttentionRule, ChanceRule, LatticeRule, RoutingConfig, UnionRule, ValueRule
+from reroute_fx.grounding.questions import collect
 from reroute_fx.kernels import keep_count
 from reroute_fx.passes import Candidates
-from reroute_fx.tuning.divergence import Answered, Losses, compare
+from reroute_fx.tuning.divergence import Answered, Losses, answer, compare
+from reroute_fx.tuning.read_prompts import read_prompts
 from reroute_fx.tuning.targets import missed_targets
 
+MOST = 32
+"""Tokens of an answer."""
 Tensor = torch.Tensor
 
 
@@ -61,24 +66,33 @@ class PlainLosses:
     def run(self, config: RoutingConfig, prompts: "Prompts") -> tuple[Tensor, dict[int, Tensor]]:
         """Logits ``[B, T, vocabulary]`` along the answers, and the visual tokens that were kept."""
         rules = config.rules or (AttentionRule(),) * len(config.decision_layers)
-        decisions = dict(
-            zip(config.decision_layers, zip(rules, config.keep_ratios, strict=True), strict=True)
-        )
-        start, kept = config.decision_layers[0], {}
-        before, stream = prompts.streams[start - 1], prompts.streams[start]
-        for number in range(start, len(self.layers)):
-            if number in decisions:
-                rule, ratio = decisions[number]
-                count = keep_count(prompts.visual.shape[1], ratio)
-                asked = (number - 1, before) if rule.layer == "previous" else (number, stream)
-                scores = self.scores(rule, *asked, prompts, count, number, config.seed)
-                best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-                kept[number] = best.sort(dim=1).values
-                active = prompts.active(kept[number])  # [B, S']
-            before, place = stream, active[..., None].expand(-1, -1, stream.shape[2])
+        starts, kept = config.decision_layers, {}
+        before, stream = prompts.streams[starts[0] - 1], prompts.streams[starts[0]]
+        ends = [*starts[1:], len(self.layers)]
+        for start, end, rule, ratio in zip(starts, ends, rules, config.keep_ratios, strict=True):
+            count = self.kept_of(keep_count(prompts.visual.shape[1], ratio))
+            asked = (start - 1, before) if rule.layer == "previous" else (start, stream)
+            scores = self.scores(rule, *asked, prompts, count, start, config.seed)
+            best = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+            kept[start] = best.sort(dim=1).values
+            before, stream = self.stage(range(start, end), stream, kept[start], prompts)
+        return self.head(self.norm(stream[:, prompts.asked])), kept
+
+    def kept_of(self, count: int) -> int:
+        """Visual tokens that are kept where as many run."""
+        return count
+
+    def stage(
+        self, layers: Sequence[int], stream: Tensor, kept: Tensor, prompts: "Prompts"
+    ) -> tuple[Tensor, Tensor]:
+        """What enters the last layer of a stage, and what leaves it, ``[B, S, d]``."""
+        active = prompts.active(kept)  # [B, S']
+        place = active[..., None].expand(-1, -1, stream.shape[2])
+        for number in layers:
+            before = stream
             run = self.layer(self.layers[number], stream.gather(1, place), active, prompts)
             stream = stream.scatter(1, place, run)
-        return self.head(self.norm(stream[:, prompts.asked])), kept
+        return before, stream
 
     def _projected(self, layer: Any, stream: Tensor) -> list[Tensor]:
         """Queries, keys and values, unrotated, ``[B, H, S, D]``; keys and values one for each query head."""
@@ -110,7 +124,7 @@ class PlainLosses:
             )
             quota = int(Fraction(rule.share).limit_denominator(1000) * count + Fraction(1, 2))
             best = first.sort(dim=1, descending=True, stable=True).indices[:, :quota]
-            return then.scatter(1, best, (then.amax(dim=1, keepdim=True) + 1).expand_as(best))
+            return put_first(then, best)
         if isinstance(rule, (LatticeRule, ChanceRule)):
             return rule(_places(prompts, layer, seed)).float()
         query, keys, values = self._projected(self.layers[number], stream[:, : prompts.length])
@@ -131,6 +145,25 @@ class PlainLosses:
         if rule.among == "visual":
             seen = seen / seen.sum(dim=-1, keepdim=True)
         return prompts.mean(seen) if rule.queries == "text" else seen.mean(dim=(1, 2))
+
+
+def put_first(scores: Tensor, chosen: Tensor) -> Tensor:
+    """Scores ``[B, N]`` by which the tokens that were chosen ``[B, n]`` come before all others."""
+    return scores.scatter(1, chosen, (scores.amax(dim=1, keepdim=True) + 1).expand_as(chosen))
+
+
+def validation(model: Any, processor: Any, kind: str, count: int) -> list[Answered]:
+    """Validation prompts of a kind out of `KINDS` with the unrouted model's answers."""
+    given = [(scene.picture, each.text) for scene, each in collect("validation", 0, count, kind)]
+    return [answer(model, batch, MOST) for batch in read_prompts(model, given, processor, rows=8)]
+
+
+def figures(losses: Losses) -> dict[str, float]:
+    """How far answers are from the unrouted model's, and the share of those that stay to the letter."""
+    return {
+        "divergence": round(statistics.fmean(losses.divergence), 4),
+        "same_answers": round(statistics.fmean(share == 1 for share in losses.agreement), 4),
+    }
 
 
 class Prompts:

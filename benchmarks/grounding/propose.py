@@ -20,7 +20,7 @@ from reroute_fx.loading.models_by_name import load_model
 from reroute_fx.tuning.proposals import fit_shares
 from reroute_fx.tuning.read_prompts import demo_prompts
 
-_GROWN = RoutingConfig((1, 4, 8, 12), (1.0, 1.0, 0.5, 0.25))
+GROWN = RoutingConfig((1, 4, 8, 12), (1.0, 1.0, 0.5, 0.25))
 """Before the layers that the model was grown from, in the shape of pdrop."""
 
 
@@ -39,7 +39,7 @@ def configurations(profile: Any, tier: int) -> dict[str, RoutingConfig]:
     proposals = profile.proposals(share)
     return {
         "pdrop": RoutingConfig.from_tier(share, num_layers=layers),
-        "before 1, 4, 8, 12": fit_shares(_GROWN, share, layers),
+        "before 1, 4, 8, 12": fit_shares(GROWN, share, layers),
         "first without rules": next(each for each in proposals if not each.config.rules).config,
         "first of 3 or less": next(
             each for each in proposals if len(each.config.decision_layers) <= 3

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from contenders import TIERS
-from plain_losses import PlainLosses
+from plain_losses import MOST, PlainLosses, figures, validation
 
 import reroute_fx
 from reroute_fx import AttentionRule, ChanceRule, LatticeRule, RoutingConfig, UnionRule, ValueRule
@@ -33,7 +33,7 @@ from reroute_fx.tuning.divergence import Answered, Losses, answer
 from reroute_fx.tuning.judging import choose, judge
 from reroute_fx.tuning.measured_losses import Job
 from reroute_fx.tuning.profile import Profile, profile
-from reroute_fx.tuning.read_prompts import LEAST, Batch, Pair, count_rows, demo_prompts, read_prompts
+from reroute_fx.tuning.read_prompts import LEAST, Batch, Pair, count_rows, demo_prompts
 from reroute_fx.tuning.search import ROUND, Search
 from reroute_fx.tuning.search_space import SearchSpace
 
@@ -81,8 +81,6 @@ SEARCHES = (
     Plan("yes/no", target_weight=1.0),
 )
 _SEEDS = {"boxes": 991, "yes/no": 992}
-MOST = 32
-"""Tokens of an answer."""
 _ASKED = 100
 """Validation prompts of each kind."""
 
@@ -125,8 +123,7 @@ class Lab:
         return profile(self.model, [*first, *rest], max_new_tokens=MOST)
 
     def _asked(self, kind: str) -> list[Answered]:
-        given = [(scene.picture, each.text) for scene, each in collect("validation", 0, _ASKED, _KIND[kind])]
-        return self._answers(read_prompts(self.model, given, self.processor, rows=8))
+        return validation(self.model, self.processor, _KIND[kind], _ASKED)
 
     def find(self, plan: Plan) -> dict[str, Any]:
         """What `tune` finds."""
@@ -158,14 +155,7 @@ class Lab:
 
     def ask(self, config: RoutingConfig) -> dict[str, dict[str, float]]:
         """How far answers to validation prompts are from the unrouted model's, and how many stay to the letter."""
-        asked = {}
-        for kind in _KIND:
-            losses = self.plain.losses(config, self.asked(kind))
-            asked[kind] = {
-                "divergence": round(statistics.fmean(losses.divergence), 4),
-                "same_answers": round(statistics.fmean(share == 1 for share in losses.agreement), 4),
-            }
-        return asked
+        return {kind: figures(self.plain.losses(config, self.asked(kind))) for kind in _KIND}
 
 
 _KIND = {"boxes": KINDS[0], "yes/no": KINDS[1]}

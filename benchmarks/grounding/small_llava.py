@@ -126,7 +126,7 @@ def _start_well(model: LlavaForConditionalGeneration, tokenizer: PreTrainedToken
     _, of_words = directions()
     width = WIDTH // HEADS
     slow = (torch.arange(WIDTH) % (width // 2)) >= width // 4
-    looking = torch.arange(WIDTH) < 2 * width
+    head_of = torch.arange(WIDTH) // width
     with torch.no_grad():
         words = [number for token, number in tokenizer.get_vocab().items() if token.strip().isalpha()]
         embeddings[words] = F.normalize(embeddings[words] @ of_words @ of_words.T, dim=1) * WIDTH**0.5
@@ -134,11 +134,11 @@ def _start_well(model: LlavaForConditionalGeneration, tokenizer: PreTrainedToken
             attention = layer.self_attn
             query, key = attention.q_proj.weight, attention.k_proj.weight
             query[slow] *= 1.6
-            query[looking & ~slow] *= 0.3
+            query[(head_of < 2) & ~slow] *= 0.3
             key[slow] = query[slow]
             for head in range(2):
                 mixing, _ = torch.linalg.qr(torch.randn(width, width))
-                rows = looking & slow & (torch.arange(WIDTH) // width == head)
+                rows = slow & (head_of == head)
                 query[rows] = key[rows] = 0.7 * (of_words @ mixing[:, : width // 2]).T
             torch.nn.init.orthogonal_(attention.v_proj.weight)
             attention.o_proj.weight.copy_(attention.v_proj.weight.T / len(layers) ** 0.5)

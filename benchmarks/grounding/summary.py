@@ -94,7 +94,11 @@ def score(records: Records, contender: str, tier: int | None, hops: int | None =
 
 
 def _right(answers: list[dict[str, Any]]) -> Interval:
-    return share([answer["answer"].lower() == answer["target"] for answer in answers])
+    return share([_is_right(answer) for answer in answers])
+
+
+def _is_right(answer: dict[str, Any]) -> bool:
+    return bool(answer["answer"].lower() == answer["target"])
 
 
 def _answers(records: Records, contender: str, tier: int | None, kind: str) -> list[dict[str, Any]]:
@@ -160,7 +164,7 @@ def kinds_table(records: Records) -> str:
         right.setdefault(name, []).append(answer["iou"] >= THRESHOLD)
     truths = [a for kind in (KINDS[1], NEAR_MISSES) for a in _answers(records, "unrouted", None, kind)]
     for answer in sorted(truths, key=lambda answer: answer["kind"]):
-        right.setdefault(f"yes/no, {answer['kind']}", []).append(answer["answer"].lower() == answer["target"])
+        right.setdefault(f"yes/no, {answer['kind']}", []).append(_is_right(answer))
     lines = [f"| {name} | {len(found)} | {_percent(share(found))} |" for name, found in right.items()]
     return "\n".join(["| question | asked | right, % |", "|---|---|---|", *lines])
 

@@ -294,22 +294,25 @@ def decoder_logits(model: Any, batch: Packed) -> Tensor:
 
 def seen(model: Any, recipe: Recipe, lessons: Lessons, seed: int) -> Callable[[int], Iterator[Packed]]:
     """From a step to the batches from there on: scenes as the tower sees and the projector describes them."""
-
-    def batches(start: int) -> Iterator[Packed]:
-        for chosen in lessons.batches(recipe.batch, start, recipe.steps, seed):
-            yield lessons.pack(chosen, model.model.multi_modal_projector(lessons.features[chosen].float()))
-
-    return batches
+    projector = model.model.multi_modal_projector
+    return _in_turn(recipe, lessons, seed, lambda chosen: projector(lessons.features[chosen].float()))
 
 
 def told(
     described: Described, recipe: Recipe, lessons: Lessons, seed: int
 ) -> Callable[[int], Iterator[Packed]]:
     """From a step to the batches from there on: the same scenes, described without mistakes."""
+    return _in_turn(recipe, lessons, seed, lambda chosen: described(lessons.labels_of(chosen)))
+
+
+def _in_turn(
+    recipe: Recipe, lessons: Lessons, seed: int, pictures: Callable[[Tensor], Tensor]
+) -> Callable[[int], Iterator[Packed]]:
+    """From a step to the batches from there on, with pictures as the decoder reads them."""
 
     def batches(start: int) -> Iterator[Packed]:
         for chosen in lessons.batches(recipe.batch, start, recipe.steps, seed):
-            yield lessons.pack(chosen, described(lessons.labels_of(chosen)))
+            yield lessons.pack(chosen, pictures(chosen))
 
     return batches
 
@@ -374,8 +377,8 @@ def kept_state(state: dict[str, Any]) -> dict[str, Any]:
 app = typer.Typer(help=__doc__)
 Folder = Annotated[Path, typer.Argument(help="where the state of the run and what comes of it are written")]
 _LESSONS = "lessons.pt"
-_FIRST_TOLD = (("few", 400, (2, 4)),)
-"""Steps, and the fewest and most things, of what a decoder is told before it is told of as many as in the test."""
+_FEW, _FEW_STEPS = (2, 4), 400
+"""Fewest and most things of what a decoder is told before it is told of as many as in the test, and for how long."""
 _ALIGN_STEPS = 1500
 _TOLD, _SEEN = Weights(6.0, 1.0, 0.5), Weights(4.0, 2.0, 1.0)
 """At first all that matters is which thing is meant."""
@@ -432,10 +435,9 @@ def decoder(
     with _shown_progress() as progress:
         run = Run(folder, {"model": model}, progress)
         text.config.num_hidden_layers = SHALLOW if grown else layers
-        for number, (name, steps, crowd) in enumerate(_FIRST_TOLD, start=1):
-            recipe = Recipe(steps, 16, rate, decay=False)
-            batches = told_of_few(described, recipe, maker, (100 * seed + number) * 10**6, crowd)
-            run.train(decoder_phase(name, model, tokenizer, recipe, batches, _TOLD))
+        recipe = Recipe(_FEW_STEPS, 16, rate, decay=False)
+        batches = told_of_few(described, recipe, maker, (100 * seed + 1) * 10**6, _FEW)
+        run.train(decoder_phase("few", model, tokenizer, recipe, batches, _TOLD))
         lessons = take_tower(model, tower)
         recipe = Recipe(told_steps, 16, rate, decay=False)
         batches = told(described, recipe, lessons, seed)

@@ -282,7 +282,7 @@ def test_what_a_run_has_learnt_is_kept_without_its_optimizers(tmp_path):
 @pytest.mark.parametrize("grown", [False, True])
 @pytest.mark.full("20 s; phases, growing and what is taken up are tested alone")
 def test_a_decoder_is_trained_for_a_tower_and_scored(grown, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train._FIRST_TOLD", (("one", 1, (1, 1)),))
+    monkeypatch.setattr("train._FEW_STEPS", 1)
     monkeypatch.setattr("train._ALIGN_STEPS", 2)
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: None)
     tower(tmp_path / "tower", steps=1, scenes=64)

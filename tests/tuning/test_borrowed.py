@@ -15,15 +15,19 @@ pytestmark = [pytest.mark.full("10 s; it is no product code"), pytest.mark.usefi
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model(DEMO, "cpu", "float32").model
+def loaded():
+    return load_model(DEMO, "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
-def answered(model):
-    processor = load_model(DEMO, "cpu", "float32").processor
-    (batch,) = read_prompts(model, demo_prompts(8), processor, rows=8)
-    return answer(model, batch, 8)
+def model(loaded):
+    return loaded.model
+
+
+@pytest.fixture(scope="module")
+def answered(loaded):
+    (batch,) = read_prompts(loaded.model, demo_prompts(8), loaded.processor, rows=8)
+    return answer(loaded.model, batch, 8)
 
 
 def test_blocks_cover_the_picture():
@@ -51,12 +55,12 @@ def test_proxies_cost_what_they_replace_and_move_what_waits(model, answered, mon
         return stream + 0.5
 
     def stage(layers, stream, *given):
-        before, after = ProxyLosses._stage(losses, layers, stream, *given)
+        before, after = ProxyLosses.stage(losses, layers, stream, *given)
         left.append((len(layers), before - stream, after - stream, given[-1].visual))
         return before, after
 
     monkeypatch.setattr(losses, "layer", add)
-    monkeypatch.setattr(losses, "_stage", stage)
+    monkeypatch.setattr(losses, "stage", stage)
     losses.kept(CONFIG, answered)
     text = rows[0] - CONFIG.keep_counts(144)[0]
     assert rows == [
